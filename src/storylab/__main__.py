@@ -1,0 +1,7 @@
+"""``python -m storylab``."""
+
+import sys
+
+from storylab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,427 @@
+"""The command line: verbs, their flags, and one line for every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from storylab.config import (
+    DEFAULT_DATA_DIR,
+    DEFAULT_PRESET,
+    PRESETS,
+    ModelConfig,
+    PresetName,
+    TrainConfig,
+    preset_config,
+)
+from storylab.errors import UserError
+
+T = TypeVar("T")
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+CheckpointName = Literal["last", "best"]
+
+USAGE = """\
+usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)
+
+  prepare   turn stories into a data set to train on
+  train     train a model; the defaults are the record's experiment 1
+  resume    continue a run that was stopped, to the same bits
+  eval      loss, perplexity and bits per byte of a run on a whole split
+  sample    write stories with a run's model
+  info      shape and parameter count of a model
+  doctor    what this machine can run, and how fast
+
+examples:
+  storylab prepare --source builtin --tokenizer bpe:4096
+  storylab train --preset nano --data_dir data/builtin-bpe4096 --out_dir runs/first
+  storylab sample runs/first
+"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model. The defaults are the record's: 113M parameters, 131,072 tokens an iteration.
+
+    Without --data_dir the TinyStories data set is fetched from the hub and prepared first.
+
+    Examples: storylab train --dtype bfloat16 --max_iters 1000
+    | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
+    | storylab train (the same flags) --out_dir runs/a --resume
+    """
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    resume: bool = False
+    """Continue the run in --out_dir; its config must be the same."""
+
+
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Continue a run that was stopped or killed; it ends with the bits of an uninterrupted one.
+
+    Examples: storylab resume runs/a | storylab resume runs/a --max_iters 2000
+    """
+
+    run: RunFolder
+    """Run folder."""
+    max_iters: int | None = None
+    """A new last iteration, where the learning rates so far stay the same (warm-up, constant)."""
+    data_dir: Path | None = None
+    """Where the run's data set is now, if it has moved."""
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
+
+    Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
+    """
+
+    run: RunFolder
+    """Run folder."""
+    checkpoint: CheckpointName = "last"
+    """The newest weights, or those with the best validation loss."""
+    split: Literal["validation", "train"] = "validation"
+    """Which stories."""
+    data_dir: Path | None = None
+    """Where the run's data set is now, if it has moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Write stories with a run's model.
+
+    Examples: storylab sample runs/a | storylab sample runs/a --prompt "Tom had a dog" --samples 4
+    """
+
+    run: RunFolder
+    """Run folder."""
+    prompt: str = "Once upon a time there was a little"
+    """How the stories begin; may be empty."""
+    samples: int = 1
+    """Number of stories, written in one batch; the first one is shown as it grows."""
+    max_new_tokens: int = 256
+    """Longest continuation, in tokens."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw among this many most likely tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """Seed of the draws."""
+    checkpoint: CheckpointName = "last"
+    """The newest weights, or those with the best validation loss."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Print the shape and the parameter count of a model.
+
+    Examples: storylab info | storylab info --preset 113m | storylab info --preset 10m --n_layer 6
+    """
+
+    preset: PresetName = DEFAULT_PRESET
+    """Named model shape; the shape flags change single values of it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vocab_size: int = 0
+    """Vocabulary to count with; 0: the one that the preset is named for."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Check this machine: devices, precisions, memory, and the speed of real training steps.
+
+    Examples: storylab doctor | storylab doctor --presets 10m 113m
+    """
+
+    presets: tuple[PresetName, ...] = ("nano", "10m", "113m")
+    """Models to time a few micro-batches of."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 2 for bad input, 128 + n when signal n stopped it."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"storylab {importlib.metadata.version('storylab')}")
+        return 0
+    return guarded(lambda: _run_verb(args[0], args[1:]))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run ``work``; one line on standard error and an exit code for what users can meet."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"storylab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("storylab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has left; keep Python from complaining at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run_verb(verb: str, args: list[str]) -> int:
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "prepare": _prepare,
+        "train": train_command,
+        "resume": _resume,
+        "eval": _eval,
+        "sample": _sample,
+        "info": _info,
+        "doctor": _doctor,
+    }
+    if verb not in verbs:
+        raise UserError(f"unknown verb '{verb}': use one of {', '.join(verbs)}")
+    return verbs[verb](args)
+
+
+def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Build ``kind`` from flags; ``--max_iters`` and ``--max-iters`` are the same flag.
+
+    Raises:
+        UserError: a flag or value is wrong; the text of the parser's message in one line.
+        SystemExit: ``--help`` was printed.
+    """
+    errors = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                kind,
+                args=_switches(kind, args),
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_one_line(errors.getvalue())}; see {prog} --help") from None
+
+
+def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
+    """Turn ``--compile=False`` and ``--compile False``, as nanoGPT has them, into ``--no_compile``."""
+    names = _switch_names(kind)
+    result: list[str] = []
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        truth = {"true": f"--{name}", "false": f"--no_{name}"}
+        previous = result[-1].removeprefix("--") if result else ""
+        if name in names and value.lower() in truth:
+            result.append(truth[value.lower()])
+        elif previous in names and arg.lower() in ("true", "false"):
+            result[-1] = f"--{previous}" if arg.lower() == "true" else f"--no_{previous}"
+        else:
+            result.append(f"--{name}" if name in names and not value else arg)
+    return result
+
+
+def _switch_names(kind: type[Any]) -> set[str]:
+    names: set[str] = set()
+    for f in dataclasses.fields(kind):
+        if f.type in ("bool", bool):
+            names.add(f.name)
+        elif f.name == "config":
+            names |= _switch_names(TrainConfig)
+    return names
+
+
+def _one_line(box: str) -> str:
+    """The message of the parser's box, with its suggestion if it has one."""
+    rows = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    sections: list[list[str]] = [[]]
+    for row in rows[1:]:
+        if row and set(row) <= {"─"}:
+            sections.append([])
+        elif row:
+            sections[-1].append(row)
+    message = " ".join(sections[0])
+    for section in sections[1:]:
+        if section and section[0].startswith("Perhaps you meant"):
+            flags = [row.split()[0].rstrip(",") for row in section if row.startswith("--")]
+            message += f"; perhaps you meant {' or '.join(flags)}"
+    return message or "the flags cannot be read"
+
+
+def _default_for(args: Sequence[str]) -> TrainConfig:
+    """The config that the flags start from: the one of --preset, so that help shows its values."""
+    for i, arg in enumerate(args):
+        flag, _, value = arg.partition("=")
+        if flag == "--preset":
+            return preset_config(value or (args[i + 1] if i + 1 < len(args) else ""))
+    return TrainConfig()
+
+
+def _prepare(args: list[str]) -> int:
+    from storylab.data.prepare import PrepareConfig, prepare
+
+    config = parse(PrepareConfig, args, "storylab prepare")
+    _prepare_and_print(config, prepare)
+    return 0
+
+
+def _prepare_and_print(config: Any, prepare: Callable[..., Any]) -> None:
+    from storylab.console import ConsoleReporter
+
+    with ConsoleReporter(count=False) as reporter:
+        dataset = prepare(config, reporter.progress)
+        for line in describe_dataset(dataset.folder, dataset.manifest):
+            reporter.line(line)
+
+
+def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """A prepared data set in a few lines."""
+    rows = [
+        f"{name + ':':<12} {s['stories']:,} stories, {s['tokens']:,} tokens, "
+        f"{s['text_bytes']:,} bytes, {s['duplicate_stories']:,} duplicate stories"
+        for name, s in manifest["splits"].items()
+    ]
+    overlap = manifest["overlap"]
+    fate = "left out of train" if overlap["left_out"] else "kept in train"
+    tokenizer = manifest["tokenizer"]
+    return [
+        f"{folder}: {tokenizer['name']} tokenizer, {tokenizer['vocab_size']:,} ids in "
+        f"{manifest['dtype']}",
+        *rows,
+        f"overlap:     {overlap['train_stories_in_validation']:,} train stories are in "
+        f"validation ({fate})",
+        f"fingerprint: {manifest['fingerprint']}",
+    ]
+
+
+def train_command(args: list[str], prog: str = "storylab train") -> int:
+    """``storylab train``, and ``train_tinystories.py``."""
+    default = TrainCommand(_default_for(args))
+    command = parse(TrainCommand, args, prog, default)
+    config = command.config
+    if command.resume:
+        if config.out_dir is None:
+            raise UserError("--resume needs --out_dir RUN: the run folder to continue")
+        from storylab.training.resume import resume
+
+        folder = config.out_dir
+        return _watch(lambda reporter: resume(folder, config, reporter))
+    if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
+        from storylab.data.prepare import PrepareConfig, prepare
+
+        _prepare_and_print(PrepareConfig(), prepare)
+    from storylab.training.loop import train
+
+    return _watch(lambda reporter: train(config, reporter))
+
+
+def _watch(work: Callable[[Any], Any]) -> int:
+    """Train under a console reporter; the exit code tells how it ended."""
+    from storylab.console import ConsoleReporter
+    from storylab.training.loop import TrainingDiverged, TrainingInterrupted
+
+    try:
+        with ConsoleReporter() as reporter:
+            run = work(reporter)
+            reporter.line("")
+            reporter.line(f"Run folder: {run.folder}")
+    except TrainingInterrupted as stop:
+        print(f"storylab: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    except TrainingDiverged as stop:
+        print(f"storylab: {stop}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _resume(args: list[str]) -> int:
+    command = parse(ResumeCommand, args, "storylab resume")
+    from storylab.training.resume import resume
+    from storylab.training.run_folder import open_run
+
+    config = open_run(command.run).config
+    changes: dict[str, Any] = {}
+    if command.max_iters is not None:
+        changes["max_iters"] = command.max_iters
+    if command.data_dir is not None:
+        changes["data_dir"] = command.data_dir
+    wanted = dataclasses.replace(config, **changes)
+    return _watch(lambda reporter: resume(command.run, wanted, reporter))
+
+
+def _eval(args: list[str]) -> int:
+    command = parse(EvalCommand, args, "storylab eval")
+    from storylab.training.evaluation import evaluate_run
+
+    result = evaluate_run(
+        command.run, command.checkpoint, command.split, command.data_dir, command.device
+    )
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
+    print(f"perplexity     {result.perplexity:,.2f}")
+    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    return 0
+
+
+def _sample(args: list[str]) -> int:
+    command = parse(SampleCommand, args, "storylab sample")
+    from storylab.model.generate import Sampling
+    from storylab.training.run_folder import open_run
+    from storylab.training.sampling import load_story_model
+
+    sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)
+    writer = load_story_model(open_run(command.run), command.checkpoint, command.device)
+    rows = [command.prompt.encode() for _ in range(command.samples)]
+    out = sys.stdout.buffer
+    out.write(command.prompt.encode())
+    for pieces in writer.stream(command.prompt, sampling, command.max_new_tokens, command.samples):
+        rows = [row + piece for row, piece in zip(rows, pieces, strict=True)]
+        out.write(pieces[0])
+        out.flush()
+    out.write(b"\n")
+    for row in rows[1:]:
+        out.write(b"\n---\n\n" + row + b"\n")
+    out.flush()
+    return 0
+
+
+def _info(args: list[str]) -> int:
+    preset = _default_for(args)
+    default = InfoCommand(preset.preset, preset.model)
+    command = parse(InfoCommand, args, "storylab info", default)
+    model = command.model
+    vocab_size = command.vocab_size or PRESETS[command.preset].vocab_size
+    for f in dataclasses.fields(model):
+        print(f"{f.name:<12} {getattr(model, f.name):,}")
+    print(f"{'head size':<12} {model.head_size}")
+    print(f"{'vocabulary':<12} {vocab_size:,}")
+    print(f"{model.parameter_count(vocab_size):,} parameters")
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    command = parse(DoctorCommand, args, "storylab doctor")
+    from storylab.doctor import examine
+
+    for line in examine(command.device, command.presets):
+        print(line, flush=True)
+    return 0

@@ -1,0 +1,243 @@
+"""The typed config of a run, the model presets, and their checks.
+
+This module is imported before torch so that ``--help`` and bad flags answer at once. The flags of
+``storylab train``, their help, the documentation table and ``config.json`` in the run folder are
+all made from :class:`TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from storylab.errors import UserError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+ScheduleName = Literal["cosine", "linear", "constant"]
+PresetName = Literal["nano", "3m", "10m", "50m", "113m", "200m", "350m"]
+
+GPT2_VOCAB_SIZE = 50257
+SMALL_VOCAB_SIZE = 4096
+
+
+def _at_least(minimum: float, name: str, value: float) -> None:
+    # "not >=" rather than "<" so that NaN is refused too.
+    if not value >= minimum or value == float("inf"):
+        raise UserError(f"{name} is {value}: it must be a finite number of at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer (Llama architecture: RMSNorm, rotary positions, SwiGLU, tied head)."""
+
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Query heads; the head size is n_embd / n_head."""
+    n_kv_head: int = 3
+    """Key/value heads (grouped-query attention); divides n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_hidden: int = 2048
+    """Width of the SwiGLU hidden layer."""
+    rope_base: float = 10000.0
+    """Base of the rotary position frequencies."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            _at_least(1, name, getattr(self, name))
+        if self.rope_base <= 1:
+            raise UserError(f"rope_base is {self.rope_base}: it must be greater than 1")
+        if self.n_embd % self.n_head or self.head_size % 2:
+            raise UserError(
+                f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
+                "(the head size): change one of the two"
+            )
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}: "
+                "query heads share key/value heads in equal groups"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Number of trained parameters with a vocabulary of ``vocab_size`` (the head is tied)."""
+        attention = 2 * self.n_embd * (self.n_head + self.n_kv_head) * self.head_size
+        feed_forward = 3 * self.n_embd * self.n_hidden
+        block = attention + feed_forward + 2 * self.n_embd
+        return vocab_size * self.n_embd + self.n_layer * block + self.n_embd
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model shape and the vocabulary with which it has the parameters that its name says."""
+
+    model: ModelConfig
+    vocab_size: int
+
+
+# Head size 64 throughout and the record's four query heads to one key/value head where the head
+# count allows it. Below 50M a 50,257-word vocabulary would leave hardly anything for the blocks,
+# so these shapes are counted with a 4,096-token vocabulary (`prepare --tokenizer bpe:4096`).
+PRESETS: dict[PresetName, Preset] = {
+    "nano": Preset(ModelConfig(3, 2, 1, 128, 288), SMALL_VOCAB_SIZE),
+    "3m": Preset(ModelConfig(6, 3, 1, 192, 480), SMALL_VOCAB_SIZE),
+    "10m": Preset(ModelConfig(12, 4, 1, 256, 768), SMALL_VOCAB_SIZE),
+    "50m": Preset(ModelConfig(8, 8, 2, 512, 1536), GPT2_VOCAB_SIZE),
+    "113m": Preset(ModelConfig(12, 12, 3, 768, 2048), GPT2_VOCAB_SIZE),
+    "200m": Preset(ModelConfig(14, 16, 4, 1024, 2560), GPT2_VOCAB_SIZE),
+    "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
+}
+DEFAULT_PRESET: PresetName = "113m"
+DEFAULT_DATA_DIR = Path("data/tinystories-gpt2")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the record's: 113M parameters, 131,072 tokens an iteration."""
+
+    preset: PresetName = DEFAULT_PRESET
+    """Named model shape; the shape flags below change single values of it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data_dir: Path = DEFAULT_DATA_DIR
+    """Prepared data set (made by `storylab prepare`)."""
+    out_dir: Path | None = None
+    """Run folder to write; by default runs/PRESET-DTYPE-DATE-TIME."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the matrix products (autocast; weights and optimizer stay float32)."""
+    max_iters: int = 1000
+    """Number of the last iteration; iterations count from 0."""
+    batch_size: int = 64
+    """Sequences in a micro-batch."""
+    gradient_accumulation_steps: int = 16
+    """Micro-batches in an iteration."""
+    block_size: int = 128
+    """Tokens in a sequence."""
+    learning_rate: float = 1e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    min_lr: float = 5e-5
+    """Learning rate at the last iteration (cosine and linear schedules)."""
+    warmup_iters: int = 1000
+    """Iterations of linear warm-up from 0; 0 starts at the peak."""
+    schedule: ScheduleName = "cosine"
+    """Course of the learning rate after the warm-up."""
+    weight_decay: float = 0.1
+    """AdamW weight decay of matrices and embeddings; norm gains are not decayed."""
+    beta1: float = 0.9
+    """AdamW decay of the gradient average."""
+    beta2: float = 0.999
+    """AdamW decay of the squared-gradient average."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    eval_interval: int = 500
+    """Iterations between evaluations."""
+    eval_iters: int = 100
+    """Batches of 64 fixed windows that an evaluation during training reads from each split."""
+    log_interval: int = 100
+    """Iterations between printed lines."""
+    checkpoint_minutes: float = 10.0
+    """Longest time between checkpoints, besides those at evaluations and at the end."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA where there is one, else the CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler on the CPU)."""
+    seed: int = 1337
+    """Seed of the initial weights."""
+    data_seed: int | None = None
+    """Seed of the order of the training windows; by default the same as seed."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "block_size",
+            "eval_interval",
+            "eval_iters",
+            "log_interval",
+        ):
+            _at_least(1, name, getattr(self, name))
+        for name in (
+            "max_iters",
+            "warmup_iters",
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "checkpoint_minutes",
+            "seed",
+        ):
+            _at_least(0, name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Tokens that one optimizer step trains on: the record's 64 x 16 x 128 by default."""
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    @property
+    def resolved_data_seed(self) -> int:
+        """Seed of the data order after the default has been applied."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+def preset_config(name: str) -> TrainConfig:
+    """The default run with the model shape of preset ``name``.
+
+    Raises:
+        UserError: no preset has that name.
+    """
+    for key, preset in PRESETS.items():
+        if key == name:
+            return TrainConfig(preset=key, model=preset.model)
+    raise UserError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values; the inverse of :func:`from_dict`."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Rebuild a config that :func:`to_dict` made.
+
+    Raises:
+        UserError: a field is unknown or missing, for instance in a run of another version.
+    """
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    if set(values) != names:
+        odd = ", ".join(sorted(set(values) ^ names))
+        raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")
+    values = dict(values)
+    try:
+        values["model"] = ModelConfig(**values["model"])
+    except TypeError as error:
+        raise UserError(f"the run's model config does not fit this version: {error}") from error
+    values["data_dir"] = Path(values["data_dir"])
+    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
+    return TrainConfig(**values)
+
+
+# Fields that say where and how often to look, not what is computed: a resumed run may change them.
+PRESENTATION_FIELDS = ("data_dir", "out_dir", "log_interval", "checkpoint_minutes")
+
+
+def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that decide the result and differ between ``a`` and ``b``, as name -> (a's, b's)."""
+    left, right = _flat(a), _flat(b)
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    values["data_seed"] = config.resolved_data_seed
+    values.update(values.pop("model"))
+    return {k: v for k, v in values.items() if k not in PRESENTATION_FIELDS}

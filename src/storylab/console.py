@@ -1,0 +1,72 @@
+"""What a person sees: log lines on standard output, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class ConsoleReporter:
+    """Prints lines to standard output; under them a bar with ETA if standard error is a terminal."""
+
+    def __init__(self, count: bool = True) -> None:
+        # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
+        self._console = Console(file=sys.stderr)
+        self._live = self._console.is_terminal and sys.stderr.isatty()
+        amount = MofNCompleteColumn() if count else TaskProgressColumn()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            amount,
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+        self._name = ""
+
+    def line(self, text: str) -> None:
+        """A line of the log."""
+        if self._live and sys.stdout.isatty():
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        """How much of the work called ``name`` is done; a total of None shows a moving bar."""
+        if not self._live:
+            return
+        if self._task is None or name != self._name:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._name = self._bar.add_task(name, total=total), name
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> ConsoleReporter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

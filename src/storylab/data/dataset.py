@@ -1,0 +1,184 @@
+"""A prepared data set on disk: its manifest, its shards, and the checks before anything reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storylab.data.sources import SPLITS
+from storylab.data.tokenizer import Tokenizer, load_tokenizer
+from storylab.errors import UserError
+from storylab.files import read_json, sha256_file
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.tiktoken"
+REPAIR = "run `storylab prepare` again into a new folder"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def narrow_ids(ids: np.ndarray, vocab_size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """``ids`` in ``dtype``, little-endian, after checking that none is lost by it.
+
+    Raises:
+        UserError: ``dtype`` cannot hold the vocabulary, or an id is outside of it.
+    """
+    check_vocabulary(vocab_size, dtype)
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise UserError(
+            f"token id {int(ids.max())} is outside the vocabulary of {vocab_size}: "
+            "the tokenizer and the ids do not belong together"
+        )
+    return ids.astype(dtype.newbyteorder("<"))
+
+
+def check_vocabulary(vocab_size: int, dtype: np.dtype[Any]) -> None:
+    """Raise a UserError if ids of a vocabulary of ``vocab_size`` would overflow ``dtype``."""
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise UserError(
+            f"a vocabulary of {vocab_size} does not fit {dtype.name} token ids "
+            f"(at most {np.iinfo(dtype).max + 1}): ids would overflow; {REPAIR}"
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens of one split: an end-of-text id after every story, stories whole and in order.
+
+    ``stories`` is ``[n + 1, 2]`` int64: at which token and at which byte of UTF-8 text (end-of-text
+    not counted) each story begins, and where the last one ends.
+    """
+
+    name: str
+    shards: tuple[np.ndarray, ...]
+    starts: tuple[int, ...]
+    stories: np.ndarray
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all stories."""
+        return int(self.stories[-1, 1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop - 1`` as int64, across shard borders."""
+        parts = [
+            shard[max(start - begin, 0) : stop - begin]
+            for shard, begin, end in zip(self.shards, self.starts, self.starts[1:], strict=False)
+            if begin < stop and end > start
+        ]
+        return np.concatenate(parts).astype(np.int64)
+
+    def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Windows of ``length`` tokens that begin at ``starts``: ``[len(starts), length]`` int64."""
+        return np.stack([self.read(int(s), int(s) + length) for s in starts])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set, checked against its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    splits: dict[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content: tokenizer, ids and story borders of both splits."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def require_window(self, block_size: int) -> None:
+        """Raise a UserError if a split is shorter than one window of ``block_size`` and its targets."""
+        for split in self.splits.values():
+            if len(split) < block_size + 1:
+                raise UserError(
+                    f"the {split.name} split of {self.folder} has {len(split)} tokens, fewer than "
+                    f"one window of block_size {block_size} + 1: use a smaller --block_size or "
+                    "prepare more text"
+                )
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the parts of a manifest that identify the content, not where it came from."""
+    splits = manifest["splits"]
+    content = {
+        "format": manifest["format"],
+        "dtype": manifest["dtype"],
+        "tokenizer": manifest["tokenizer"],
+        "splits": {
+            name: [[s["sha256"] for s in splits[name]["shards"]], splits[name]["stories_sha256"]]
+            for name in SPLITS
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_dataset(folder: Path) -> Dataset:
+    """Open a prepared data set and check every file of it against the manifest.
+
+    Raises:
+        UserError: it does not exist, was made by another format, or a file is missing or altered.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"no prepared data in {folder}: run `storylab prepare` first, or give its --data_dir"
+        )
+    manifest = read_json(folder / MANIFEST)
+    try:
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{folder} has data of format {manifest['format']}: {REPAIR}")
+        if manifest["fingerprint"] != fingerprint(manifest):
+            raise UserError(f"{folder / MANIFEST} has been altered: {REPAIR}")
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE, manifest["tokenizer"]["name"])
+        if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{folder / TOKENIZER_FILE} has been altered: {REPAIR}")
+        dtype = np.dtype(manifest["dtype"])
+        check_vocabulary(tokenizer.vocab_size, dtype)
+        splits = {
+            name: _load_split(folder, name, manifest["splits"][name], tokenizer.vocab_size, dtype)
+            for name in SPLITS
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} lacks {error}: {REPAIR}") from error
+    return Dataset(folder, manifest, tokenizer, splits)
+
+
+def _load_split(
+    folder: Path, name: str, entry: dict[str, Any], vocab_size: int, dtype: np.dtype[Any]
+) -> Split:
+    shards, starts = [], [0]
+    for shard in entry["shards"]:
+        path = folder / shard["file"]
+        _check_file(path, shard["sha256"])
+        ids = np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")
+        if int(ids.max()) >= vocab_size:
+            raise UserError(f"{path} has token ids outside the vocabulary {vocab_size}: {REPAIR}")
+        shards.append(ids)
+        starts.append(starts[-1] + len(ids))
+    _check_file(folder / entry["stories_file"], entry["stories_sha256"])
+    stories = np.load(folder / entry["stories_file"], allow_pickle=False)
+    return Split(name, tuple(shards), tuple(starts), stories)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {REPAIR}")
+    if sha256_file(path) != expected:
+        raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")

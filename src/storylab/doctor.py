@@ -1,0 +1,120 @@
+"""What this machine can run, and how fast: measured on real training steps, never looked up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+
+import psutil
+import torch
+
+from storylab.config import PRESETS, Dtype, PresetName, TrainConfig, preset_config
+from storylab.errors import UserError
+from storylab.model.transformer import Transformer
+from storylab.training.lines import duration
+from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.step import build_optimizer, training_step
+
+RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
+MATRIX = (2048, 768, 2048)
+
+
+def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
+    """Lines that describe the machine, then measured speeds, as they become known."""
+    device = choose_device(device_name)
+    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    yield f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
+    memory = psutil.virtual_memory()
+    yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
+    yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
+    yield f"C++ compiler for --compile on the CPU: {shutil.which('c++') or 'none found'}"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            yield (
+                f"cuda:{i}: {card.name}, {card.total_memory / 1e9:.1f} GB, "
+                f"compute capability {card.major}.{card.minor}"
+            )
+    else:
+        yield "CUDA: no device, or a CPU build of torch"
+    yield ""
+    yield f"matrix products on {device} (rows {MATRIX[0]}, {MATRIX[1]} to {MATRIX[2]} columns):"
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+    rates: dict[Dtype, float] = {}
+    for dtype in dtypes:
+        try:
+            rates[dtype] = _matrix_rate(choose_precision(device, dtype))
+            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s"
+        except (UserError, RuntimeError) as error:
+            yield f"  {dtype:<9} cannot run: {error}"
+    best = max(rates, key=lambda dtype: rates[dtype])
+    yield f"fastest: --dtype {best}"
+    yield ""
+    yield f"training steps in {best} (a few micro-batches each, so expect 20 % either way):"
+    for name in presets:
+        try:
+            speed = _training_speed(name, choose_precision(device, best))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
+            continue
+        whole = duration(RECORD_TOKENS / speed)
+        yield f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
+
+
+def _matrix_units() -> str:
+    """Names the bfloat16 hardware of an x86 CPU; the kernel lists it where it is Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return ""
+    units = [name for name in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if name in flags]
+    return f" with {', '.join(units)}" if units else " (no bfloat16 units: float32 may be faster)"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(precision: Precision) -> float:
+    """FLOP/s of one matrix product, the best of several."""
+    rows, inner, columns = MATRIX
+    a = torch.randn(rows, inner, device=precision.device, dtype=precision.dtype)
+    b = torch.randn(columns, inner, device=precision.device, dtype=precision.dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        _synchronize(precision.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns / best
+
+
+def _training_speed(name: PresetName, precision: Precision) -> float:
+    """Tokens a second of whole training steps of a preset, optimizer included, the best of two."""
+    preset, config = PRESETS[name], preset_config(name)
+    model = Transformer(preset.model, preset.vocab_size).to(precision.device)
+    optimizer = build_optimizer(model, config)
+    sequences = 16 if precision.device.type == "cpu" else config.batch_size
+    shape = (sequences, config.block_size + 1)
+    batch = torch.randint(preset.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    scaler = precision.grad_scaler()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        training_step(
+            model,
+            optimizer,
+            scaler,
+            precision,
+            batch,
+            micro_batch=sequences,
+            learning_rate=1e-4,
+            grad_clip=1.0,
+        )
+        _synchronize(precision.device)
+        best = min(best, time.perf_counter() - start)
+    return sequences * config.block_size / best

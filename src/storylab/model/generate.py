@@ -1,0 +1,101 @@
+"""Sampling from a model with a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from storylab.errors import UserError
+from storylab.model.transformer import KeyValueCache, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw among this many most likely tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens whose probabilities sum to at least this (nucleus sampling)."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}: it must be 0 or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities ``[B, V]`` float32 that tokens are drawn with, from ``logits [B, V]``.
+
+    Top-k is applied first, then top-p (Holtzman et al. 2020, arXiv 1904.09751) to what it left.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(1, best, 1.0)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays if those before it do not reach top_p yet; the first always does.
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+def generate(
+    model: Transformer,
+    prompt: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    context: int,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, ``[B]`` int64 on the CPU, ``max_new_tokens`` times.
+
+    The model never sees more than ``context`` tokens, the length it was trained on: when they are
+    full it goes on from the later half of them.
+
+    Args:
+        model: in evaluation use; called under the caller's autocast.
+        prompt: ``[B, T]`` int64 with T of at least 1.
+        max_new_tokens: number of tokens to yield.
+        sampling: how tokens are drawn.
+        context: greatest number of tokens the model reads at once.
+        use_cache: False computes every position anew for each token, the slow reference.
+    """
+    device = model.embedding.weight.device
+    # Draws are made on the CPU so that a seed means the same story on every device.
+    generator = torch.Generator().manual_seed(sampling.seed)
+    # As long a history as leaves room to go on.
+    seen = prompt[:, -max(1, context - 1) :].to(device)
+    cache = KeyValueCache(model.config, len(prompt), context, device)
+    unread = seen
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
+            logits = torch.nn.functional.linear(hidden[:, -1], model.embedding.weight)
+            probabilities = next_token_probabilities(logits.cpu(), sampling)
+            token = torch.multinomial(probabilities, 1, generator=generator)
+            yield token[:, 0]
+            unread = token.to(device)
+            seen = torch.cat((seen, unread), dim=1)
+            if seen.shape[1] > context:
+                seen = seen[:, -max(1, context // 2) :]
+                cache = KeyValueCache(model.config, len(prompt), context, device)
+                unread = seen

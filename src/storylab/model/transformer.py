@@ -1,0 +1,200 @@
+"""The transformer: the Llama architecture at small scale, in one plain module.
+
+Shapes: B batch, T time (positions), C width (n_embd), H query heads, K key/value heads,
+D head size, F hidden width of the feed-forward layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from storylab.config import ModelConfig
+from storylab.model.attention import causal_attention
+from storylab.model.head import linear_cross_entropy, token_losses
+
+INIT_STD = 0.02
+NORM_EPS = 1e-5
+
+
+class LayerCache:
+    """Keys and values of the positions that one layer has read, in ``[B, K, max_length, D]``."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self.keys = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, K, T, D]`` behind the filled positions; return all keys and values so far."""
+        start, self.length = self.length, self.length + key.shape[2]
+        self.keys[:, :, start : self.length] = key
+        self.values[:, :, start : self.length] = value
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return keys.to(key.dtype), values.to(value.dtype)
+
+
+class KeyValueCache:
+    """A :class:`LayerCache` for every layer, for generation one token at a time."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, max_length: int, device: torch.device
+    ) -> None:
+        shape = (batch, config.n_kv_head, max_length, config.head_size)
+        self.layers = [LayerCache(shape, device) for _ in range(config.n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Positions read so far."""
+        return self.layers[0].length
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
+
+
+def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[T, D]`` of the rotary angles (Su et al. 2021, arXiv 2104.09864).
+
+    Channel i of the first half of a head and channel i of the second half turn together by
+    position * base^(-2i/D), the layout of Llama in `transformers`; both halves hold the same angles.
+    """
+    half = config.head_size // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    angles = positions.float()[:, None] * config.rope_base**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x [B, heads, T, D]`` by the rotary angles; the result has the dtype of ``x``."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.n_head, config.n_kv_head
+        # Query, key and value rows in one matrix: one product instead of three, two of them thin.
+        rows = (self.heads + 2 * self.kv_heads) * config.head_size
+        self.qkv = nn.Linear(config.n_embd, rows, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> Tensor:
+        batch, time, width = x.shape
+        heads = self.qkv(x).view(batch, time, -1, width // self.heads).transpose(1, 2)
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = causal_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.n_embd)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """Language model over token ids; the embedding is tied to the output head.
+
+    Args:
+        config: shape of the model.
+        vocab_size: number of token ids, V.
+        seed: seed of the initial weights, drawn on the CPU so that every device starts alike.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """N(0, 0.02); what writes to the residual stream N(0, 0.02/sqrt(2L)); norm gains 1 (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+                continue
+            writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            std = INIT_STD / math.sqrt(2 * self.config.n_layer) if writes_residual else INIT_STD
+            parameter.normal_(0.0, std, generator=generator)
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).
+
+        With a cache the tokens continue the positions already in it, and the cache grows.
+        """
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        rotary = rotary_angles(self.config, positions)
+        x = self.embedding(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache.layers[layer] if cache is not None else None)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of the token after each position of ``tokens [B, T]``."""
+        return F.linear(self.hidden(tokens, cache), self.embedding.weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats (float32 scalar) of ``targets [B, T]`` after ``tokens [B, T]``.
+
+        The logits of all positions are never in memory at once.
+        """
+        hidden = self.hidden(tokens).flatten(0, 1)
+        total = linear_cross_entropy(hidden, self.embedding.weight, targets.flatten())
+        return total / targets.numel()
+
+    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of every position, ``[B, T]`` float32, without gradient."""
+        with torch.no_grad():
+            hidden = self.hidden(tokens).flatten(0, 1)
+            losses = token_losses(hidden, self.embedding.weight, targets.flatten())
+        return losses.view(targets.shape)

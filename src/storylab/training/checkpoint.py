@@ -1,0 +1,103 @@
+"""Checkpoints: one safetensors file each, with its own hash, written all or not at all.
+
+``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, AdamW state and,
+in its header, everything else that a run needs to go on to the same bits: there is no random
+state to keep, because batches are a function of the iteration and the model has no dropout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from storylab.errors import UserError
+from storylab.files import atomic_path
+from storylab.model.transformer import Transformer
+
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and JSON ``state`` to ``path``; until it is complete the old file stays.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {"format": "pt", "sha256": weights_sha256(tensors), "state": json.dumps(state)}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            # The library wraps what the system said, such as "No space left on device".
+            raise OSError(None, str(error)) from error
+        temporary.chmod(0o644)  # the library leaves it readable by its owner alone
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: the file is missing, cut short or altered.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the run has no such checkpoint (yet)")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = json.loads(metadata["state"])
+        expected = metadata["sha256"]
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a whole storylab checkpoint ({error})") from error
+    if weights_sha256(tensors) != expected:
+        raise UserError(f"{path} has been altered (its SHA-256 differs): restore it from a copy")
+    return tensors, state
+
+
+def training_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and optimizer state under names that :func:`restore` understands."""
+    tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"] = value
+    return tensors
+
+
+def restore(
+    model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Put what :func:`training_tensors` gave back into a model and its optimizer."""
+    model.load_state_dict(model_weights(tensors))
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        if full_name.startswith(OPTIMIZER_PREFIX):
+            key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
+            device = parameters[name].device
+            optimizer.state[parameters[name]][key] = value.to(device)
+
+
+def model_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of either kind of checkpoint."""
+    return {
+        name.removeprefix(MODEL_PREFIX): value
+        for name, value in tensors.items()
+        if not name.startswith(OPTIMIZER_PREFIX)
+    }

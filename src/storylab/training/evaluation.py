@@ -1,0 +1,147 @@
+"""Loss on fixed windows: a quick estimate during training, the whole split at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from storylab.data.batches import evaluation_windows
+from storylab.data.dataset import Split, load_dataset
+from storylab.data.sources import VALIDATION
+from storylab.errors import UserError
+from storylab.model.transformer import Transformer
+from storylab.training.precision import Precision
+from storylab.training.run_folder import open_run
+from storylab.training.sampling import load_story_model
+
+# Windows in one evaluation batch, whatever the training batch size: the record's.
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss of a model on a whole split.
+
+    ``story_losses [n]`` are sums of nats, ``story_tokens [n]`` the predicted tokens of each story,
+    its end-of-text token included; the very first token of the split has nothing before it and is
+    not predicted.
+    """
+
+    story_losses: np.ndarray
+    story_tokens: np.ndarray
+    text_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return float(self.story_losses.sum() / self.story_tokens.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of :attr:`loss` over stories, the units drawn, not tokens.
+
+        That of a ratio of sums (Cochran 1977, Sampling Techniques, section 6.4); NaN for one story.
+        """
+        n = len(self.story_losses)
+        if n < 2:
+            return math.nan
+        residuals = self.story_losses - self.loss * self.story_tokens
+        spread = math.sqrt(n / (n - 1) * float((residuals**2).sum()))
+        return spread / float(self.story_tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to code the split, end-of-text tokens included, over the UTF-8 bytes of its text."""
+        return float(self.story_losses.sum()) / math.log(2) / self.text_bytes
+
+
+def window_losses(
+    model: Transformer,
+    split: Split,
+    starts: np.ndarray,
+    block_size: int,
+    precision: Precision,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32."""
+    losses = np.empty((len(starts), block_size), dtype=np.float32)
+    for first in range(0, len(starts), EVAL_BATCH):
+        check()
+        chosen = slice(first, first + EVAL_BATCH)
+        windows = torch.from_numpy(split.windows(starts[chosen], block_size + 1))
+        windows = windows.to(precision.device)
+        with torch.no_grad(), precision.autocast():
+            losses[chosen] = model.token_losses(windows[:, :-1], windows[:, 1:]).cpu().numpy()
+    return losses
+
+
+def estimate_loss(
+    model: Transformer,
+    split: Split,
+    block_size: int,
+    batches: int,
+    precision: Precision,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean loss in nats over ``batches`` x 64 windows, the same ones at every call."""
+    starts = evaluation_windows(split, block_size, batches * EVAL_BATCH)
+    losses = window_losses(model, split, starts, block_size, precision, check)
+    return float(losses.mean(dtype=np.float64))
+
+
+def evaluate_split(
+    model: Transformer,
+    split: Split,
+    block_size: int,
+    precision: Precision,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss of every token of ``split`` (but the first), read in windows of ``block_size``.
+
+    Windows follow each other without overlap, so a token is predicted from 1 to ``block_size``
+    tokens before it; the last window reaches back to be whole, and only its new tokens count.
+    """
+    last = len(split) - 1 - block_size
+    starts = np.arange(0, last + 1, block_size)
+    if starts[-1] != last:
+        starts = np.append(starts, last)
+    losses = window_losses(model, split, starts, block_size, precision, check)
+    by_target = np.empty(len(split) - 1, dtype=np.float64)
+    for start, row in zip(starts, losses, strict=True):
+        by_target[start : start + block_size] = row
+    # by_target[i] is the loss of token i + 1: story borders move one to the left.
+    begins = np.maximum(split.stories[:-1, 0] - 1, 0)
+    ends = split.stories[1:, 0] - 1
+    sums = np.concatenate(([0.0], by_target.cumsum()))
+    return Evaluation(sums[ends] - sums[begins], ends - begins, split.text_bytes)
+
+
+def evaluate_run(
+    folder: Path,
+    checkpoint_name: str = "last",
+    split: str = VALIDATION,
+    data_dir: Path | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluate a run's model on a whole split of its data.
+
+    Raises:
+        UserError: the run, its checkpoint or its data cannot be used.
+    """
+    run = open_run(folder)
+    dataset = load_dataset(data_dir or run.config.data_dir)
+    if dataset.fingerprint != run.data["fingerprint"]:
+        raise UserError(f"{dataset.folder} is not the data of {folder}: give its --data_dir")
+    writer = load_story_model(run, checkpoint_name, device)
+    dataset.require_window(writer.block_size)
+    return evaluate_split(writer.model, dataset.splits[split], writer.block_size, writer.precision)

@@ -1,0 +1,89 @@
+"""The lines that a run prints, in the record's format."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+UNKNOWN = "unknown on this device"
+
+
+def iteration_line(
+    iteration: int, loss: float, seconds: float, tokens: int, learning_rate: float
+) -> str:
+    """``iter 100:  loss 7.5410,  time 112196.47ms, 116,824 tok/s,  lr 1.00e-05``.
+
+    ``seconds`` is the wall time since the line before, evaluations included, and ``tokens`` what
+    was trained in it: 0 on the first line.
+    """
+    speed = tokens / seconds if seconds > 0 else 0.0
+    fields = (
+        (f"iter {iteration}:", 10),
+        (f"loss {loss:.4f},", 13),
+        (f"time {seconds * 1000:.2f}ms,", 17),
+        (f"{speed:,.0f} tok/s,", 15),
+        (f"lr {learning_rate:.2e}", 0),
+    )
+    return " ".join(text.ljust(width) for text, width in fields)
+
+
+def evaluation_line(iteration: int, train_loss: float, val_loss: float) -> str:
+    """``Step 500:  train loss 3.2190, val loss 3.2224``."""
+    return f"{f'Step {iteration}:':<10} train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+
+
+def best_line(val_loss: float) -> str:
+    """``Saved new best model (val loss: 3.2224)``."""
+    return f"Saved new best model (val loss: {val_loss:.4f})"
+
+
+def duration(seconds: float) -> str:
+    """``18 min 43 s``, ``2 h 05 min`` or ``41.2 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else form.format(value)
+
+
+def _with_perplexity(loss: float | None) -> str:
+    if loss is None:
+        return "none yet"
+    return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):,.2f})"
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The results of a run, as the record lists them, from its ``summary.json``."""
+    full = summary["validation"]
+    energy = summary["energy_joules"]
+    rows = [
+        ("Final train loss", _with_perplexity(summary["final_train_loss"])),
+        ("Final val loss", _with_perplexity(summary["final_val_loss"])),
+        (
+            "Whole val split",
+            f"loss {full['loss']:.4f} +/- {full['standard_error']:.4f} (standard error over "
+            f"{full['stories']:,} stories), perplexity {full['perplexity']:,.2f}, "
+            f"{full['bits_per_byte']:.4f} bits per byte"
+            if full
+            else "not evaluated",
+        ),
+        ("Average speed", f"{summary['tokens_per_second']:,.0f} tok/s"),
+        (
+            "Total time",
+            f"{duration(summary['seconds'])} for {summary['iterations']:,} iterations "
+            f"({summary['tokens']:,} tokens, {summary['epochs']:.2f} epochs)",
+        ),
+        ("Power", _figure(summary["power_watts"], "{:.0f} W")),
+        ("Utilisation", _figure(summary["utilisation_percent"], "{:.0f} %")),
+        ("Energy", _figure(None if energy is None else energy / 3600, "{:.1f} Wh")),
+        ("Peak memory", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB ({summary['memory_kind']})"),
+    ]
+    lines = ["Results", *(f"  {name + ':':<17} {value}" for name, value in rows)]
+    for sample in summary["samples"]:
+        lines += ["", f"Sample for {sample['prompt']!r}:", sample["text"]]
+    return lines

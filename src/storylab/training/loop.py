@@ -1,0 +1,409 @@
+"""The training loop: one run, from its config to its summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from storylab.config import TrainConfig
+from storylab.data.batches import Prefetcher, TrainingBatches
+from storylab.data.dataset import Dataset, load_dataset
+from storylab.data.sources import TRAIN, VALIDATION
+from storylab.model.transformer import Transformer
+from storylab.training import checkpoint, lines
+from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
+from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.run_folder import LOG, METRICS, Run, create_run
+from storylab.training.sampling import StoryModel
+from storylab.training.schedule import learning_rate
+from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
+from storylab.training.telemetry import Telemetry, peak_memory_bytes
+
+RECORD_PROMPT = "Once upon a time there was a little"
+
+
+class Reporter(Protocol):
+    """Where a run tells how it goes. The library itself prints nothing."""
+
+    def line(self, text: str) -> None:
+        """A line of the log."""
+        ...
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """How much of the work called ``name`` is done."""
+        ...
+
+
+class SilentReporter:
+    """Keeps everything to the run folder."""
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 - asked for, so no error
+    """SIGTERM or Ctrl-C: the run is saved and can be resumed."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
+    """Loss or gradients became non-finite; the weights from before are saved."""
+
+
+class _StopRequested(Exception):  # noqa: N818
+    """Unwinds the iteration or evaluation that a signal cut short."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved with every checkpoint. Times in seconds."""
+
+    next_iteration: int = 0
+    last_line: int = 0
+    seconds_since_line: float = 0.0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_iteration: int | None = None
+    energy_joules: float | None = None
+    peak_memory_bytes: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C, noted when it comes and acted on where it is safe to leave."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def check(self) -> None:
+        """Leave the current work if a signal has come."""
+        if self.number is not None:
+            raise _StopRequested
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Listen while the block runs; a second Ctrl-C is the usual KeyboardInterrupt."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+
+        def note(number: int, frame: object) -> None:
+            self.number = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
+    """Train a model as ``config`` says, in a new run folder.
+
+    Raises:
+        UserError: data, device or folder cannot be used, or the disk is full.
+        TrainingInterrupted: a signal stopped it; the run can be resumed.
+        TrainingDiverged: loss or gradients are not finite.
+    """
+    dataset, precision = prerequisites(config)
+    if config.out_dir is None:
+        name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = dataclasses.replace(config, out_dir=Path("runs") / name)
+    config = dataclasses.replace(config, data_seed=config.resolved_data_seed)
+    trainer = Trainer(config, dataset, precision, reporter or SilentReporter())
+    run = create_run(config, dataset, trainer.identity())
+    return trainer.train(run)
+
+
+def prerequisites(config: TrainConfig) -> tuple[Dataset, Precision]:
+    """The checked data set and precision of a run.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    precision = choose_precision(choose_device(config.device), config.dtype)
+    dataset = load_dataset(config.data_dir)
+    dataset.require_window(config.block_size)
+    return dataset, precision
+
+
+class Trainer:
+    """Model, optimizer and data of one run, and how far it has come."""
+
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, precision: Precision, reporter: Reporter
+    ) -> None:
+        self.config, self.dataset = config, dataset
+        self.precision, self.reporter = precision, reporter
+        self.model = Transformer(config.model, dataset.vocab_size, config.seed)
+        self.model.to(precision.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = precision.grad_scaler()
+        self.batches = TrainingBatches(
+            dataset.splits[TRAIN],
+            dataset.fingerprint,
+            config.resolved_data_seed,
+            config.block_size,
+            config.batch_size * config.gradient_accumulation_steps,
+        )
+        self.progress = Progress()
+        self.stop = StopSignal()
+
+    def identity(self) -> dict[str, str]:
+        """Hashes that prove what runs share: their initial weights and their first batch."""
+        return {
+            "device": str(self.precision.device),
+            "initial_weights_sha256": checkpoint.weights_sha256(self.model.state_dict()),
+            "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
+        }
+
+    def restore(self, run: Run) -> None:
+        """Go back to the run's last checkpoint, or stay at the start if it has none yet."""
+        if not run.checkpoint("last").exists():
+            return
+        tensors, state = checkpoint.load(run.checkpoint("last"))
+        self.progress = Progress(**state)
+        checkpoint.restore(self.model, self.optimizer, tensors)
+        if self.progress.scaler:
+            self.scaler.load_state_dict(self.progress.scaler)
+
+    def train(self, run: Run) -> Run:
+        """Train from where the progress stands to ``max_iters``, evaluate, and write the summary."""
+        self.run = run
+        if self.config.compile:
+            for block in self.model.blocks:
+                block.compile()  # in place, so that names in checkpoints stay as they are
+        self.prefetcher = Prefetcher(self.batches)
+        self.telemetry = Telemetry(self.precision.device)
+        self.lap_start = self.saved_at = time.perf_counter()
+        try:
+            with self.telemetry, self.stop.installed():
+                self._iterate()
+                self._finish()
+        except _StopRequested:
+            self._save_last()
+            number = self.stop.number or signal.SIGINT
+            message = (
+                f"Stopped before iteration {self.progress.next_iteration}; continue with: "
+                f"storylab resume {run.folder}"
+            )
+            raise TrainingInterrupted(message, number) from None
+        finally:
+            self.prefetcher.close()
+        return run
+
+    def _iterate(self) -> None:
+        for iteration in range(self.progress.next_iteration, self.config.max_iters + 1):
+            if self._evaluation_due(iteration):
+                self._evaluate(iteration)
+            started = time.perf_counter()
+            batch = self.prefetcher(iteration)
+            waited = time.perf_counter() - started
+            try:
+                result = self._step(iteration, batch)
+            except NonFiniteError as error:
+                self._diverged(iteration, error)
+            self._record(iteration, result, time.perf_counter() - started, waited)
+            self.progress.next_iteration = iteration + 1
+            if self._checkpoint_due(iteration):
+                self._save_last()
+
+    def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
+        return training_step(
+            self.model,
+            self.optimizer,
+            self.scaler,
+            self.precision,
+            batch,
+            micro_batch=self.config.batch_size,
+            learning_rate=learning_rate(self.config, iteration),
+            grad_clip=self.config.grad_clip,
+            check=self.stop.check,
+        )
+
+    def _evaluation_due(self, iteration: int) -> bool:
+        due = iteration % self.config.eval_interval == 0 or iteration == self.config.max_iters
+        return due and iteration > 0
+
+    def _checkpoint_due(self, iteration: int) -> bool:
+        minutes = (time.perf_counter() - self.saved_at) / 60
+        return self._evaluation_due(iteration) or minutes >= self.config.checkpoint_minutes
+
+    def _evaluate(self, iteration: int) -> None:
+        """Estimate both losses on the fixed windows and keep the weights if they are the best."""
+        self.reporter.progress("evaluating", iteration, self.config.max_iters + 1)
+        train_loss, val_loss = (
+            estimate_loss(
+                self.model,
+                self.dataset.splits[name],
+                self.config.block_size,
+                self.config.eval_iters,
+                self.precision,
+                self.stop.check,
+            )
+            for name in (TRAIN, VALIDATION)
+        )
+        state = self.progress
+        best = state.best_val_loss is None or val_loss < state.best_val_loss
+        self._line("")
+        self._line(lines.evaluation_line(iteration, train_loss, val_loss))
+        if best:
+            state.best_val_loss, state.best_iteration = val_loss, iteration
+            best_state = {"iteration": iteration, "val_loss": val_loss}
+            checkpoint.save(self.run.checkpoint("best"), self.model.state_dict(), best_state)
+            self._line(lines.best_line(val_loss))
+        self._line("")
+        state.train_loss, state.val_loss = train_loss, val_loss
+        self._metric("evaluation", iteration, train_loss=train_loss, val_loss=val_loss, best=best)
+
+    def _record(self, iteration: int, result: StepResult, seconds: float, waited: float) -> None:
+        """Write the iteration's metrics and, at intervals, its line."""
+        state, config = self.progress, self.config
+        now = time.perf_counter()
+        state.seconds += now - self.lap_start
+        state.seconds_since_line += now - self.lap_start
+        self.lap_start = now
+        state.training_seconds += seconds
+        state.peak_memory_bytes = max(
+            state.peak_memory_bytes, peak_memory_bytes(self.precision.device)
+        )
+        rate = learning_rate(config, iteration)
+        self._metric(
+            "iteration",
+            iteration,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            clipped=result.clipped,
+            tokens=(iteration + 1) * config.tokens_per_iteration,
+            tokens_per_second=config.tokens_per_iteration / seconds,
+            step_seconds=seconds,
+            data_seconds=waited,
+            peak_memory_bytes=state.peak_memory_bytes,
+            **self.telemetry.latest(),
+        )
+        if iteration % config.log_interval == 0 or iteration == config.max_iters:
+            tokens = (iteration - state.last_line) * config.tokens_per_iteration
+            elapsed = state.seconds_since_line
+            self._line(lines.iteration_line(iteration, result.loss, elapsed, tokens, rate))
+            state.last_line, state.seconds_since_line = iteration, 0.0
+        self.reporter.progress("training", iteration + 1, config.max_iters + 1)
+
+    def _diverged(self, iteration: int, error: NonFiniteError) -> None:
+        self._save_last()
+        rate = learning_rate(self.config, iteration)
+        message = (
+            f"iteration {iteration}: {error} at learning rate {rate:.2e}; training stopped, the "
+            f"weights from before are in {self.run.checkpoint('last')}. Try a lower "
+            "--learning_rate, a longer --warmup_iters, or --dtype float32"
+        )
+        self._line(message)
+        summary = self._summary("diverged", None, []) | {"reason": str(error)}
+        self.run.write_summary(summary)
+        raise TrainingDiverged(message) from error
+
+    def _finish(self) -> None:
+        """Evaluate the final weights on the whole validation split, sample, and sum up."""
+        self._save_last()
+        self.reporter.progress("final evaluation", 0, 1)
+        evaluation = evaluate_split(
+            self.model,
+            self.dataset.splits[VALIDATION],
+            self.config.block_size,
+            self.precision,
+            self.stop.check,
+        )
+        table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
+        self.run.write_story_losses(table)
+        writer = StoryModel(
+            self.model, self.dataset.tokenizer, self.config.block_size, self.precision
+        )
+        samples = [{"prompt": RECORD_PROMPT, "text": writer.sample(RECORD_PROMPT)[0]}]
+        summary = self._summary("finished", evaluation, samples)
+        self.run.write_summary(summary)
+        self.reporter.progress("final evaluation", 1, 1)
+        for line in ("", *lines.summary_lines(summary)):
+            self._line(line)
+
+    def _summary(
+        self, status: str, evaluation: Evaluation | None, samples: list[dict[str, str]]
+    ) -> dict[str, Any]:
+        state, device = self.progress, self.precision.device
+        tokens = state.next_iteration * self.config.tokens_per_iteration
+        measured = self.telemetry.totals()
+        measured["energy_joules"] = _sum(state.energy_joules, measured["energy_joules"])
+        return {
+            "status": status,
+            "iterations": state.next_iteration,
+            "tokens": tokens,
+            "epochs": self.batches.epochs(state.next_iteration),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "final_train_loss": state.train_loss,
+            "final_val_loss": state.val_loss,
+            "best_val_loss": state.best_val_loss,
+            "best_iteration": state.best_iteration,
+            "validation": _evaluation_summary(evaluation),
+            "seconds": state.seconds,
+            "training_seconds": state.training_seconds,
+            "tokens_per_second": tokens / state.training_seconds if tokens else 0.0,
+            **measured,
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "memory_kind": "allocated on the GPU" if device.type == "cuda" else "resident",
+            "samples": samples,
+        }
+
+    def _save_last(self) -> None:
+        state = dataclasses.replace(self.progress, scaler=self.scaler.state_dict())
+        state.energy_joules = _sum(state.energy_joules, self.telemetry.totals()["energy_joules"])
+        tensors = checkpoint.training_tensors(self.model, self.optimizer)
+        checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
+        self.saved_at = time.perf_counter()
+
+    def _line(self, text: str) -> None:
+        self.run.append(LOG, text)
+        self.reporter.line(text)
+
+    def _metric(self, kind: str, iteration: int, **values: Any) -> None:
+        row = {"kind": kind, "iteration": iteration, **values}
+        self.run.append(METRICS, json.dumps(row, allow_nan=False))
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    error = evaluation.standard_error
+    return {
+        "loss": evaluation.loss,
+        "standard_error": None if math.isnan(error) else error,
+        "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "stories": len(evaluation.story_losses),
+        "tokens": int(evaluation.story_tokens.sum()),
+    }

@@ -1,0 +1,72 @@
+"""Which device a run computes on and in which precision, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from storylab.config import Dtype
+from storylab.errors import UserError
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# NVIDIA's tensor cores have bfloat16 from this compute capability on (Ampere).
+BFLOAT16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A device and the dtype of the matrix products on it; weights stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in ``dtype``."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaler; does something for float16 only, whose gradients would underflow."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``name`` means; auto is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device (or a CPU build of torch): use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"no {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no MPS device here: use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device '{name}' is not supported: use cpu, cuda or mps")
+    return device
+
+
+def choose_precision(device: torch.device, dtype: Dtype) -> Precision:
+    """The precision of a run.
+
+    Raises:
+        UserError: the device has no matrix products in ``dtype``.
+    """
+    if device.type == "cuda" and dtype == "bfloat16":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < BFLOAT16_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
+    return Precision(device, TORCH_DTYPES[dtype])

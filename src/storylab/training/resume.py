@@ -1,0 +1,81 @@
+"""Continuing a run, and refusing to where the result would not be the run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from storylab.config import TrainConfig, differences
+from storylab.errors import UserError
+from storylab.training.loop import Reporter, SilentReporter, Trainer, prerequisites
+from storylab.training.run_folder import Run, code_sha256, open_run
+from storylab.training.schedule import learning_rate
+
+
+def resume(
+    folder: Path, wanted: TrainConfig | None = None, reporter: Reporter | None = None
+) -> Run:
+    """Continue the run in ``folder`` to the same bits as if it had never stopped.
+
+    Args:
+        folder: the run folder.
+        wanted: config to continue with, by default the run's own. It may differ in where things
+            lie and how often to print, and in ``max_iters`` where the learning rates of the
+            iterations so far would have been the same.
+        reporter: told how it goes.
+
+    Raises:
+        UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
+        TrainingInterrupted, TrainingDiverged: as in training.
+    """
+    run = open_run(folder)
+    stored = run.config
+    reporter = reporter or SilentReporter()
+    config = dataclasses.replace(wanted or stored, out_dir=folder)
+    _check_config(stored, config)
+    dataset, precision = prerequisites(config)
+    expected = run.data["fingerprint"]
+    if dataset.fingerprint != expected:
+        raise UserError(
+            f"{config.data_dir} is not the data of this run: its fingerprint is "
+            f"{dataset.fingerprint[:12]}, the run's {expected[:12]}; give the right --data_dir"
+        )
+    trainer = Trainer(config, dataset, precision, reporter)
+    trainer.restore(run)
+    done = trainer.progress.next_iteration
+    _check_learning_rates(stored, config, done)
+    summary = run.summary
+    if done > config.max_iters and summary and summary["status"] == "finished":
+        reporter.line(f"{folder} is finished: give a larger --max_iters to go on")
+        return run
+    if config.max_iters != stored.max_iters:
+        reporter.line(
+            f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
+            f"{done} iterations so far stay as they were"
+        )
+    if run.environment["code_sha256"] != code_sha256():
+        reporter.line("This code differs from the code that started the run: bits may differ")
+    run.continue_from(done, config)
+    reporter.line(f"Resuming {folder} at iteration {done}")
+    return trainer.train(run)
+
+
+def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
+    changed = differences(stored, wanted)
+    changed.pop("max_iters", None)
+    if changed:
+        shown = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        raise UserError(f"cannot resume with another config ({shown}): start a new run instead")
+
+
+def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
+    if done > wanted.max_iters + 1:
+        raise UserError(f"the run has done {done} iterations, more than max_iters allows")
+    for iteration in range(min(done, stored.max_iters + 1)):
+        was, would_be = learning_rate(stored, iteration), learning_rate(wanted, iteration)
+        if was != would_be:
+            raise UserError(
+                f"max_iters {stored.max_iters} -> {wanted.max_iters} changes the {stored.schedule} "
+                f"schedule of iterations already trained (iteration {iteration}: {was:.3e} -> "
+                f"{would_be:.3e}): start a new run, or use --schedule constant for runs to extend"
+            )

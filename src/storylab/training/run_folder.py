@@ -1,0 +1,206 @@
+"""The run folder: everything about one run, and the only source of truth about it.
+
+``config.json``, ``data.json``, ``environment.json`` and ``tokenizer.tiktoken`` are written once at
+the start, ``log.txt`` and ``metrics.jsonl`` grow a line at a time, ``checkpoints/`` and
+``summary.json`` are replaced whole. The README describes each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from storylab import config as configs
+from storylab.config import TrainConfig
+from storylab.data.dataset import TOKENIZER_FILE, Dataset
+from storylab.data.tokenizer import Tokenizer, load_tokenizer
+from storylab.errors import UserError
+from storylab.files import atomic_path, read_json, write_error, write_json
+
+CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
+METRICS, LOG, STORY_LOSSES = "metrics.jsonl", "log.txt", "story_losses.npy"
+PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved config that the run was started with."""
+        return configs.from_dict(read_json(self.folder / CONFIG))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Fingerprint, vocabulary and sizes of the data set."""
+        data: dict[str, Any] = read_json(self.folder / DATA)
+        return data
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Code version, packages, device, threads, and the hashes that prove what was shared."""
+        environment: dict[str, Any] = read_json(self.folder / ENVIRONMENT)
+        return environment
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Results, or None while the run has not stopped yet."""
+        path = self.folder / SUMMARY
+        return read_json(path) if path.exists() else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run's data."""
+        path = self.folder / TOKENIZER_FILE
+        tokenizer = load_tokenizer(path, self.data["tokenizer"]["name"])
+        if tokenizer.sha256 != self.data["tokenizer"]["sha256"]:
+            raise UserError(f"{path} has been altered: copy it again from the data set")
+        return tokenizer
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of ``metrics.jsonl``; a last line that a kill has cut short is left out."""
+        return list(self._metric_rows())
+
+    def checkpoint(self, name: str) -> Path:
+        """Path of the checkpoint ``best`` or ``last``."""
+        return self.folder / "checkpoints" / f"{name}.safetensors"
+
+    def _metric_rows(self) -> Iterator[dict[str, Any]]:
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def continue_from(self, next_iteration: int, config: TrainConfig) -> None:
+        """Prepare to be resumed: what comes from ``next_iteration`` on is dropped and made again."""
+        rows = [row for row in self._metric_rows() if row["iteration"] < next_iteration]
+        with atomic_path(self.folder / METRICS) as temporary:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            temporary.write_text(text, encoding="utf-8")
+        record = self.environment
+        again = environment() | {"iteration": next_iteration}
+        record["resumed"] = [*record.get("resumed", []), again]
+        write_json(self.folder / ENVIRONMENT, record)
+        write_json(self.folder / CONFIG, configs.to_dict(config))
+
+    def append(self, file: str, line: str) -> None:
+        """Add a line to ``log.txt`` or ``metrics.jsonl``; it is out of this process at once."""
+        try:
+            with open(self.folder / file, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise write_error(self.folder / file, error) from error
+
+    def write_story_losses(self, table: np.ndarray) -> None:
+        """Replace ``story_losses.npy``: nats and predicted tokens of every validation story."""
+        with atomic_path(self.folder / STORY_LOSSES) as temporary, open(temporary, "wb") as file:
+            np.save(file, table, allow_pickle=False)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace ``summary.json``."""
+        write_json(self.folder / SUMMARY, summary)
+
+
+def create_run(config: TrainConfig, dataset: Dataset, identity: dict[str, Any]) -> Run:
+    """Make the folder ``config.out_dir`` and write what is known before the first iteration.
+
+    Raises:
+        UserError: the folder has something in it already, or cannot be written.
+    """
+    assert config.out_dir is not None
+    folder = config.out_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty: choose another --out_dir, or continue the run in it with "
+                f"`storylab resume {folder}`"
+            )
+        (folder / "checkpoints").mkdir()
+        dataset.tokenizer.save(folder / TOKENIZER_FILE)
+        run = Run(folder)
+        keys = ("fingerprint", "tokenizer", "dtype", "request")
+        data = {key: dataset.manifest.get(key) for key in keys}
+        data["tokens"] = {name: len(split) for name, split in dataset.splits.items()}
+        write_json(folder / DATA, data)
+        write_json(folder / ENVIRONMENT, environment() | identity)
+        # Last: a folder with a config is one that can be resumed.
+        write_json(folder / CONFIG, configs.to_dict(config))
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """The run in ``folder``.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not a run folder (it has no {CONFIG}): check the path")
+    return Run(folder)
+
+
+def environment() -> dict[str, Any]:
+    """Code version, packages and machine, as JSON values."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "storylab": importlib.metadata.version("storylab"),
+        "code_sha256": code_sha256(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def code_sha256() -> str:
+    """SHA-256 over the package's own source files: the code version, with or without git."""
+    root = Path(configs.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the package runs from, with "-dirty" if it has changes."""
+    if "site-packages" in Path(__file__).parts:
+        return None  # an installed copy; a repository around it would be someone else's
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
