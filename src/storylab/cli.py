@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
-import importlib
+import importlib.metadata
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -252,18 +254,19 @@ def _switch_names(kind: type[Any]) -> set[str]:
 
 def _one_line(box: str) -> str:
     """The message of the parser's box, with its suggestion if it has one."""
-    rows = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
     sections: list[list[str]] = [[]]
-    for row in rows[1:]:
-        if row and set(row) <= {"─"}:
+    # The first line is the box's title, which says less than what is in it.
+    for row in (line.strip("│|╰╯+ ") for line in box.strip().splitlines()[1:]):
+        if row and set(row) <= set("─-"):
             sections.append([])
         elif row:
             sections[-1].append(row)
-    message = " ".join(sections[0])
-    for section in sections[1:]:
-        if section and section[0].startswith("Perhaps you meant"):
-            flags = [row.split()[0].rstrip(",") for row in section if row.startswith("--")]
-            message += f"; perhaps you meant {' or '.join(flags)}"
+    texts = [" ".join(section) for section in sections if section]
+    message = re.sub(r"^Error parsing config[\w.]*: ", "", texts[0]) if texts else ""
+    for text in texts[1:]:
+        if text.startswith("Perhaps you meant"):
+            flags = [word.rstrip(",") for word in text.split() if word.startswith("--")]
+            message += f"; perhaps you meant {' or '.join(dict.fromkeys(flags))}"
     return message or "the flags cannot be read"
 
 
@@ -385,22 +388,23 @@ def _eval(args: list[str]) -> int:
 def _sample(args: list[str]) -> int:
     command = parse(SampleCommand, args, "storylab sample")
     from storylab.model.generate import Sampling
+    from storylab.training.lines import printable
     from storylab.training.run_folder import open_run
     from storylab.training.sampling import load_story_model
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)
     writer = load_story_model(open_run(command.run), command.checkpoint, command.device)
-    rows = [command.prompt.encode() for _ in range(command.samples)]
-    out = sys.stdout.buffer
-    out.write(command.prompt.encode())
+    # Characters may span tokens, so bytes are decoded as they come, for each story apart.
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(command.samples)]
+    stories = [command.prompt] * command.samples
+    print(command.prompt, end="", flush=True)
     for pieces in writer.stream(command.prompt, sampling, command.max_new_tokens, command.samples):
-        rows = [row + piece for row, piece in zip(rows, pieces, strict=True)]
-        out.write(pieces[0])
-        out.flush()
-    out.write(b"\n")
-    for row in rows[1:]:
-        out.write(b"\n---\n\n" + row + b"\n")
-    out.flush()
+        new = [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
+        stories = [story + text for story, text in zip(stories, new, strict=True)]
+        print(printable(new[0]), end="", flush=True)
+    print()
+    for story in stories[1:]:
+        print(f"\n---\n\n{printable(story)}")
     return 0
 
 

@@ -47,7 +47,11 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn stories into a data set to train on."""
+    """Turn stories into a data set to train on.
+
+    Examples: storylab prepare | storylab prepare --source builtin --tokenizer bpe:1024
+    | storylab prepare --train a.parquet b.txt --validation c.txt --out data/mine
+    """
 
     source: Literal["tinystories", "tinystories-v2", "tinystories-gpt4-clean", "builtin"] = (
         "tinystories"

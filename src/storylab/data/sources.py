@@ -6,7 +6,11 @@ A source yields the raw texts of one split in a fixed order; :func:`clean` turns
 from __future__ import annotations
 
 import json
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,21 +186,42 @@ def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
     Raises:
         UserError: no network, or no such file.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
+
+    # Its retries announce themselves at length; what comes of them is said below.
+    hub_logging.set_verbosity_error()
+
+    def fetch(cached: bool) -> Path:
+        return Path(
+            hf_hub_download(
+                repo, file, revision=revision, repo_type=repo_type, local_files_only=cached
+            )
+        )
 
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(repo, file, revision=revision, repo_type=repo_type)
-        )
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        # LocalEntryNotFoundError, what a missing network looks like, is one of these.
-        raise UserError(f"cannot get {file} of {repo} from the hub; {THREE_WAYS}") from error
+        return fetch(cached=True)
+    except LocalEntryNotFoundError:
+        pass
+    endpoint = constants.ENDPOINT
+    try:
+        _check_reachable(endpoint)
+        return fetch(cached=False)
     except Exception as error:  # the hub's client lets its transport's errors through
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"cannot get {file} of {repo} from the hub ({reason[0]}); {THREE_WAYS}"
+            f"cannot get {file} of {repo} from {endpoint} ({reason}); {THREE_WAYS}"
         ) from error
+
+
+def _check_reachable(endpoint: str) -> None:
+    """Fail at once without a network, where the hub's client would try again for half a minute."""
+    if urllib.request.getproxies():
+        return  # a proxy reaches what this machine does not
+    address = urllib.parse.urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    socket.create_connection((address.hostname or "", port), timeout=10).close()
 
 
 def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileSource:
@@ -244,7 +269,8 @@ def _kind(path: Path) -> str | None:
 def _text_bytes(path: Path) -> int:
     """Size of the text in a file: exact for .txt, from the metadata for parquet, else a guess."""
     if _kind(path) == "parquet":
-        metadata = pq.ParquetFile(path).metadata
+        with _reading(path):
+            metadata = pq.ParquetFile(path).metadata
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return path.stat().st_size * (3 if path.suffix in _COMPRESSION else 1)
 
@@ -256,8 +282,15 @@ def read_texts(path: Path) -> Iterator[str]:
         UserError: the file is damaged, has no text column or is not UTF-8.
     """
     readers = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    try:
+    with _reading(path):
         yield from readers[_kind(path) or "txt"](path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with a file's content into a message that names the file."""
+    try:
+        yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path} ({reason}): get the file anew") from error

@@ -47,6 +47,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters replaced: a model can write any byte, a terminal obeys some."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
 def _figure(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else form.format(value)
 
@@ -85,5 +90,5 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     ]
     lines = ["Results", *(f"  {name + ':':<17} {value}" for name, value in rows)]
     for sample in summary["samples"]:
-        lines += ["", f"Sample for {sample['prompt']!r}:", sample["text"]]
+        lines += ["", f"Sample for {sample['prompt']!r}:", printable(sample["text"])]
     return lines

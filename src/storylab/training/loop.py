@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,12 @@ from storylab.training.step import NonFiniteError, StepResult, build_optimizer, 
 from storylab.training.telemetry import Telemetry, peak_memory_bytes
 
 RECORD_PROMPT = "Once upon a time there was a little"
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Evaluation and sampling run uncompiled: their shapes vary, and a loss should not depend on
+    how the training was sped up."""
+    return torch.compiler.set_stance("force_eager")
 
 
 class Reporter(Protocol):
@@ -255,17 +261,18 @@ class Trainer:
     def _evaluate(self, iteration: int) -> None:
         """Estimate both losses on the fixed windows and keep the weights if they are the best."""
         self.reporter.progress("evaluating", iteration, self.config.max_iters + 1)
-        train_loss, val_loss = (
-            estimate_loss(
-                self.model,
-                self.dataset.splits[name],
-                self.config.block_size,
-                self.config.eval_iters,
-                self.precision,
-                self.stop.check,
+        with _eager():
+            train_loss, val_loss = (
+                estimate_loss(
+                    self.model,
+                    self.dataset.splits[name],
+                    self.config.block_size,
+                    self.config.eval_iters,
+                    self.precision,
+                    self.stop.check,
+                )
+                for name in (TRAIN, VALIDATION)
             )
-            for name in (TRAIN, VALIDATION)
-        )
         state = self.progress
         best = state.best_val_loss is None or val_loss < state.best_val_loss
         self._line("")
@@ -329,24 +336,27 @@ class Trainer:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
         self._save_last()
         self.reporter.progress("final evaluation", 0, 1)
-        evaluation = evaluate_split(
-            self.model,
-            self.dataset.splits[VALIDATION],
-            self.config.block_size,
-            self.precision,
-            self.stop.check,
-        )
+        with _eager():
+            evaluation = evaluate_split(
+                self.model,
+                self.dataset.splits[VALIDATION],
+                self.config.block_size,
+                self.precision,
+                self.stop.check,
+            )
+            samples = [{"prompt": RECORD_PROMPT, "text": self._sample(RECORD_PROMPT)}]
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
         self.run.write_story_losses(table)
-        writer = StoryModel(
-            self.model, self.dataset.tokenizer, self.config.block_size, self.precision
-        )
-        samples = [{"prompt": RECORD_PROMPT, "text": writer.sample(RECORD_PROMPT)[0]}]
         summary = self._summary("finished", evaluation, samples)
         self.run.write_summary(summary)
         self.reporter.progress("final evaluation", 1, 1)
         for line in ("", *lines.summary_lines(summary)):
             self._line(line)
+
+    def _sample(self, prompt: str) -> str:
+        tokenizer = self.dataset.tokenizer
+        writer = StoryModel(self.model, tokenizer, self.config.block_size, self.precision)
+        return writer.sample(prompt)[0]
 
     def _summary(
         self, status: str, evaluation: Evaluation | None, samples: list[dict[str, str]]

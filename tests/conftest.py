@@ -1,0 +1,63 @@
+"""Shared fixtures: a small prepared data set and a config that trains on it in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storylab.config import ModelConfig, TrainConfig
+from storylab.data.dataset import Dataset
+from storylab.data.prepare import PrepareConfig, prepare
+
+TINY = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+torch.set_num_threads(1)  # the models here are too small to share between threads
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """300 built-in stories with a vocabulary of 300 ids."""
+    out = tmp_path_factory.mktemp("data") / "builtin"
+    return prepare(
+        PrepareConfig(source="builtin", tokenizer="bpe:300", out=out, builtin_stories=300)
+    )
+
+
+@pytest.fixture
+def tiny_config(dataset: Dataset, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A config of a two-layer model that trains 8 iterations; keywords change single values."""
+
+    def make(**changes: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "model": TINY,
+            "data_dir": dataset.folder,
+            "out_dir": tmp_path / "run",
+            "dtype": "float32",
+            "max_iters": 8,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "block_size": 16,
+            "learning_rate": 1e-2,
+            "warmup_iters": 2,
+            "eval_interval": 4,
+            "eval_iters": 1,
+            "log_interval": 2,
+            "device": "cpu",
+        }
+        return TrainConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_stories() -> Path:
+    """Folder with real TinyStories parquet files, where this machine has them."""
+    folder = REAL_DATA / "tinystories"
+    if not folder.is_dir():
+        pytest.skip("the real TinyStories sample is not on this machine")
+    return folder

@@ -1,0 +1,247 @@
+"""The command line as a user meets it: every mistake one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from storylab.cli import TrainCommand, main, parse
+from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
+from storylab.data.dataset import Dataset
+from storylab.training import checkpoint
+from storylab.training.run_folder import open_run
+
+ROOT = Path(__file__).parents[1]
+SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6
+  --batch_size 4 --gradient_accumulation_steps 1 --block_size 16 --eval_interval 3 --eval_iters 1
+  --log_interval 1 --warmup_iters 2 --device cpu""".split()
+
+
+def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "storylab", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def parsed(*args: str) -> TrainConfig:
+    from storylab.cli import _default_for
+
+    return parse(TrainCommand, args, "storylab train", TrainCommand(_default_for(args))).config
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a wrong command prints."""
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1
+    assert err.startswith("storylab: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "--max_iter", "5"], ["--max_iter", "perhaps you meant --max_iters"]),
+        (["train", "--preset", "10b"], ["unknown preset '10b'", "113m"]),
+        (["train", "--dtype", "fp9"], ["fp9", "--dtype", "bfloat16"]),
+        (["train", "--batch_size", "many"], ["--batch_size", "many"]),
+        (["train", "--batch_size", "-1"], ["batch_size is -1"]),
+        (["train", "--n_embd", "100"], ["n_embd 100", "n_head"]),
+        (["train", "--device", "cuda:7", "--data_dir", "x"], ["--device cpu"]),
+        (["train", "--data_dir", "nowhere"], ["no prepared data in nowhere", "storylab prepare"]),
+        (["train", "--resume"], ["--out_dir"]),
+        (["prepare", "--tokenizer", "bert"], ["bert", "bpe:4096"]),
+        (["prepare", "--train", "missing.txt", "--validation", "b.txt"], ["missing.txt"]),
+        (["prepare", "--train", "missing.txt"], ["--validation"]),
+        (["resume", "nowhere"], ["nowhere is not a run folder"]),
+        (["eval", "nowhere"], ["nowhere is not a run folder"]),
+        (["sample", "nowhere", "--temperature", "-1"], ["temperature"]),
+        (["info", "--preset", "huge"], ["unknown preset 'huge'"]),
+        (["fly"], ["unknown verb 'fly'", "train"]),
+        (["resume"], ["RUN"]),
+    ],
+)
+def test_a_mistake_is_one_line(
+    args: list[str], words: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, *args)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "resume", "eval", "sample", "info", "doctor"])
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert not stop.value.code
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Examples: storylab {verb}" in text
+
+
+def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "nano", "--help"])
+    assert "(default: 288)" in capsys.readouterr().out
+
+
+def test_legacy_flags_are_taken_either_way() -> None:
+    legacy = """--batch_size 8 --gradient-accumulation-steps 2 --block_size 64 --learning-rate 3e-4
+      --min_lr 1e-5 --warmup-iters 5 --weight_decay 0.2 --beta1 0.8 --beta2 0.95 --grad-clip 0.5
+      --eval_interval 7 --eval-iters 3 --log_interval 2 --device cpu --compile --seed 5
+      --data-dir d --out_dir o --preset 10m --n_layer 3 --dtype float32 --max-iters 9""".split()
+    config = parsed(*legacy)
+    assert (config.batch_size, config.gradient_accumulation_steps, config.block_size) == (8, 2, 64)
+    assert (config.learning_rate, config.min_lr, config.warmup_iters) == (3e-4, 1e-5, 5)
+    assert (config.weight_decay, config.beta1, config.beta2) == (0.2, 0.8, 0.95)
+    assert (config.grad_clip, config.eval_interval, config.eval_iters) == (0.5, 7, 3)
+    assert (config.log_interval, config.device, config.compile, config.seed) == (2, "cpu", True, 5)
+    assert (str(config.data_dir), str(config.out_dir)) == ("d", "o")
+    assert (config.model.n_layer, config.model.n_embd) == (3, 256)
+    assert (config.dtype, config.max_iters) == ("float32", 9)
+
+
+@pytest.mark.parametrize(
+    ("args", "value"),
+    [
+        (["--compile"], True),
+        (["--compile=True"], True),
+        (["--compile", "true"], True),
+        (["--compile=False"], False),
+        (["--compile", "False"], False),
+        (["--no_compile"], False),
+    ],
+)
+def test_switches_as_nanogpt_writes_them(args: list[str], value: bool) -> None:
+    assert parsed(*args).compile is value
+    assert parsed(*args, "--max_iters", "3").max_iters == 3
+
+
+def test_the_record_command_means_the_record() -> None:
+    assert parsed("--dtype", "bfloat16", "--max_iters", "1000") == preset_config("113m")
+    assert preset_config("113m") == TrainConfig()
+
+
+def test_info_prints_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--preset", "113m"]) == 0
+    assert "112,934,400 parameters" in capsys.readouterr().out
+    assert main(["info", "--preset", "10m", "--vocab_size", "50257"]) == 0
+    assert "21,916,160 parameters" in capsys.readouterr().out
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0 and main(["--help"]) == 0 and main([]) == 2
+    assert "prepare" in capsys.readouterr().out
+
+
+def test_doctor_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--presets", "nano", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "GFLOP/s" in out and "tok/s" in out and "CPU instructions" in out
+
+
+def test_from_stories_to_samples(tmp_path: Path) -> None:
+    """The README's way through the verbs, each in its own process, in plain lines when piped."""
+    made = run("prepare", "--source", "builtin", "--tokenizer", "bpe:300", cwd=tmp_path,
+               FORCE_COLOR="1")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "19,000 stories" in made.stdout and "fingerprint" in made.stdout
+    data = ["--data_dir", "data/builtin-bpe300"]
+    trained = run("train", *SMALL, *data, "--out_dir", "runs/a", cwd=tmp_path, FORCE_COLOR="1")
+    assert trained.returncode == 0, trained.stderr
+    assert "\x1b" not in trained.stdout + trained.stderr and trained.stderr == ""
+    assert trained.stdout.startswith("iter 0:    loss ")
+    assert "\nSaved new best model (val loss: " in trained.stdout
+    log = (tmp_path / "runs/a/log.txt").read_text()
+    assert trained.stdout.startswith(log)
+    sampled = run("sample", "runs/a", "--prompt", "Tom", "--samples", "2", cwd=tmp_path)
+    assert sampled.returncode == 0 and sampled.stdout.count("Tom") >= 2
+    evaluated = run("eval", "runs/a", "--checkpoint", "best", cwd=tmp_path)
+    assert evaluated.returncode == 0 and "bits per byte" in evaluated.stdout
+    extended = run("resume", "runs/a", cwd=tmp_path)
+    assert extended.returncode == 0 and "is finished" in extended.stdout
+    again = run("train", *SMALL, *data, "--out_dir", "runs/a", cwd=tmp_path)
+    assert again.returncode == 2 and "not empty" in again.stderr
+
+
+def test_the_script_is_a_door_to_the_same_code(tmp_path: Path, dataset: Dataset) -> None:
+    args = [*SMALL, "--data_dir", str(dataset.folder)]
+    script = [sys.executable, str(ROOT / "train_tinystories.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*script, *args, "--out_dir", str(tmp_path / "a")], check=True, env=env)
+    run("train", *args, "--out_dir", str(tmp_path / "b"))
+    runs = [open_run(tmp_path / name) for name in "ab"]
+    a, b = (checkpoint.load(r.checkpoint("last"))[0] for r in runs)
+    assert checkpoint.weights_sha256(a) == checkpoint.weights_sha256(b)
+
+
+def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) -> None:
+    """The hub's address leads nowhere; nothing else is trained on instead."""
+    script = [sys.executable, str(ROOT / "train_tinystories.py"), "--dtype", "bfloat16"]
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run(
+        [*script, "--max_iters", "1000"], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    for way in ("--train FILES", "HF_ENDPOINT", "--source builtin"):
+        assert way in result.stderr
+    assert not (tmp_path / DEFAULT_DATA_DIR).exists() and not (tmp_path / "runs").exists()
+
+
+def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) -> None:
+    args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
+    args += ["--max_iters", "100000", "--eval_interval", "100000", "--log_interval", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "storylab", "train", *args],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "a" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"storylab resume {tmp_path / 'a'}" in err and err.count("\n") == 1
+    saved = open_run(tmp_path / "a")
+    _, state = checkpoint.load(saved.checkpoint("last"))
+    assert state["next_iteration"] == len(saved.metrics) > 0
+
+
+def limit_file_size(limit: int) -> None:
+    """Stands in for a full disk: writes beyond ``limit`` bytes fail as they would there."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.mark.parametrize("limit", [3_000, 60_000])
+def test_a_full_disk_loses_nothing(tmp_path: Path, dataset: Dataset, limit: int) -> None:
+    args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
+    assert run("train", *args).returncode == 0
+    before = (tmp_path / "a/checkpoints/last.safetensors").read_bytes()
+    commands = [
+        ["prepare", "--source", "builtin", "--tokenizer", "bpe:300", "--out", str(tmp_path / "d")],
+        ["train", *args[:-1], str(tmp_path / "b")],
+        ["train", *args, "--max_iters", "6", "--resume"],
+    ]
+    (tmp_path / "a" / "summary.json").unlink()  # as if it had not finished
+    for command in commands:
+        result = subprocess.run(
+            [sys.executable, "-m", "storylab", *command],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: limit_file_size(limit),
+        )
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.count("\n") == 1 and "cannot write" in result.stderr
+    assert not (tmp_path / "d").exists()
+    assert (tmp_path / "a/checkpoints/last.safetensors").read_bytes() == before

@@ -1,0 +1,127 @@
+"""Config and presets: named for what they are, refused when they make no sense, all of it used."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from storylab import config as configs
+from storylab.config import PRESETS, ModelConfig, TrainConfig, differences, from_dict, to_dict
+from storylab.errors import UserError
+from storylab.model.transformer import Transformer
+
+SOURCE = Path(configs.__file__).parent
+
+
+def test_the_record_model_has_its_parameters() -> None:
+    assert ModelConfig().parameter_count(50257) == 112_934_400
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "nano"])
+def test_a_preset_is_named_for_its_parameter_count(name: str) -> None:
+    preset = PRESETS[name]  # type: ignore[index]
+    named = int(name.removesuffix("m")) * 1_000_000
+    assert abs(preset.model.parameter_count(preset.vocab_size) / named - 1) < 0.03
+    assert preset.model.head_size == 64
+
+
+@pytest.mark.parametrize("name", ["nano", "3m", "10m"])
+def test_the_counted_parameters_are_those_of_the_module(name: str) -> None:
+    preset = PRESETS[name]  # type: ignore[index]
+    model = Transformer(preset.model, preset.vocab_size)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == preset.model.parameter_count(preset.vocab_size)
+
+
+def test_the_defaults_are_the_record() -> None:
+    config = TrainConfig()
+    assert config.tokens_per_iteration == 131_072
+    assert (config.learning_rate, config.min_lr, config.warmup_iters) == (1e-4, 5e-5, 1000)
+    assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.999, 0.1)
+    assert (config.grad_clip, config.eval_interval, config.eval_iters) == (1.0, 500, 100)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 0},
+        {"learning_rate": -1.0},
+        {"learning_rate": float("nan")},
+        {"grad_clip": float("inf")},
+        {"beta1": 1.0},
+        {"max_iters": -1},
+        {"log_interval": 0},
+    ],
+)
+def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> None:
+    (name,) = changes
+    with pytest.raises(UserError, match=name):
+        TrainConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "shape", [{"n_embd": 100}, {"n_kv_head": 5}, {"n_layer": 0}, {"n_embd": 12}]
+)
+def test_shapes_that_do_not_fit_are_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(UserError):
+        ModelConfig(**shape)  # type: ignore[arg-type]
+
+
+def test_a_config_survives_its_json() -> None:
+    config = dataclasses.replace(configs.preset_config("10m"), out_dir=Path("a/b"), data_seed=3)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_config_of_another_version_is_refused() -> None:
+    values = to_dict(TrainConfig())
+    with pytest.raises(UserError, match="novelty"):
+        from_dict(values | {"novelty": 1})
+    del values["beta1"]
+    with pytest.raises(UserError, match="beta1"):
+        from_dict(values)
+
+
+def test_differences_name_what_changes_the_result_only() -> None:
+    a = TrainConfig()
+    b = dataclasses.replace(
+        a, out_dir=Path("x"), log_interval=1, beta1=0.8, model=ModelConfig(n_layer=2)
+    )
+    assert differences(a, b) == {"beta1": (0.9, 0.8), "n_layer": (12, 2)}
+    assert differences(a, dataclasses.replace(a, data_seed=a.seed)) == {}
+
+
+def test_every_field_is_read_somewhere() -> None:
+    read: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    for kind in (TrainConfig, ModelConfig):
+        fields = {f.name for f in dataclasses.fields(kind)}
+        assert fields <= read, fields - read
+
+
+# A room may import those before it, never those after it (ARCHITECTURE.md).
+ROOMS = ["errors", "config", "files", "data", "model", "training", "console", "doctor", "cli"]
+
+
+def test_imports_point_one_way() -> None:
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if room.startswith("__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("storylab."):
+                imported = str(node.module).split(".")[1]
+                assert ROOMS.index(imported) <= ROOMS.index(room), f"{path} imports {imported}"
+    model = (SOURCE / "model").glob("*.py")
+    assert not any("storylab.data" in path.read_text() for path in model)
+
+
+def test_config_does_not_import_torch() -> None:
+    text = (SOURCE / "config.py").read_text() + (SOURCE / "cli.py").read_text()
+    assert "import torch" not in text

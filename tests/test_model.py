@@ -1,0 +1,239 @@
+"""The model against independent implementations, and its properties proved by gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from storylab.config import ModelConfig
+from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
+from storylab.model.generate import Sampling, generate, next_token_probabilities
+from storylab.model.head import CHUNK, linear_cross_entropy, token_losses
+from storylab.model.transformer import KeyValueCache, Transformer
+
+SHAPES = [
+    ModelConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_hidden=96),
+    ModelConfig(n_layer=3, n_head=4, n_kv_head=1, n_embd=64, n_hidden=160),
+    ModelConfig(n_layer=1, n_head=6, n_kv_head=2, n_embd=48, n_hidden=64, rope_base=500.0),
+]
+VOCAB = 97
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def llama(config: ModelConfig, model: Transformer) -> torch.nn.Module:
+    """The same weights in the Llama of `transformers`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=config.n_embd,
+            intermediate_size=config.n_hidden,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_kv_head,
+            rms_norm_eps=1e-5,
+            rope_theta=config.rope_base,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            tie_word_embeddings=True,
+            attn_implementation="eager",
+        )
+    )
+    other.load_state_dict(llama_names(config, dict(model.state_dict())), strict=False)
+    return other
+
+
+def llama_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under Llama's names, the joined matrices cut into its separate ones."""
+    result = {
+        "model.embed_tokens.weight": weights["embedding.weight"],
+        "lm_head.weight": weights["embedding.weight"],
+        "model.norm.weight": weights["norm.weight"],
+    }
+    kv = config.n_kv_head * config.head_size
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        qkv = weights[ours + "attention.qkv.weight"].split((config.n_embd, kv, kv))
+        for name, part in zip("qkv", qkv, strict=True):
+            result[f"{theirs}self_attn.{name}_proj.weight"] = part
+        result[theirs + "self_attn.o_proj.weight"] = weights[ours + "attention.out.weight"]
+        gate, up = weights[ours + "feed_forward.gate_up.weight"].chunk(2)
+        result[theirs + "mlp.gate_proj.weight"] = gate
+        result[theirs + "mlp.up_proj.weight"] = up
+        result[theirs + "mlp.down_proj.weight"] = weights[ours + "feed_forward.down.weight"]
+        norm = weights[ours + "attention_norm.weight"]
+        result[theirs + "input_layernorm.weight"] = norm
+        norm = weights[ours + "feed_forward_norm.weight"]
+        result[theirs + "post_attention_layernorm.weight"] = norm
+    return result
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
+    model = Transformer(config, VOCAB, seed=3)
+    with torch.no_grad():  # larger weights than at the start, so that every part matters
+        for p in model.parameters():
+            p.mul_(5.0 if p.dim() > 1 else 1.0)
+    other = llama(config, model)
+    x, y = tokens(2, 24), tokens(2, 24, seed=1)
+    theirs = other(input_ids=x).logits
+    torch.testing.assert_close(model(x), theirs, rtol=1e-4, atol=1e-4)
+
+    model.loss(x, y).backward()
+    F.cross_entropy(theirs.flatten(0, 1), y.flatten()).backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = dict(other.named_parameters())
+    for name, grad in llama_names(config, ours).items():
+        if name != "lm_head.weight":  # tied: the same parameter as the embedding
+            torch.testing.assert_close(grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_no_gradient_flows_from_later_tokens() -> None:
+    """Logits at t depend on every input up to t (t included) and on none after it."""
+    config = SHAPES[1]
+    model = Transformer(config, VOCAB, seed=0)
+    x = tokens(1, 12)
+    embedded = model.embedding(x).detach().requires_grad_()
+    model.embedding.forward = lambda _: embedded  # type: ignore[method-assign]
+    for t in (0, 5, 11):
+        (grad,) = torch.autograd.grad(model(x)[0, t].square().sum(), embedded)
+        reached = grad[0].abs().sum(-1) > 0
+        assert reached.tolist() == [i <= t for i in range(12)]
+
+
+def test_initial_weights() -> None:
+    config = ModelConfig(n_layer=8, n_head=4, n_kv_head=2, n_embd=128, n_hidden=256)
+    model = Transformer(config, 500, seed=5)
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            assert bool((p == 1).all())
+        else:
+            writes = name.endswith(("out.weight", "down.weight"))
+            std = 0.02 / math.sqrt(16) if writes else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05)
+            assert abs(p.mean().item()) < std / 20
+    again = Transformer(config, 500, seed=5)
+    other = Transformer(config, 500, seed=6)
+    assert torch.equal(model.embedding.weight, again.embedding.weight)
+    assert not torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+def brute_force_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One query position and head at a time, in float64."""
+    batch, heads, time, size = query.shape
+    group, past = heads // key.shape[1], key.shape[2] - time
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(time):
+                keys = key[b, h // group, : past + t + 1].double()
+                weights = (keys @ query[b, h, t].double() / math.sqrt(size)).softmax(0)
+                out[b, h, t] = weights @ value[b, h // group, : past + t + 1].double()
+    return out
+
+
+@pytest.mark.parametrize(("time", "past"), [(7, 0), (1, 6), (3, 4)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("limit", [0, MAX_PRODUCT_LENGTH])
+def test_attention_is_that_of_the_definition(
+    time: int, past: int, kv_heads: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storylab.model.attention.MAX_PRODUCT_LENGTH", limit)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, time, 8, generator=generator)
+    key = torch.randn(2, kv_heads, time + past, 8, generator=generator)
+    value = torch.randn(2, kv_heads, time + past, 8, generator=generator)
+    expected = brute_force_attention(query, key, value)
+    ours = causal_attention(query, key, value).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK + 3])
+def test_head_loss_and_gradients_equal_plain_cross_entropy(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
+    weight = torch.randn(31, 8, generator=generator)
+    targets = torch.randint(31, (count,), generator=generator)
+    a = [t.clone().requires_grad_() for t in (hidden, weight)]
+    b = [t.double().requires_grad_() for t in (hidden, weight)]
+    ours = linear_cross_entropy(*a, targets)
+    plain = F.cross_entropy(b[0] @ b[1].T, targets, reduction="sum")
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-6, atol=1e-6)
+    (ours * 0.3).backward()
+    (plain * 0.3).backward()
+    for mine, theirs in zip(a, b, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+    each = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    ours_each = token_losses(hidden, weight, targets).double()
+    torch.testing.assert_close(ours_each, each, rtol=1e-5, atol=1e-6)
+
+
+def test_head_under_autocast_stays_near_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 64, generator=generator)
+    weight = (torch.randn(1000, 64, generator=generator) * 0.1).requires_grad_()
+    targets = torch.randint(1000, (600,), generator=generator)
+    exact = linear_cross_entropy(hidden, weight, targets) / 600
+    (expected,) = torch.autograd.grad(exact, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = linear_cross_entropy(hidden, weight, targets) / 600
+    (grad,) = torch.autograd.grad(low, weight)
+    assert abs((low - exact).item()) < 2e-3
+    assert float((grad - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_cache_gives_the_logits_of_the_whole_sequence() -> None:
+    model = Transformer(SHAPES[1], VOCAB, seed=2)
+    x = tokens(3, 15)
+    cache = KeyValueCache(model.config, 3, 15, torch.device("cpu"))
+    parts = [model(x[:, a:b], cache) for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 40])
+def test_cached_generation_equals_the_slow_one(prompt_length: int) -> None:
+    model = Transformer(SHAPES[1], VOCAB, seed=2)
+    prompt = tokens(4, prompt_length)
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=7)
+    # 30 tokens in a context of 12: the context fills and is cut several times.
+    fast, slow = (
+        torch.stack(list(generate(model, prompt, 30, sampling, 12, use_cache=cached)), dim=1)
+        for cached in (True, False)
+    )
+    assert fast.shape == (4, 30)
+    assert torch.equal(fast, slow)
+
+
+def test_sampling_seed_and_greedy() -> None:
+    model = Transformer(SHAPES[0], VOCAB, seed=2)
+
+    def run(**how: float) -> list[list[int]]:
+        sampling = Sampling(**how)  # type: ignore[arg-type]
+        return torch.stack(list(generate(model, tokens(2, 3), 10, sampling, 64))).tolist()
+
+    assert run(seed=1) == run(seed=1) != run(seed=2)
+    x = tokens(2, 3)
+    for _ in range(10):
+        x = torch.cat((x, model(x)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert run(temperature=0) == x[:, 3:].T.tolist()
+
+
+def test_next_token_probabilities() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    plain = next_token_probabilities(logits, Sampling(temperature=1.0))
+    torch.testing.assert_close(plain, torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    top_k = next_token_probabilities(logits, Sampling(temperature=1.0, top_k=2))
+    torch.testing.assert_close(top_k, torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]]))
+    top_p = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.65))
+    torch.testing.assert_close(top_p, torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]]))
+    tiny = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.01))
+    torch.testing.assert_close(tiny, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    cold = next_token_probabilities(logits, Sampling(temperature=0.5))
+    torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)

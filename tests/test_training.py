@@ -1,0 +1,546 @@
+"""Steps, evaluation, checkpoints and resuming: each against something that does not share its code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import storylab
+from conftest import TINY
+from storylab.config import TrainConfig
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.model.transformer import Transformer
+from storylab.training import checkpoint
+from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
+from storylab.training.loop import (
+    SilentReporter,
+    Trainer,
+    TrainingDiverged,
+    TrainingInterrupted,
+    train,
+)
+from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.resume import resume
+from storylab.training.run_folder import Run, open_run
+from storylab.training.sampling import load_story_model
+from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
+
+MakeConfig = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
+FLOAT32 = Precision(CPU, torch.float32)
+VOCAB = 300
+
+
+def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(VOCAB, (sequences, time), generator=generator)
+
+
+def step(model: Transformer, optimizer: torch.optim.Optimizer, **changes: Any) -> StepResult:
+    values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
+    precision = changes.pop("precision", FLOAT32)
+    scaler = precision.grad_scaler()
+    return training_step(
+        model, optimizer, scaler, precision, changes.pop("batch", batch()), **(values | changes)
+    )
+
+
+def new(**changes: Any) -> tuple[Transformer, torch.optim.AdamW]:
+    model = Transformer(TINY, VOCAB, seed=0)
+    return model, build_optimizer(model, TrainConfig(**changes))
+
+
+# --- the step
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_accumulated_micro_batches_equal_one_large_batch(micro_batch: int) -> None:
+    (one, optimizer), (many, other) = new(), new()
+    a = step(one, optimizer)
+    b = step(many, other, micro_batch=micro_batch)
+    assert a.loss == pytest.approx(b.loss, rel=1e-6)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_is_adamw_in_float64() -> None:
+    """Two steps against Loshchilov & Hutter's algorithm 2 written out, gradients from plain loss."""
+    model, optimizer = new(beta1=0.8, beta2=0.9, weight_decay=0.3)
+    reference = Transformer(TINY, VOCAB, seed=0).double()
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in
+               reference.named_parameters()}  # fmt: skip
+    for t in (1, 2):
+        step(model, optimizer, grad_clip=0.0)
+        logits = reference(batch()[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch()[:, 1:].flatten())
+        reference.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                assert p.grad is not None
+                m, v = moments[name]
+                m.mul_(0.8).add_(0.2 * p.grad)
+                v.mul_(0.9).add_(0.1 * p.grad**2)
+                update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
+                decay = 0.3 if p.dim() == 2 else 0.0  # norm gains are not decayed
+                p.sub_(1e-2 * (update + decay * p))
+    expected = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:
+    model, optimizer = new()
+    free = step(model, optimizer, grad_clip=0.0)
+    assert not free.clipped and free.grad_norm is not None
+    model, optimizer = new()
+    limit = free.grad_norm / 3
+    clipped = step(model, optimizer, grad_clip=limit)
+    assert clipped.clipped and clipped.grad_norm == pytest.approx(free.grad_norm)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()
+                         if p.grad is not None))  # fmt: skip
+    assert norm == pytest.approx(limit, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
+    model, optimizer = new()
+    with torch.no_grad():
+        model.norm.weight[0] = math.inf
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match="loss"):
+        step(model, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_learns_like_float32(dtype: Any) -> None:
+    losses = {}
+    for name in ("float32", dtype):
+        model, optimizer = new()
+        precision = choose_precision(CPU, name)
+        for _ in range(20):
+            result = step(model, optimizer, precision=precision)
+        losses[name] = result.loss
+    assert losses["float32"] < 4.5 < math.log(VOCAB)
+    assert losses[dtype] == pytest.approx(losses["float32"], abs=0.05)
+
+
+def test_float16_skips_a_step_whose_scaled_gradient_overflows() -> None:
+    model, optimizer = new()
+    precision = choose_precision(CPU, "float16")
+    scaler = precision.grad_scaler()
+    scaler.scale(torch.zeros(1))  # makes the scale, which is lazy
+    scaler.update(2.0**40)
+    values = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
+    before = model.embedding.weight.clone()
+    result = training_step(model, optimizer, scaler, precision, batch(), **values)  # type: ignore[arg-type]
+    assert result.grad_norm is None and not result.clipped
+    assert torch.equal(model.embedding.weight, before)
+    assert scaler.get_scale() == 2.0**39
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    for name in ("tpu", "cuda:99", "xpu"):
+        with pytest.raises(UserError, match="use"):
+            choose_device(name)
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == CPU
+
+
+def test_bfloat16_on_a_card_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError, match="Tesla T4 has no bfloat16: use --dtype float16"):
+        choose_precision(torch.device("cuda"), "bfloat16")
+    assert choose_precision(torch.device("cuda"), "float16").dtype == torch.float16
+
+
+# --- evaluation
+
+
+def test_losses_of_stories_equal_a_plain_loop(dataset: Dataset) -> None:
+    model, block = Transformer(TINY, VOCAB, seed=4), 16
+    split = dataset.splits["validation"]
+    result = evaluate_split(model, split, block, FLOAT32)
+    ids = torch.from_numpy(split.read(0, len(split)))
+    losses = np.full(len(ids), np.nan)
+    starts = [*range(0, len(ids) - 1 - block, block), len(ids) - 1 - block]
+    for start in starts:
+        logits = model(ids[None, start : start + block])[0]
+        targets = ids[start + 1 : start + block + 1]
+        each = F.cross_entropy(logits, targets, reduction="none").detach().numpy()
+        losses[start + 1 : start + block + 1] = each
+    assert np.isnan(losses[0]) and not np.isnan(losses[1:]).any()
+    losses[0] = 0.0  # nothing comes before the first token, so nothing predicts it
+    story = np.cumsum(ids.numpy() == dataset.tokenizer.end_of_text)
+    story = np.concatenate(([0], story[:-1]))
+    np.testing.assert_allclose(result.story_losses, np.bincount(story, losses), rtol=1e-4)
+    counts = np.bincount(story)
+    counts[0] -= 1
+    assert result.story_tokens.tolist() == counts.tolist()
+    assert result.loss == pytest.approx(losses[1:].mean(), rel=1e-5)
+    bits = losses.sum() / math.log(2) / dataset.manifest["splits"]["validation"]["text_bytes"]
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(losses[1:].mean()), rel=1e-4)
+
+
+def test_the_standard_error_is_that_of_the_jackknife() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 300, 400)
+    sums = tokens * rng.normal(2.0, 0.3, 400)
+    result = Evaluation(sums, tokens, 1)
+    n = len(sums)
+    without = (sums.sum() - sums) / (tokens.sum() - tokens)
+    jackknife = math.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
+    assert result.standard_error == pytest.approx(jackknife, rel=0.02)
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, split = Transformer(TINY, VOCAB, seed=4), dataset.splits["validation"]
+    losses = []
+    for size in (64, 7, 1):
+        monkeypatch.setattr("storylab.training.evaluation.EVAL_BATCH", size)
+        losses.append(evaluate_split(model, split, 16, FLOAT32).loss)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+def test_evaluation_does_not_touch_the_training_order(tiny_config: MakeConfig) -> None:
+    often, seldom = (
+        train(tiny_config(out_dir=tiny_config().out_dir / str(n), eval_interval=n)) for n in (1, 8)
+    )
+    assert weights(often) == weights(seldom)
+
+
+def test_the_estimate_is_the_mean_over_the_fixed_windows(dataset: Dataset) -> None:
+    model, split = Transformer(TINY, VOCAB, seed=4), dataset.splits["train"]
+    count = (len(split) - 1) // 16
+    whole = evaluate_split(model, split, 16, FLOAT32).loss
+    # More windows than there are: all of them, so the two must agree but for the tail.
+    assert estimate_loss(model, split, 16, count, FLOAT32) == pytest.approx(whole, rel=1e-3)
+
+
+# --- runs
+
+
+def weights(run: Run) -> str:
+    return checkpoint.weights_sha256(checkpoint.load(run.checkpoint("last"))[0])
+
+
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """Metrics without what the clock decides."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics]
+
+
+def test_a_run_writes_its_folder(tiny_config: MakeConfig, capsys: Any) -> None:
+    config = tiny_config()
+    run = train(config)
+    assert capsys.readouterr() == ("", "")  # library code prints nothing
+    assert run.config == dataclasses.replace(config, data_seed=config.seed)
+    rows = [row for row in run.metrics if row["kind"] == "iteration"]
+    assert [row["iteration"] for row in rows] == list(range(9))
+    assert [row["tokens"] for row in rows] == [(i + 1) * 128 for i in range(9)]
+    evaluations = [row for row in run.metrics if row["kind"] == "evaluation"]
+    assert [row["iteration"] for row in evaluations] == [4, 8]
+    summary = run.summary
+    assert summary is not None and summary["status"] == "finished"
+    assert summary["final_val_loss"] == evaluations[-1]["val_loss"]
+    assert summary["power_watts"] is None  # not known on a CPU, so not invented
+    assert summary["tokens"] == 9 * 128
+    lines = (run.folder / "log.txt").read_text().splitlines()
+    starts = [line.split(":")[0] for line in lines if line.startswith(("iter", "Step"))]
+    assert starts == ["iter 0", "iter 2", "Step 4", "iter 4", "iter 6", "Step 8", "iter 8"]
+    assert "unknown on this device" in "\n".join(lines)
+    environment = run.environment
+    assert environment["packages"]["torch"] == torch.__version__
+    assert len(environment["code_sha256"]) == 64
+    losses = np.load(run.folder / "story_losses.npy", allow_pickle=False)
+    assert losses.shape == (15, 2)
+    assert losses[:, 0].sum() / losses[:, 1].sum() == summary["validation"]["loss"]
+    assert not [p for p in run.folder.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_the_printed_loss_is_the_mean_over_the_whole_batch(tiny_config: MakeConfig) -> None:
+    config = tiny_config(max_iters=0)
+    run = train(config)
+    dataset, precision = storylab.training.loop.prerequisites(config)
+    trainer = Trainer(run.config, dataset, precision, SilentReporter())
+    windows = trainer.batches(0)
+    model = Transformer(TINY, VOCAB, seed=config.seed)
+    expected = model.token_losses(windows[:, :-1], windows[:, 1:]).mean()
+    assert run.metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConfig) -> None:
+    # A rate this high makes the loss go up and down.
+    run = train(tiny_config(max_iters=30, eval_interval=2, learning_rate=0.3, log_interval=50))
+    losses = {r["iteration"]: r["val_loss"] for r in run.metrics if r["kind"] == "evaluation"}
+    best = min(losses, key=lambda i: losses[i])
+    _, state = checkpoint.load(run.checkpoint("best"))
+    assert state == {"iteration": best, "val_loss": losses[best]}
+    assert run.summary is not None and run.summary["best_iteration"] == best
+    if best != 30:
+        assert losses[30] > losses[best]
+
+
+def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    runs = [train(tiny_config(out_dir=tmp_path / name)) for name in "ab"]
+    assert weights(runs[0]) == weights(runs[1])
+    assert metrics(runs[0]) == metrics(runs[1])
+
+
+def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    def identity(**seeds: int) -> tuple[str, str]:
+        config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
+        environment = train(config).environment
+        return environment["initial_weights_sha256"], environment["first_batch_sha256"]
+
+    base, other_data = identity(seed=1, data_seed=1), identity(seed=1, data_seed=2)
+    other_weights = identity(seed=2, data_seed=1)
+    assert base[0] == other_data[0] != other_weights[0]
+    assert base[1] == other_weights[1] != other_data[1]
+    assert identity(seed=2) == identity(seed=2, data_seed=2)
+
+
+def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: MakeConfig) -> None:
+    config = tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        train(config)
+    run = open_run(config.out_dir)
+    assert run.summary is not None and run.summary["status"] == "diverged"
+    tensors, state = checkpoint.load(run.checkpoint("last"))
+    assert state["next_iteration"] == len(run.metrics) > 0
+    assert all(bool(t.isfinite().all()) for t in checkpoint.model_weights(tensors).values())
+
+
+class InterruptAt(SilentReporter):
+    """Sends this process a signal when an iteration has been done."""
+
+    def __init__(self, iteration: int, number: int) -> None:
+        self.iteration, self.number = iteration, number
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        if name == "training" and done == self.iteration:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [1, 4, 6, 9])
+def test_a_stopped_run_resumes_to_the_same_bits(
+    tiny_config: MakeConfig, tmp_path: Path, at: int, number: signal.Signals
+) -> None:
+    whole = train(tiny_config(out_dir=tmp_path / "whole"))
+    config = tiny_config(out_dir=tmp_path / "stopped")
+    with pytest.raises(TrainingInterrupted, match="storylab resume") as stop:
+        train(config, InterruptAt(at, number))
+    assert stop.value.signal_number == number
+    assert open_run(config.out_dir).summary is None
+    run = resume(config.out_dir)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+    assert run.summary is not None and whole.summary is not None
+    assert run.summary["validation"] == whole.summary["validation"]
+    assert run.summary["best_val_loss"] == whole.summary["best_val_loss"]
+    assert run.summary["samples"] == whole.summary["samples"]
+    assert run.environment["resumed"][0]["iteration"] == at
+
+
+def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
+    changes = {"max_iters": 250, "eval_interval": 50, "checkpoint_minutes": 0.0}
+    whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
+    config = tiny_config(out_dir=tmp_path / "killed", **changes)
+    script = (
+        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
+        "from storylab.training.resume import resume; resume(Path(sys.argv[1]))"
+    )
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(1, signal.SIGTERM))
+    rng = random.Random(0)
+    kills, reached = 0, []
+    while kills < 20:
+        before = len(open_run(config.out_dir).metrics)
+        process = subprocess.Popen([sys.executable, "-c", script, str(config.out_dir)])
+        # Wait for work to go on, so that most kills hit training and not the import of torch.
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and kills % 4:
+            if len(open_run(config.out_dir).metrics) > before:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.12))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed 20 times"
+        kills += 1
+        reached.append(checkpoint.load(open_run(config.out_dir).checkpoint("last"))[1])
+    iterations = [state["next_iteration"] for state in reached]
+    assert iterations == sorted(iterations) and len(set(iterations)) > 10
+    run = resume(config.out_dir)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+
+
+def test_resuming_needs_the_same_config_and_data(
+    tiny_config: MakeConfig, tmp_path: Path, dataset: Dataset
+) -> None:
+    config = tiny_config()
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
+    other = dataclasses.replace(config, beta1=0.5)
+    with pytest.raises(UserError, match=r"beta1 0\.9 -> 0\.5"):
+        resume(config.out_dir, other)
+    elsewhere = storylab.prepare(
+        storylab.data.prepare.PrepareConfig(
+            source="builtin", tokenizer="bpe:300", out=tmp_path / "d", builtin_stories=301
+        )
+    )
+    moved = dataclasses.replace(config, data_dir=elsewhere.folder)
+    with pytest.raises(UserError, match="fingerprint"):
+        resume(config.out_dir, moved)
+    longer = dataclasses.replace(config, max_iters=16)
+    with pytest.raises(UserError, match="cosine"):
+        resume(config.out_dir, longer)  # past the warm-up a cosine depends on its end
+    assert {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("schedule", ["warm-up", "constant"])
+def test_a_run_can_be_extended_where_its_schedule_permits(
+    tiny_config: MakeConfig, tmp_path: Path, schedule: str
+) -> None:
+    how = {"warmup_iters": 50} if schedule == "warm-up" else {"schedule": "constant"}
+    short, long = (tiny_config(out_dir=tmp_path / str(n), max_iters=n, **how) for n in (8, 16))
+    run = train(short)
+    told: list[str] = []
+
+    class Listener(SilentReporter):
+        def line(self, text: str) -> None:
+            told.append(text)
+
+    assert resume(short.out_dir, None, Listener()).folder == run.folder
+    assert "finished" in told[-1]
+    extended = resume(short.out_dir, dataclasses.replace(run.config, max_iters=16), Listener())
+    assert any("8 -> 16" in text for text in told)
+    assert weights(extended) == weights(train(long))
+    assert extended.config.max_iters == 16
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
+def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> None:
+    run = train(tiny_config())
+    path = run.checkpoint("best")
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(UserError, match="best"):
+        load_story_model(run, "best")
+    assert load_story_model(run, "last").block_size == 16
+
+
+def test_a_checkpoint_holds_no_pickle_and_reads_elsewhere(tiny_config: MakeConfig) -> None:
+    from safetensors.numpy import load_file
+
+    run = train(tiny_config())
+    plain = load_file(run.checkpoint("best"))
+    model = Transformer(TINY, VOCAB)
+    assert {n: v.shape for n, v in plain.items()} == {
+        n: tuple(v.shape) for n, v in model.state_dict().items()
+    }
+
+
+def test_a_folder_with_something_in_it_is_not_written_over(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    config.out_dir.mkdir()
+    (config.out_dir / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train(config)
+    assert [p.name for p in config.out_dir.iterdir()] == ["notes.txt"]
+
+
+def test_a_window_longer_than_a_split_is_refused(tiny_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="block_size"):
+        train(tiny_config(block_size=100_000))
+
+
+def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> None:
+    run = train(tiny_config())
+    assert run.summary is not None
+    again = evaluate_run(run.folder, device="cpu")
+    assert again.loss == run.summary["validation"]["loss"]
+    train_split = evaluate_run(run.folder, split="train", device="cpu")
+    assert len(train_split.story_losses) == 285
+
+
+def test_the_public_api(tiny_config: MakeConfig, capsys: Any) -> None:
+    run = storylab.train(tiny_config())
+    assert storylab.load_run(run.folder).config == run.config
+    model = storylab.load_model(run.folder, device="cpu")
+    first = model.sample("Once upon", max_new_tokens=20, count=3)
+    assert first == model.sample("Once upon", max_new_tokens=20, count=3)
+    assert len(first) == 3 and all(text.startswith("Once upon") for text in first)
+    assert model.sample("", max_new_tokens=5)
+    with pytest.raises(UserError, match="not a run folder"):
+        storylab.load_run("nowhere")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
+    model = load_story_model(train(tiny_config(max_iters=0)), device="cpu")
+    rows = iter(
+        [[5, 7], [model.tokenizer.end_of_text, 9], [6, model.tokenizer.end_of_text], [1, 1]]
+    )
+    columns = (torch.tensor(row) for row in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storylab.training.sampling.generate", lambda *a, **k: columns)
+        stories = model.sample("", count=2)
+    assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]
+
+
+def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    import shutil
+
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    script = (
+        "import sys, json, torch; from storylab.config import from_dict\n"
+        "from storylab.training.loop import train\n"
+        "train(from_dict(json.loads(sys.argv[1])))"
+    )
+    eager, compiled = (
+        tiny_config(out_dir=tmp_path / str(c), compile=c, max_iters=3) for c in (False, True)
+    )
+    train(eager)
+    arguments = json.dumps(storylab.config.to_dict(compiled))
+    subprocess.run([sys.executable, "-c", script, arguments], check=True, capture_output=True)
+    a, b = open_run(eager.out_dir), open_run(compiled.out_dir)
+    losses = [[row["loss"] for row in run.metrics if "loss" in row] for run in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    names = [set(checkpoint.load(run.checkpoint("last"))[0]) for run in (a, b)]
+    assert names[0] == names[1]
