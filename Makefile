@@ -1,0 +1,48 @@
+# make demo: train a small model on the built-in corpus and read its stories (about 3 minutes).
+# make test: lint, types and tests.
+# Both make a virtual environment in .venv first; PYTHON and VENV choose others.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = demo-run
+
+.PHONY: demo test clean
+
+demo: $(BIN)/.storylab
+	rm -rf $(DEMO)
+	$(BIN)/storylab prepare --source builtin --tokenizer bpe:1024 --out $(DEMO)/data
+	$(BIN)/storylab train --preset nano --data_dir $(DEMO)/data --out_dir $(DEMO)/run \
+	  --max_iters 1200 --batch_size 16 --gradient_accumulation_steps 1 --learning_rate 3e-3 \
+	  --min_lr 0 --warmup_iters 50 --eval_interval 300 --eval_iters 5
+	@echo && echo "More stories by the same model (storylab sample $(DEMO)/run --samples 2):" && echo
+	$(BIN)/storylab sample $(DEMO)/run --samples 2 --seed 1 --prompt "Once upon a time"
+
+test: $(BIN)/.storylab-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+# A Python that has torch already (a CUDA build, say) keeps it: the environment sees it, and the
+# pin on torch is left out.
+$(BIN)/python:
+	$(PYTHON) -m venv \
+	  $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+
+define install
+	if $(BIN)/python -c "import torch" 2>/dev/null; then \
+	  grep -v '^torch==' constraints.txt > $(VENV)/pins.txt; \
+	else cp constraints.txt $(VENV)/pins.txt; fi
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/pins.txt --editable '$(1)'
+	touch $@
+endef
+
+$(BIN)/.storylab: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.)
+
+$(BIN)/.storylab-test: pyproject.toml constraints.txt $(BIN)/.storylab
+	$(call install,.[test])
