@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from storylab.cli import TrainCommand, main, parse
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
@@ -194,6 +197,47 @@ def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) 
     for way in ("--train FILES", "HF_ENDPOINT", "--source builtin"):
         assert way in result.stderr
     assert not (tmp_path / DEFAULT_DATA_DIR).exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_out_of_memory_says_what_to_halve(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+
+    monkeypatch.setattr("storylab.training.loop.train", no_memory)
+    line = fails(capsys, "train", "--data_dir", str(dataset.folder))
+    assert "--batch_size" in line and "--gradient_accumulation_steps" in line
+
+
+def test_compiling_without_a_compiler_is_refused(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    args = ["--data_dir", str(dataset.folder), "--device", "cpu", "--compile"]
+    assert "C++ compiler" in fails(capsys, "train", *args)
+
+
+def test_a_terminal_gets_a_bar_under_the_lines(tmp_path: Path, dataset: Dataset) -> None:
+    """Under a pseudo-terminal: the record's lines, and a bar with an ETA that leaves no trace."""
+    args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
+    args += ["--max_iters", "300", "--eval_interval", "100"]
+    main_end, command_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "storylab", "train", *args],
+        stdout=command_end,
+        stderr=command_end,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(command_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end has closed
+        while piece := os.read(main_end, 65536):
+            shown += piece
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "training" in text and "ETA" in text and "/301" in text
+    assert "iter 300:  loss " in text
 
 
 def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) -> None:

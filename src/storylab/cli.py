@@ -339,6 +339,8 @@ def train_command(args: list[str], prog: str = "storylab train") -> int:
 
 def _watch(work: Callable[[Any], Any]) -> int:
     """Train under a console reporter; the exit code tells how it ended."""
+    import torch
+
     from storylab.console import ConsoleReporter
     from storylab.training.loop import TrainingDiverged, TrainingInterrupted
 
@@ -350,6 +352,11 @@ def _watch(work: Callable[[Any], Any]) -> int:
     except TrainingInterrupted as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU is out of memory: halve --batch_size and double --gradient_accumulation_steps, "
+            "which trains on the same tokens"
+        ) from error
     except TrainingDiverged as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 1
@@ -373,11 +380,18 @@ def _resume(args: list[str]) -> int:
 
 def _eval(args: list[str]) -> int:
     command = parse(EvalCommand, args, "storylab eval")
+    from storylab.console import ConsoleReporter
     from storylab.training.evaluation import evaluate_run
 
-    result = evaluate_run(
-        command.run, command.checkpoint, command.split, command.data_dir, command.device
-    )
+    with ConsoleReporter() as reporter:
+        result = evaluate_run(
+            command.run,
+            command.checkpoint,
+            command.split,
+            command.data_dir,
+            command.device,
+            lambda done, total: reporter.progress("evaluating", done, total),
+        )
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
     print(f"perplexity     {result.perplexity:,.2f}")

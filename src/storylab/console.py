@@ -37,10 +37,11 @@ class ConsoleReporter:
             redirect_stdout=False,
             redirect_stderr=False,
             transient=True,
+            speed_estimate_period=3600,  # an iteration may take minutes
             disable=not self._live,
         )
-        self._task: TaskID | None = None
-        self._name = ""
+        self._tasks: dict[str, TaskID] = {}
+        self._shown = ""
 
     def line(self, text: str) -> None:
         """A line of the log."""
@@ -53,11 +54,16 @@ class ConsoleReporter:
         """How much of the work called ``name`` is done; a total of None shows a moving bar."""
         if not self._live:
             return
-        if self._task is None or name != self._name:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task, self._name = self._bar.add_task(name, total=total), name
-        self._bar.update(self._task, completed=done, total=total)
+        if name != self._shown:
+            # One bar at a time; those hidden keep their clocks.
+            for other, task in self._tasks.items():
+                self._bar.update(task, visible=other == name)
+            self._shown = name
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=total)
+        elif done == 0:
+            self._bar.reset(self._tasks[name])
+        self._bar.update(self._tasks[name], completed=done, total=total)
 
     def __enter__(self) -> ConsoleReporter:
         self._bar.start()

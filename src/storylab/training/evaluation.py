@@ -19,6 +19,9 @@ from storylab.training.precision import Precision
 from storylab.training.run_folder import open_run
 from storylab.training.sampling import load_story_model
 
+Tick = Callable[[int, int], None]
+"""Called before every batch with the windows done and all of them; may raise to leave."""
+
 # Windows in one evaluation batch, whatever the training batch size: the record's.
 EVAL_BATCH = 64
 
@@ -71,12 +74,12 @@ def window_losses(
     starts: np.ndarray,
     block_size: int,
     precision: Precision,
-    check: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None,
 ) -> np.ndarray:
     """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32."""
     losses = np.empty((len(starts), block_size), dtype=np.float32)
     for first in range(0, len(starts), EVAL_BATCH):
-        check()
+        tick(first, len(starts))
         chosen = slice(first, first + EVAL_BATCH)
         windows = torch.from_numpy(split.windows(starts[chosen], block_size + 1))
         windows = windows.to(precision.device)
@@ -91,11 +94,11 @@ def estimate_loss(
     block_size: int,
     batches: int,
     precision: Precision,
-    check: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None,
 ) -> float:
     """Mean loss in nats over ``batches`` x 64 windows, the same ones at every call."""
     starts = evaluation_windows(split, block_size, batches * EVAL_BATCH)
-    losses = window_losses(model, split, starts, block_size, precision, check)
+    losses = window_losses(model, split, starts, block_size, precision, tick)
     return float(losses.mean(dtype=np.float64))
 
 
@@ -104,7 +107,7 @@ def evaluate_split(
     split: Split,
     block_size: int,
     precision: Precision,
-    check: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None,
 ) -> Evaluation:
     """Loss of every token of ``split`` (but the first), read in windows of ``block_size``.
 
@@ -115,7 +118,7 @@ def evaluate_split(
     starts = np.arange(0, last + 1, block_size)
     if starts[-1] != last:
         starts = np.append(starts, last)
-    losses = window_losses(model, split, starts, block_size, precision, check)
+    losses = window_losses(model, split, starts, block_size, precision, tick)
     by_target = np.empty(len(split) - 1, dtype=np.float64)
     for start, row in zip(starts, losses, strict=True):
         by_target[start : start + block_size] = row
@@ -132,6 +135,7 @@ def evaluate_run(
     split: str = VALIDATION,
     data_dir: Path | None = None,
     device: str = "auto",
+    tick: Tick = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate a run's model on a whole split of its data.
 
@@ -144,4 +148,6 @@ def evaluate_run(
         raise UserError(f"{dataset.folder} is not the data of {folder}: give its --data_dir")
     writer = load_story_model(run, checkpoint_name, device)
     dataset.require_window(writer.block_size)
-    return evaluate_split(writer.model, dataset.splits[split], writer.block_size, writer.precision)
+    return evaluate_split(
+        writer.model, dataset.splits[split], writer.block_size, writer.precision, tick
+    )

@@ -25,7 +25,12 @@ from storylab.data.sources import TRAIN, VALIDATION
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint, lines
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
-from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.precision import (
+    Precision,
+    check_compiler,
+    choose_device,
+    choose_precision,
+)
 from storylab.training.run_folder import LOG, METRICS, Run, create_run
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
@@ -151,6 +156,8 @@ def prerequisites(config: TrainConfig) -> tuple[Dataset, Precision]:
         UserError: one of them cannot be used.
     """
     precision = choose_precision(choose_device(config.device), config.dtype)
+    if config.compile:
+        check_compiler(precision.device)
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
     return dataset, precision
@@ -260,7 +267,6 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> None:
         """Estimate both losses on the fixed windows and keep the weights if they are the best."""
-        self.reporter.progress("evaluating", iteration, self.config.max_iters + 1)
         with _eager():
             train_loss, val_loss = (
                 estimate_loss(
@@ -269,7 +275,7 @@ class Trainer:
                     self.config.block_size,
                     self.config.eval_iters,
                     self.precision,
-                    self.stop.check,
+                    self._tick,
                 )
                 for name in (TRAIN, VALIDATION)
             )
@@ -285,6 +291,11 @@ class Trainer:
         self._line("")
         state.train_loss, state.val_loss = train_loss, val_loss
         self._metric("evaluation", iteration, train_loss=train_loss, val_loss=val_loss, best=best)
+
+    def _tick(self, done: int, total: int) -> None:
+        """Before every evaluation batch: leave if a signal has come, else tell how far it is."""
+        self.stop.check()
+        self.reporter.progress("evaluating", done, total)
 
     def _record(self, iteration: int, result: StepResult, seconds: float, waited: float) -> None:
         """Write the iteration's metrics and, at intervals, its line."""
@@ -335,21 +346,19 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
         self._save_last()
-        self.reporter.progress("final evaluation", 0, 1)
         with _eager():
             evaluation = evaluate_split(
                 self.model,
                 self.dataset.splits[VALIDATION],
                 self.config.block_size,
                 self.precision,
-                self.stop.check,
+                self._tick,
             )
             samples = [{"prompt": RECORD_PROMPT, "text": self._sample(RECORD_PROMPT)}]
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
         self.run.write_story_losses(table)
         summary = self._summary("finished", evaluation, samples)
         self.run.write_summary(summary)
-        self.reporter.progress("final evaluation", 1, 1)
         for line in ("", *lines.summary_lines(summary)):
             self._line(line)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -70,3 +72,10 @@ def choose_precision(device: torch.device, dtype: Dtype) -> Precision:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
     return Precision(device, TORCH_DTYPES[dtype])
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a UserError if torch.compile would find no C++ compiler for the CPU."""
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in candidates):
+        raise UserError("--compile on the CPU needs a C++ compiler: install one, or leave it out")
