@@ -14,11 +14,13 @@ import numpy as np
 from storylab.data.sources import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
-from storylab.files import read_json, sha256_file
+from storylab.files import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
+READ_BYTES = 1 << 24
+BYTE = np.dtype(np.uint8)
 REPAIR = "run `storylab prepare` again into a new folder"
 
 
@@ -164,21 +166,34 @@ def _load_split(
     folder: Path, name: str, entry: dict[str, Any], vocab_size: int, dtype: np.dtype[Any]
 ) -> Split:
     shards, starts = [], [0]
+    stored = dtype.newbyteorder("<")
     for shard in entry["shards"]:
         path = folder / shard["file"]
-        _check_file(path, shard["sha256"])
-        ids = np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")
-        if int(ids.max()) >= vocab_size:
+        if _check_file(path, shard["sha256"], stored) >= vocab_size:
             raise UserError(f"{path} has token ids outside the vocabulary {vocab_size}: {REPAIR}")
-        shards.append(ids)
-        starts.append(starts[-1] + len(ids))
+        shards.append(np.memmap(path, dtype=stored, mode="r"))
+        starts.append(starts[-1] + len(shards[-1]))
     _check_file(folder / entry["stories_file"], entry["stories_sha256"])
     stories = np.load(folder / entry["stories_file"], allow_pickle=False)
     return Split(name, tuple(shards), tuple(starts), stories)
 
 
-def _check_file(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {REPAIR}")
-    if sha256_file(path) != expected:
+def _check_file(path: Path, expected: str, dtype: np.dtype[Any] = BYTE) -> int:
+    """The greatest value in a file of numbers, whose hash is checked on the way.
+
+    One pass in blocks: through a memory map, every page would count as this process's memory.
+    """
+    digest, greatest = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                whole = len(block) // dtype.itemsize * dtype.itemsize
+                greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {REPAIR}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if digest.hexdigest() != expected:
         raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
+    return greatest
