@@ -2,7 +2,14 @@
 
 import sys
 
-from storylab.cli import guarded, train_command
+try:
+    from storylab.cli import guarded, train_command
+except ModuleNotFoundError as error:
+    print(
+        f"storylab: {error}: install first (make demo does), then: source .venv/bin/activate",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
     prog = "python train_tinystories.py"

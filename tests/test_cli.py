@@ -68,6 +68,8 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["eval", "nowhere"], ["nowhere is not a run folder"]),
         (["sample", "nowhere", "--temperature", "-1"], ["temperature"]),
         (["info", "--preset", "huge"], ["unknown preset 'huge'"]),
+        (["train", "--seed", "99999999999999999999"], ["seed"]),
+        (["train", "--rope_base", "nan"], ["rope_base"]),
         (["fly"], ["unknown verb 'fly'", "train"]),
         (["resume"], ["RUN"]),
     ],
@@ -125,6 +127,19 @@ def test_legacy_flags_are_taken_either_way() -> None:
 def test_switches_as_nanogpt_writes_them(args: list[str], value: bool) -> None:
     assert parsed(*args).compile is value
     assert parsed(*args, "--max_iters", "3").max_iters == 3
+
+
+def test_values_that_look_like_switches_and_repeated_presets() -> None:
+    assert str(parsed("--out_dir", "compile").out_dir) == "compile"
+    config = parsed("--preset", "nano", "--preset=10m")
+    assert config == preset_config("10m")
+
+
+def test_the_script_without_an_installation_says_how_to_install(tmp_path: Path) -> None:
+    script = [sys.executable, "-S", "-I", str(ROOT / "train_tinystories.py")]
+    result = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "make demo" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_the_record_command_means_the_record() -> None:

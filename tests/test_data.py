@@ -34,9 +34,10 @@ from storylab.data.dataset import (
     token_dtype,
 )
 from storylab.data.prepare import PrepareConfig, prepare, write_dataset
-from storylab.data.sources import clean, read_texts
+from storylab.data.sources import FileSource, RowRange, clean, read_texts
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from storylab.errors import UserError
+from storylab.files import exclusive
 
 STORIES = ["Tom ran.", "Él comió “pan”.\n\nThe end.", "A cat sat on 1,234 mats!", "Tom ran."]
 
@@ -84,6 +85,40 @@ def test_stories_longer_than_a_read_block_stay_whole(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>".join(stories), encoding="utf-8")
     assert list(clean(read_texts(path))) == stories
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("One.<|endoftext|>Two.".encode("utf-8-sig"))
+    assert list(clean(read_texts(tmp_path / "a.txt"))) == ["One.", "Two."]
+
+
+def test_separators_across_blocks_and_text_without_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories = ["é" * n for n in range(40)] + ["<|endof|>" * 3]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    for size in (1, 7, 64):
+        monkeypatch.setattr("storylab.data.sources.READ_BYTES", size)
+        assert list(read_texts(tmp_path / "a.txt")) == stories
+    monkeypatch.setattr("storylab.data.sources.MAX_STORY_BYTES", 50)
+    with pytest.raises(UserError, match="between stories"):
+        list(read_texts(tmp_path / "a.txt"))
+
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="int64, not text"):
+        list(read_texts(tmp_path / "a.parquet"))
+
+
+def test_rows_of_a_split_are_counted_in_the_file(tmp_path: Path) -> None:
+    """The card of tinystories-gpt4-clean gives its splits as row numbers; empty rows count."""
+    pq.write_table(pa.table({"text": ["a", "", None, "b", "c", "d"]}), tmp_path / "a.parquet")
+    rows = {"train": RowRange(4), "validation": RowRange(2, 4)}
+    files = {split: (tmp_path / "a.parquet",) for split in rows}
+    source = FileSource("x", files, rows, {})
+    assert list(clean(source.texts("validation"))) == ["b"]
+    assert list(clean(source.texts("train"))) == ["c", "d"]
 
 
 def test_builtin_corpus_is_deterministic_and_varied() -> None:
@@ -148,8 +183,10 @@ def test_trained_vocabulary_encodes_as_its_trainer_would(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
+    """Nor the validation stories that stand in the training files as well."""
     train = list(builtin.stories(0, 0, 200))
-    files = {"train": train, "validation": ["zyxwvut qqq zyxwvut"] * 500}
+    held_out = ["zyxwvut qqq zyxwvut"] * 500
+    files = {"train": train + held_out, "validation": held_out}
     for split, stories in files.items():
         (tmp_path / f"{split}.txt").write_text("<|endoftext|>".join(stories))
     config = PrepareConfig(
@@ -277,6 +314,22 @@ def test_preparing_twice_finds_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.doc").read_text() == "precious"
 
 
+def test_two_processes_cannot_prepare_one_folder(tmp_path: Path) -> None:
+    config = PrepareConfig(source="builtin", builtin_stories=60, out=tmp_path / "d")
+    (tmp_path / ".d.partial").mkdir()
+    with exclusive(tmp_path / ".d.partial"), pytest.raises(UserError, match="another process"):
+        prepare(config)
+    assert prepare(config).vocab_size == 50257
+
+
+def test_places_that_cannot_be_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("file"), Path()):
+        with pytest.raises(UserError, match="--out"):
+            prepare(PrepareConfig(source="builtin", builtin_stories=60, out=out))
+
+
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "missing":
@@ -330,6 +383,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path: Path) ->
         ("bad.parquet", b"PAR1 not really", "cannot read"),
         ("bad.jsonl.gz", b"\x1f\x8b nonsense", "cannot read"),
         ("a.pdf", b"", "no known kind"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', "surrogates"),
     ],
 )
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

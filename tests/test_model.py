@@ -235,5 +235,7 @@ def test_next_token_probabilities() -> None:
     torch.testing.assert_close(top_p, torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]]))
     tiny = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.01))
     torch.testing.assert_close(tiny, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    coldest = next_token_probabilities(logits, Sampling(temperature=1e-40))
+    torch.testing.assert_close(coldest, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     cold = next_token_probabilities(logits, Sampling(temperature=0.5))
     torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)

@@ -23,8 +23,11 @@ import torch.nn.functional as F
 import storylab
 from conftest import TINY
 from storylab.config import TrainConfig
+from storylab.data import builtin
 from storylab.data.dataset import Dataset
+from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
+from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
@@ -283,12 +286,12 @@ def test_a_run_writes_its_folder(tiny_config: MakeConfig, capsys: Any) -> None:
     assert not [p for p in run.folder.rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_the_printed_loss_is_the_mean_over_the_whole_batch(tiny_config: MakeConfig) -> None:
+def test_the_printed_loss_is_the_mean_over_the_whole_batch(
+    tiny_config: MakeConfig, dataset: Dataset
+) -> None:
     config = tiny_config(max_iters=0)
     run = train(config)
-    dataset, precision = storylab.training.loop.prerequisites(config)
-    trainer = Trainer(run.config, dataset, precision, SilentReporter())
-    windows = trainer.batches(0)
+    windows = Trainer(run.config, dataset, FLOAT32, SilentReporter()).batches(0)
     model = Transformer(TINY, VOCAB, seed=config.seed)
     expected = model.token_losses(windows[:, :-1], windows[:, 1:]).mean()
     assert run.metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -296,14 +299,13 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(tiny_config: MakeConf
 
 def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConfig) -> None:
     # A rate this high makes the loss go up and down.
-    run = train(tiny_config(max_iters=30, eval_interval=2, learning_rate=0.3, log_interval=50))
+    run = train(tiny_config(max_iters=30, eval_interval=2, learning_rate=0.5, schedule="constant"))
     losses = {r["iteration"]: r["val_loss"] for r in run.metrics if r["kind"] == "evaluation"}
     best = min(losses, key=lambda i: losses[i])
     _, state = checkpoint.load(run.checkpoint("best"))
+    assert best != 30, "this test needs a run whose last loss is not its best"
     assert state == {"iteration": best, "val_loss": losses[best]}
     assert run.summary is not None and run.summary["best_iteration"] == best
-    if best != 30:
-        assert losses[30] > losses[best]
 
 
 def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -331,9 +333,26 @@ def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: Ma
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
-    tensors, state = checkpoint.load(run.checkpoint("last"))
-    assert state["next_iteration"] == len(run.metrics) > 0
-    assert all(bool(t.isfinite().all()) for t in checkpoint.model_weights(tensors).values())
+    assert 0 < run.summary["iterations"] == len(run.metrics)
+    again = evaluate_run(run.folder, device="cpu")
+    assert math.isfinite(again.loss)
+
+
+@pytest.mark.parametrize("which", ["estimate_loss", "evaluate_split"])
+def test_an_evaluation_that_is_not_finite_is_a_divergence(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """During training and at the end: no best model of NaN, no traceback, no NaN in JSON."""
+    nothing = (
+        math.nan if which == "estimate_loss" else Evaluation(np.array([math.nan]), np.ones(1), 1)
+    )
+    monkeypatch.setattr(f"storylab.training.loop.{which}", lambda *a: nothing)
+    config = tiny_config()
+    with pytest.raises(TrainingDiverged, match="loss is nan"):
+        train(config)
+    run = open_run(config.out_dir)
+    assert run.checkpoint("best").exists() == (which == "evaluate_split")
+    assert run.summary is not None and run.summary["status"] == "diverged"
 
 
 class InterruptAt(SilentReporter):
@@ -366,6 +385,94 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.summary["best_val_loss"] == whole.summary["best_val_loss"]
     assert run.summary["samples"] == whole.summary["samples"]
     assert run.environment["resumed"][0]["iteration"] == at
+
+
+def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    class StopAtBest(SilentReporter):
+        def line(self, text: str) -> None:
+            if text.startswith("Saved new best"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(tiny_config(out_dir=tmp_path / "whole"))
+    config = tiny_config(out_dir=tmp_path / "stopped")
+    with pytest.raises(TrainingInterrupted, match="before iteration 4"):
+        train(config, StopAtBest())
+    run = resume(config.out_dir)
+    assert metrics(run) == metrics(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_an_extended_run_that_is_killed_does_not_read_as_finished(
+    tiny_config: MakeConfig,
+) -> None:
+    config = tiny_config(schedule="constant")
+    run = train(config)
+    longer = dataclasses.replace(run.config, max_iters=12)
+
+    class StopAtTheEnd(SilentReporter):
+        def progress(self, name: str, done: int, total: int) -> None:
+            if (name, done) == ("training", 13):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted):
+        resume(run.folder, longer, StopAtTheEnd())
+    assert run.summary is None
+    assert not (run.folder / "story_losses.npy").exists()
+    resumed = resume(run.folder)
+    assert resumed.summary is not None and resumed.summary["iterations"] == 13
+
+
+def test_a_run_killed_before_it_had_a_config_can_be_started_again(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(max_iters=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("storylab.training.run_folder.environment", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert config.out_dir.is_dir()
+    assert train(config).summary is not None
+
+
+def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(3, signal.SIGTERM))
+    with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
+        resume(config.out_dir)
+    assert resume(config.out_dir).summary is not None
+
+
+def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    changes = {"dtype": "float16", "max_iters": 5}
+    whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
+    config = tiny_config(out_dir=tmp_path / "stopped", **changes)
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(3, signal.SIGTERM))
+    _, state = checkpoint.load(open_run(config.out_dir).checkpoint("last"))
+    assert state["scaler"]["scale"] > 1
+    assert weights(resume(config.out_dir)) == weights(whole)
+
+
+def test_one_validation_story_has_no_standard_error(
+    tmp_path: Path, tiny_config: MakeConfig
+) -> None:
+    text = builtin.story(0, 0)
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}. {text}", encoding="utf-8")
+    data = storylab.prepare(
+        PrepareConfig(
+            train=(tmp_path / "train.txt",),
+            validation=(tmp_path / "validation.txt",),
+            out=tmp_path / "data",
+        )
+    )
+    run = train(tiny_config(data_dir=data.folder, max_iters=1, model=TINY))
+    assert run.summary is not None
+    assert run.summary["validation"]["standard_error"] is None
+    assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -413,7 +520,7 @@ def test_resuming_needs_the_same_config_and_data(
     with pytest.raises(UserError, match=r"beta1 0\.9 -> 0\.5"):
         resume(config.out_dir, other)
     elsewhere = storylab.prepare(
-        storylab.data.prepare.PrepareConfig(
+        PrepareConfig(
             source="builtin", tokenizer="bpe:300", out=tmp_path / "d", builtin_stories=301
         )
     )
@@ -462,6 +569,33 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> N
     with pytest.raises(UserError, match="best"):
         load_story_model(run, "best")
     assert load_story_model(run, "last").block_size == 16
+
+
+def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    path = open_run(config.out_dir).checkpoint("last")
+    data = path.read_bytes()
+    changed = data.replace(b'\\"next_iteration\\": 6', b'\\"next_iteration\\": 5')
+    assert changed != data
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="altered"):
+        resume(config.out_dir)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tiny_config: MakeConfig) -> None:
+    run = train(tiny_config(max_iters=0))
+    path = run.folder / "config.json"
+    path.write_text(path.read_text().replace('"n_hidden": 48', '"n_hidden": 50'))
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_story_model(run)
+
+
+def test_a_stream_leaves_the_caller_its_own_modes(tiny_config: MakeConfig) -> None:
+    model = load_story_model(train(tiny_config(max_iters=0, dtype="bfloat16")), device="cpu")
+    for _ in zip(model.stream("a", max_new_tokens=3), model.stream("b"), strict=False):
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def test_a_checkpoint_holds_no_pickle_and_reads_elsewhere(tiny_config: MakeConfig) -> None:

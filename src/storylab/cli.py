@@ -232,8 +232,10 @@ def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
         flag, _, value = arg.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         truth = {"true": f"--{name}", "false": f"--no_{name}"}
-        previous = result[-1].removeprefix("--") if result else ""
-        if name in names and value.lower() in truth:
+        previous = result[-1].removeprefix("--") if result and result[-1].startswith("--") else ""
+        if not arg.startswith("--") and previous not in names:
+            result.append(arg)
+        elif name in names and value.lower() in truth:
             result.append(truth[value.lower()])
         elif previous in names and arg.lower() in ("true", "false"):
             result[-1] = f"--{previous}" if arg.lower() == "true" else f"--no_{previous}"
@@ -272,11 +274,12 @@ def _one_line(box: str) -> str:
 
 def _default_for(args: Sequence[str]) -> TrainConfig:
     """The config that the flags start from: the one of --preset, so that help shows its values."""
-    for i, arg in enumerate(args):
+    default = TrainConfig()
+    for i, arg in enumerate(args):  # the last one counts, as it does for every flag
         flag, _, value = arg.partition("=")
         if flag == "--preset":
-            return preset_config(value or (args[i + 1] if i + 1 < len(args) else ""))
-    return TrainConfig()
+            default = preset_config(value or (args[i + 1] if i + 1 < len(args) else ""))
+    return default
 
 
 def _prepare(args: list[str]) -> int:
@@ -330,7 +333,9 @@ def train_command(args: list[str], prog: str = "storylab train") -> int:
         return _watch(lambda reporter: resume(folder, config, reporter))
     if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
         from storylab.data.prepare import PrepareConfig, prepare
+        from storylab.training.loop import resolve
 
+        resolve(config)  # what cannot run is told before a gigabyte is fetched for it
         _prepare_and_print(PrepareConfig(), prepare)
     from storylab.training.loop import train
 
@@ -411,8 +416,9 @@ def _sample(args: list[str]) -> int:
     # Characters may span tokens, so bytes are decoded as they come, for each story apart.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(command.samples)]
     stories = [command.prompt] * command.samples
+    stream = writer.stream(command.prompt, sampling, command.max_new_tokens, command.samples)
     print(command.prompt, end="", flush=True)
-    for pieces in writer.stream(command.prompt, sampling, command.max_new_tokens, command.samples):
+    for pieces in stream:
         new = [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
         stories = [story + text for story, text in zip(stories, new, strict=True)]
         print(printable(new[0]), end="", flush=True)

@@ -28,6 +28,12 @@ def _at_least(minimum: float, name: str, value: float) -> None:
         raise UserError(f"{name} is {value}: it must be a finite number of at least {minimum}")
 
 
+def check_seed(name: str, value: int) -> None:
+    """Raise a UserError unless ``value`` is a seed that torch takes."""
+    if not 0 <= value < 2**63:
+        raise UserError(f"{name} is {value}: it must be from 0 to 2^63 - 1")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer (Llama architecture: RMSNorm, rotary positions, SwiGLU, tied head)."""
@@ -48,8 +54,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             _at_least(1, name, getattr(self, name))
-        if self.rope_base <= 1:
-            raise UserError(f"rope_base is {self.rope_base}: it must be greater than 1")
+        _at_least(1, "rope_base", self.rope_base)
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -170,9 +175,10 @@ class TrainConfig:
             "weight_decay",
             "grad_clip",
             "checkpoint_minutes",
-            "seed",
         ):
             _at_least(0, name, getattr(self, name))
+        for name in ("seed", "resolved_data_seed"):
+            check_seed(name.removeprefix("resolved_"), getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
@@ -219,11 +225,11 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     values = dict(values)
     try:
         values["model"] = ModelConfig(**values["model"])
+        values["data_dir"] = Path(values["data_dir"])
+        values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
+        return TrainConfig(**values)
     except TypeError as error:
-        raise UserError(f"the run's model config does not fit this version: {error}") from error
-    values["data_dir"] = Path(values["data_dir"])
-    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
-    return TrainConfig(**values)
+        raise UserError(f"the run's config does not fit this version: {error}") from error
 
 
 # Fields that say where and how often to look, not what is computed: a resumed run may change them.

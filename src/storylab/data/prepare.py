@@ -36,7 +36,14 @@ from storylab.data.sources import (
 )
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from storylab.errors import UserError
-from storylab.files import read_json, sync_folder, write_error, write_json
+from storylab.files import (
+    atomic_path,
+    exclusive,
+    read_json,
+    sync_folder,
+    write_error,
+    write_json,
+)
 
 SHARD_TOKENS = 2**27
 CHUNK_BYTES = 1 << 20
@@ -99,13 +106,20 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
         "keep_overlap": config.keep_overlap,
     }
     folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder with --out")
+    if folder.resolve() == Path.cwd():
+        raise UserError("the data set needs a folder of its own: choose one with --out")
     if folder.exists() and any(folder.iterdir()):
         return _existing(folder, request)
     report = progress or (lambda name, done, total: None)
     if config.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer(config.tokenizer_dir)
     else:
-        stories = clean(source.texts(TRAIN))
+        held_out = OverlapFilter(clean(source.texts(VALIDATION)))
+        for _ in held_out:
+            pass
+        stories = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes)
         counted = _counted(stories, "training the tokenizer", source.size_bytes(TRAIN), report)
         tokenizer = train_tokenizer(counted, int(config.tokenizer.removeprefix("bpe:")))
     write_dataset(folder, source, tokenizer, request, config.keep_overlap, report)
@@ -134,12 +148,17 @@ def _existing(folder: Path, request: dict[str, Any]) -> Dataset:
     """The data set in ``folder`` if it is what was asked for."""
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} exists and is not a data set: choose another folder with --out")
-    if read_json(folder / MANIFEST).get("request") != request:
+    if _request_of(folder) != request:
         raise UserError(
             f"{folder} holds another data set (see its {MANIFEST}): choose another folder with "
             "--out, or delete that one"
         )
     return load_dataset(folder)
+
+
+def _request_of(folder: Path) -> Any:
+    manifest = read_json(folder / MANIFEST)
+    return manifest.get("request") if isinstance(manifest, dict) else None
 
 
 def write_dataset(
@@ -152,64 +171,89 @@ def write_dataset(
 ) -> None:
     """Write the data set beside ``folder`` and move it there when it is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
-    dtype = token_dtype(tokenizer.vocab_size)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tokenizer.save(partial / TOKENIZER_FILE)
-        splits: dict[str, Any] = {}
-        validation_hashes: set[int] = set()
-        overlap = 0
-        # Validation first: training stories are compared with it while they stream by.
-        for split in (VALIDATION, TRAIN):
-            writer = _SplitWriter(partial, split, tokenizer, dtype)
-            stories = clean(source.texts(split))
-            seen = _seen(stories, validation_hashes, keep_overlap or split == VALIDATION)
-            counted = _counted(seen.stories, split, source.size_bytes(split), report)
-            splits[split] = writer.write(counted) | {"duplicate_stories": seen.duplicates()}
-            if split == VALIDATION:
-                validation_hashes = set(seen.hashes)
-            overlap = seen.overlap
-        manifest = {
-            "format": FORMAT,
-            "request": request,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-            },
-            "dtype": dtype.name,
-            "splits": splits,
-            "overlap": {"train_stories_in_validation": overlap, "left_out": not keep_overlap},
-        }
-        manifest["fingerprint"] = fingerprint(manifest)
-        write_json(partial / MANIFEST, manifest)
-        if folder.exists():
-            folder.rmdir()  # empty, or the caller would not have come here
-        os.rename(partial, folder)
-        sync_folder(folder.parent)
+        partial.mkdir(parents=True, exist_ok=True)
+        with exclusive(partial):
+            try:
+                _clear(partial)
+                _fill(partial, source, tokenizer, request, keep_overlap, report)
+                if folder.exists():
+                    folder.rmdir()  # empty, or the caller would not have come here
+                os.rename(partial, folder)
+                sync_folder(folder.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-class _seen:  # noqa: N801 - a generator with results, used as one
-    """Stories that stream by, with their 64-bit hashes and the overlap with a set of others."""
+def _clear(folder: Path) -> None:
+    """Empty a folder that a killed preparation may have left; the folder itself is locked."""
+    for path in folder.iterdir():
+        path.unlink()
 
-    def __init__(self, stories: Iterator[str], others: set[int], keep: bool) -> None:
+
+def _fill(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    request: dict[str, Any],
+    keep_overlap: bool,
+    report: Progress,
+) -> None:
+    """Write tokenizer, shards and manifest into an empty folder."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokenizer.save(folder / TOKENIZER_FILE)
+    # Validation first: training stories are compared with it while they stream by.
+    held_out = OverlapFilter(clean(source.texts(VALIDATION)))
+    train = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes, keep_overlap)
+    splits: dict[str, Any] = {}
+    for split, stories in ((VALIDATION, held_out), (TRAIN, train)):
+        writer = _SplitWriter(folder, split, tokenizer, dtype)
+        counted = _counted(stories, split, source.size_bytes(split), report)
+        splits[split] = writer.write(counted) | {"duplicate_stories": stories.duplicates()}
+    manifest = {
+        "format": FORMAT,
+        "request": request,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+        },
+        "dtype": dtype.name,
+        "splits": splits,
+        "overlap": {
+            "train_stories_in_validation": train.overlap,
+            "left_out": not keep_overlap,
+        },
+    }
+    manifest["fingerprint"] = fingerprint(manifest)
+    write_json(folder / MANIFEST, manifest)
+
+
+class OverlapFilter:
+    """Stories that stream by, less those in a set of others, with their 64-bit hashes.
+
+    Iterate once; ``hashes``, ``overlap`` (stories that were in the set) and ``duplicates`` are of
+    the stories so far. ``others`` is read when the iteration begins.
+    """
+
+    def __init__(
+        self, stories: Iterator[str], others: Iterable[int] = (), keep: bool = False
+    ) -> None:
         self.hashes: array[int] = array("Q")
         self.overlap = 0
-        self.stories = self._filter(stories, others, keep)
+        self._stories, self._others, self._keep = stories, others, keep
 
-    def _filter(self, stories: Iterator[str], others: set[int], keep: bool) -> Iterator[str]:
-        for story in stories:
+    def __iter__(self) -> Iterator[str]:
+        others = set(self._others)
+        for story in self._stories:
             digest = hashlib.blake2b(story.encode(), digest_size=8).digest()
             value = int.from_bytes(digest, "little")
             if value in others:
                 self.overlap += 1
-                if not keep:
+                if not self._keep:
                     continue
             self.hashes.append(value)
             yield story
@@ -255,7 +299,8 @@ class _SplitWriter:
         self._close()
         offsets = np.concatenate(lengths).cumsum(axis=0)
         name = f"{self.split}.stories.npy"
-        np.save(self.folder / name, offsets, allow_pickle=False)
+        with atomic_path(self.folder / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, offsets, allow_pickle=False)
         return {
             "stories": len(offsets) - 1,
             "tokens": int(offsets[-1, 0]),

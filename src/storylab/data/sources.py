@@ -5,6 +5,7 @@ A source yields the raw texts of one split in a fixed order; :func:`clean` turns
 
 from __future__ import annotations
 
+import codecs
 import json
 import socket
 import urllib.parse
@@ -26,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 READ_BYTES = 1 << 20
+MAX_STORY_BYTES = 64_000_000
 
 THREE_WAYS = (
     "three ways on: local files (storylab prepare --train FILES --validation FILES "
@@ -67,7 +69,13 @@ class BuiltinSource:
     seed: int
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "builtin", "stories": self.stories, "seed": self.seed}
+        grammar = sha256_file(Path(builtin.__file__))
+        return {
+            "name": "builtin",
+            "stories": self.stories,
+            "seed": self.seed,
+            "grammar_sha256": grammar,
+        }
 
     def texts(self, split: str) -> Iterator[str]:
         held_out = max(1, self.stories // 20)
@@ -291,21 +299,31 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns what goes wrong with a file's content into a message that names the file."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, UnicodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path} ({reason}): get the file anew") from error
 
 
 def _lines(path: Path, separator: str) -> Iterator[str]:
-    """Pieces between separators, read in blocks."""
-    compression = _COMPRESSION.get(path.suffix)
-    mark, rest = separator.encode(), b""
-    with pa.input_stream(str(path), compression=compression) as stream:
+    """Pieces between separators, read in blocks; a byte order mark at the start is dropped."""
+    mark, buffer, searched = separator.encode(), bytearray(), 0
+    with pa.input_stream(str(path), compression=_COMPRESSION.get(path.suffix)) as stream:
         while block := stream.read(READ_BYTES):
-            *whole, rest = (rest + block).split(mark)
-            for piece in whole:
-                yield piece.decode("utf-8")
-    yield rest.decode("utf-8")
+            first = not buffer and not searched
+            buffer += block.removeprefix(codecs.BOM_UTF8) if first else block
+            begin = 0
+            while (end := buffer.find(mark, max(begin, searched))) >= 0:
+                yield buffer[begin:end].decode("utf-8")
+                begin = searched = end + len(mark)
+            del buffer[:begin]
+            # A separator may span two blocks; what is searched once is not searched again.
+            searched = max(0, len(buffer) - len(mark) + 1)
+            if len(buffer) > MAX_STORY_BYTES:
+                raise UserError(
+                    f"{path} has over {MAX_STORY_BYTES // 10**6} MB without {separator!r}: put one "
+                    "between stories"
+                )
+    yield buffer.decode("utf-8")
 
 
 def _read_txt(path: Path) -> Iterator[str]:
@@ -323,6 +341,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         text = row.get("text", row.get("story")) if isinstance(row, dict) else row
         if not isinstance(text, str):
             raise UserError(f'{path} line {number} has no "text" (or "story") string')
+        text.encode()  # half of a surrogate pair is valid JSON and no text: a UnicodeError
         yield text
 
 
@@ -332,5 +351,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
     if not names:
         columns = ", ".join(file.schema_arrow.names)
         raise UserError(f"{path} has no column 'text' or 'story' (its columns: {columns})")
+    kind = file.schema_arrow.field(names[0]).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path}: the column '{names[0]}' holds {kind}, not text")
     for batch in file.iter_batches(batch_size=4096, columns=names[:1]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        # Rows are counted by their place in the file, so an empty one is kept until cleaning.
+        yield from (text or "" for text in batch.column(0).to_pylist())

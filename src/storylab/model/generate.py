@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from storylab.config import check_seed
 from storylab.errors import UserError
 from storylab.model.transformer import KeyValueCache, Transformer
 
@@ -32,6 +33,7 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        check_seed("seed", self.seed)
 
 
 def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -43,7 +45,8 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, best, 1.0)
-    logits = logits / sampling.temperature
+    # Relative to the greatest, so that a tiny temperature cannot overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
@@ -86,16 +89,16 @@ def generate(
     seen = prompt[:, -max(1, context - 1) :].to(device)
     cache = KeyValueCache(model.config, len(prompt), context, device)
     unread = seen
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens):
+        with torch.no_grad():  # not around the yield, where the caller's code runs
             hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
             logits = torch.nn.functional.linear(hidden[:, -1], model.embedding.weight)
-            probabilities = next_token_probabilities(logits.cpu(), sampling)
-            token = torch.multinomial(probabilities, 1, generator=generator)
-            yield token[:, 0]
-            unread = token.to(device)
-            seen = torch.cat((seen, unread), dim=1)
-            if seen.shape[1] > context:
-                seen = seen[:, -max(1, context // 2) :]
-                cache = KeyValueCache(model.config, len(prompt), context, device)
-                unread = seen
+        probabilities = next_token_probabilities(logits.cpu(), sampling)
+        token = torch.multinomial(probabilities, 1, generator=generator)
+        yield token[:, 0]
+        unread = token.to(device)
+        seen = torch.cat((seen, unread), dim=1)
+        if seen.shape[1] > context:
+            seen = seen[:, -max(1, context // 2) :]
+            cache = KeyValueCache(model.config, len(prompt), context, device)
+            unread = seen

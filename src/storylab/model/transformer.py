@@ -30,11 +30,12 @@ class LayerCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[B, K, T, D]`` behind the filled positions; return all keys and values so far."""
+        if self.length == 0:  # autocast decides the dtype of keys and values
+            self.keys, self.values = self.keys.to(key.dtype), self.values.to(value.dtype)
         start, self.length = self.length, self.length + key.shape[2]
         self.keys[:, :, start : self.length] = key
         self.values[:, :, start : self.length] = value
-        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        return keys.to(key.dtype), values.to(value.dtype)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class KeyValueCache:

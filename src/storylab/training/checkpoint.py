@@ -41,7 +41,8 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         UserError: the disk is full or the folder cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"format": "pt", "sha256": weights_sha256(tensors), "state": json.dumps(state)}
+    text = json.dumps(state)
+    metadata = {"format": "pt", "sha256": _sha256(tensors, text), "state": text}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -63,13 +64,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = json.loads(metadata["state"])
-        expected = metadata["sha256"]
+        text, expected = metadata["state"], metadata["sha256"]
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is not a whole storylab checkpoint ({error})") from error
-    if weights_sha256(tensors) != expected:
+    if _sha256(tensors, text) != expected:
         raise UserError(f"{path} has been altered (its SHA-256 differs): restore it from a copy")
-    return tensors, state
+    return tensors, json.loads(text)
+
+
+def _sha256(tensors: dict[str, Tensor], state: str) -> str:
+    return hashlib.sha256((weights_sha256(tensors) + state).encode()).hexdigest()
 
 
 def training_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -85,13 +89,28 @@ def restore(
     model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     """Put what :func:`training_tensors` gave back into a model and its optimizer."""
-    model.load_state_dict(model_weights(tensors))
+    load_weights(model, tensors)
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         if full_name.startswith(OPTIMIZER_PREFIX):
             key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
             device = parameters[name].device
             optimizer.state[parameters[name]][key] = value.to(device)
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Load the weights of either kind of checkpoint.
+
+    Raises:
+        UserError: they are not those of this model's shape.
+    """
+    try:
+        model.load_state_dict(model_weights(tensors))
+    except RuntimeError as error:
+        raise UserError(
+            "the checkpoint's weights do not fit the shape in the run's config.json: "
+            "one of the two has been altered"
+        ) from error
 
 
 def model_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -59,8 +59,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss), at most e^700."""
+        return math.exp(min(self.loss, 700))
 
     @property
     def bits_per_byte(self) -> float:
@@ -119,14 +119,13 @@ def evaluate_split(
     if starts[-1] != last:
         starts = np.append(starts, last)
     losses = window_losses(model, split, starts, block_size, precision, tick)
-    by_target = np.empty(len(split) - 1, dtype=np.float64)
-    for start, row in zip(starts, losses, strict=True):
-        by_target[start : start + block_size] = row
-    # by_target[i] is the loss of token i + 1: story borders move one to the left.
+    # Entry i is the loss of token i + 1: story borders move one to the left.
+    whole = (last // block_size + 1) * block_size
+    tail = losses[-1, whole - len(split) + 1 :] if whole < len(split) - 1 else losses[:0, 0]
+    by_target = np.concatenate((losses.reshape(-1)[:whole], tail))
     begins = np.maximum(split.stories[:-1, 0] - 1, 0)
-    ends = split.stories[1:, 0] - 1
-    sums = np.concatenate(([0.0], by_target.cumsum()))
-    return Evaluation(sums[ends] - sums[begins], ends - begins, split.text_bytes)
+    sums = np.add.reduceat(by_target, begins, dtype=np.float64)
+    return Evaluation(sums, split.stories[1:, 0] - 1 - begins, split.text_bytes)
 
 
 def evaluate_run(

@@ -52,8 +52,8 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
-def _figure(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else form.format(value)
+def _figure(value: float | None, form: str, unknown: str = UNKNOWN) -> str:
+    return unknown if value is None else form.format(value)
 
 
 def _with_perplexity(loss: float | None) -> str:
@@ -71,8 +71,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         ("Final val loss", _with_perplexity(summary["final_val_loss"])),
         (
             "Whole val split",
-            f"loss {full['loss']:.4f} +/- {full['standard_error']:.4f} (standard error over "
-            f"{full['stories']:,} stories), perplexity {full['perplexity']:,.2f}, "
+            f"loss {full['loss']:.4f} +/- {_figure(full['standard_error'], '{:.4f}', 'unknown')} "
+            f"(standard error over {full['stories']:,} stories), perplexity {full['perplexity']:,.2f}, "
             f"{full['bits_per_byte']:.4f} bits per byte"
             if full
             else "not evaluated",

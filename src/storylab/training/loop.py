@@ -22,6 +22,8 @@ from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher, TrainingBatches
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.sources import TRAIN, VALIDATION
+from storylab.errors import UserError
+from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint, lines
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
@@ -31,11 +33,11 @@ from storylab.training.precision import (
     choose_device,
     choose_precision,
 )
-from storylab.training.run_folder import LOG, METRICS, Run, create_run
+from storylab.training.run_folder import LOG, METRICS, Run, create_run, require_free
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
-from storylab.training.telemetry import Telemetry, peak_memory_bytes
+from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
 
 RECORD_PROMPT = "Once upon a time there was a little"
 
@@ -95,9 +97,21 @@ class Progress:
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_iteration: int | None = None
-    energy_joules: float | None = None
     peak_memory_bytes: int = 0
+    power: PowerTotals = field(default_factory=PowerTotals)
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """Rebuild what a checkpoint's header holds.
+
+        Raises:
+            UserError: it is of another version.
+        """
+        try:
+            return cls(**(values | {"power": PowerTotals(**values["power"])}))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint is of another version of storylab: {error}") from error
 
 
 class StopSignal:
@@ -139,28 +153,33 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
         TrainingInterrupted: a signal stopped it; the run can be resumed.
         TrainingDiverged: loss or gradients are not finite.
     """
-    dataset, precision = prerequisites(config)
-    if config.out_dir is None:
-        name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = dataclasses.replace(config, out_dir=Path("runs") / name)
-    config = dataclasses.replace(config, data_seed=config.resolved_data_seed)
+    config, precision = resolve(config)
+    dataset = load_dataset(config.data_dir)
+    dataset.require_window(config.block_size)
     trainer = Trainer(config, dataset, precision, reporter or SilentReporter())
     run = create_run(config, dataset, trainer.identity())
     return trainer.train(run)
 
 
-def prerequisites(config: TrainConfig) -> tuple[Dataset, Precision]:
-    """The checked data set and precision of a run.
+def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+    """The config with every default filled in, and its precision, checked without the data.
 
     Raises:
-        UserError: one of them cannot be used.
+        UserError: there is no such device, it lacks the dtype, or ``out_dir`` is in use.
     """
     precision = choose_precision(choose_device(config.device), config.dtype)
     if config.compile:
         check_compiler(precision.device)
-    dataset = load_dataset(config.data_dir)
-    dataset.require_window(config.block_size)
-    return dataset, precision
+    name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.out_dir or Path("runs") / name
+    require_free(folder)
+    config = dataclasses.replace(
+        config,
+        out_dir=folder,
+        device=str(precision.device),
+        data_seed=config.resolved_data_seed,
+    )
+    return config, precision
 
 
 class Trainer:
@@ -198,7 +217,7 @@ class Trainer:
         if not run.checkpoint("last").exists():
             return
         tensors, state = checkpoint.load(run.checkpoint("last"))
-        self.progress = Progress(**state)
+        self.progress = Progress.from_dict(state)
         checkpoint.restore(self.model, self.optimizer, tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
@@ -210,23 +229,31 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile()  # in place, so that names in checkpoints stay as they are
         self.prefetcher = Prefetcher(self.batches)
-        self.telemetry = Telemetry(self.precision.device)
+        self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
-            with self.telemetry, self.stop.installed():
-                self._iterate()
-                self._finish()
+            with exclusive(run.folder), self.telemetry, self.stop.installed():
+                self._train_to_the_end()
+        finally:
+            self.prefetcher.close()
+        return run
+
+    def _train_to_the_end(self) -> None:
+        try:
+            if not self.run.checkpoint("last").exists():
+                self._save_last()  # so that there always is one from before a fault
+            self._iterate()
+            self._finish()
         except _StopRequested:
             self._save_last()
             number = self.stop.number or signal.SIGINT
             message = (
                 f"Stopped before iteration {self.progress.next_iteration}; continue with: "
-                f"storylab resume {run.folder}"
+                f"storylab resume {self.run.folder}"
             )
             raise TrainingInterrupted(message, number) from None
-        finally:
-            self.prefetcher.close()
-        return run
+        except NonFiniteError as error:
+            raise TrainingDiverged(self._diverged(error)) from error
 
     def _iterate(self) -> None:
         for iteration in range(self.progress.next_iteration, self.config.max_iters + 1):
@@ -235,10 +262,7 @@ class Trainer:
             started = time.perf_counter()
             batch = self.prefetcher(iteration)
             waited = time.perf_counter() - started
-            try:
-                result = self._step(iteration, batch)
-            except NonFiniteError as error:
-                self._diverged(iteration, error)
+            result = self._step(iteration, batch)
             self._record(iteration, result, time.perf_counter() - started, waited)
             self.progress.next_iteration = iteration + 1
             if self._checkpoint_due(iteration):
@@ -279,8 +303,12 @@ class Trainer:
                 )
                 for name in (TRAIN, VALIDATION)
             )
+        if not math.isfinite(train_loss + val_loss):
+            raise NonFiniteError(f"train loss is {train_loss} and validation loss {val_loss}")
         state = self.progress
-        best = state.best_val_loss is None or val_loss < state.best_val_loss
+        # A stop after this evaluation makes a resumed run come here again.
+        again = state.best_iteration == iteration
+        best = again or state.best_val_loss is None or val_loss < state.best_val_loss
         self._line("")
         self._line(lines.evaluation_line(iteration, train_loss, val_loss))
         if best:
@@ -330,18 +358,18 @@ class Trainer:
             state.last_line, state.seconds_since_line = iteration, 0.0
         self.reporter.progress("training", iteration + 1, config.max_iters + 1)
 
-    def _diverged(self, iteration: int, error: NonFiniteError) -> None:
-        self._save_last()
+    def _diverged(self, error: NonFiniteError) -> str:
+        """Write down that the run has diverged. The last checkpoint stays: it is from before."""
+        iteration = self.progress.next_iteration
         rate = learning_rate(self.config, iteration)
         message = (
             f"iteration {iteration}: {error} at learning rate {rate:.2e}; training stopped, the "
-            f"weights from before are in {self.run.checkpoint('last')}. Try a lower "
+            f"last good weights are in {self.run.checkpoint('last')}. Try a lower "
             "--learning_rate, a longer --warmup_iters, or --dtype float32"
         )
         self._line(message)
-        summary = self._summary("diverged", None, []) | {"reason": str(error)}
-        self.run.write_summary(summary)
-        raise TrainingDiverged(message) from error
+        self.run.write_summary(self._summary("diverged", None, []) | {"reason": str(error)})
+        return message
 
     def _finish(self) -> None:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
@@ -354,6 +382,8 @@ class Trainer:
                 self.precision,
                 self._tick,
             )
+            if not math.isfinite(evaluation.loss):
+                raise NonFiniteError(f"final validation loss is {evaluation.loss}")
             samples = [{"prompt": RECORD_PROMPT, "text": self._sample(RECORD_PROMPT)}]
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
         self.run.write_story_losses(table)
@@ -372,8 +402,6 @@ class Trainer:
     ) -> dict[str, Any]:
         state, device = self.progress, self.precision.device
         tokens = state.next_iteration * self.config.tokens_per_iteration
-        measured = self.telemetry.totals()
-        measured["energy_joules"] = _sum(state.energy_joules, measured["energy_joules"])
         return {
             "status": status,
             "iterations": state.next_iteration,
@@ -388,15 +416,16 @@ class Trainer:
             "seconds": state.seconds,
             "training_seconds": state.training_seconds,
             "tokens_per_second": tokens / state.training_seconds if tokens else 0.0,
-            **measured,
+            **self.telemetry.means(),
             "peak_memory_bytes": state.peak_memory_bytes,
             "memory_kind": "allocated on the GPU" if device.type == "cuda" else "resident",
             "samples": samples,
         }
 
     def _save_last(self) -> None:
-        state = dataclasses.replace(self.progress, scaler=self.scaler.state_dict())
-        state.energy_joules = _sum(state.energy_joules, self.telemetry.totals()["energy_joules"])
+        state = dataclasses.replace(
+            self.progress, power=self.telemetry.totals(), scaler=self.scaler.state_dict()
+        )
         tensors = checkpoint.training_tensors(self.model, self.optimizer)
         checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
         self.saved_at = time.perf_counter()
@@ -408,10 +437,6 @@ class Trainer:
     def _metric(self, kind: str, iteration: int, **values: Any) -> None:
         row = {"kind": kind, "iteration": iteration, **values}
         self.run.append(METRICS, json.dumps(row, allow_nan=False))
-
-
-def _sum(a: float | None, b: float | None) -> float | None:
-    return a if b is None else b if a is None else a + b
 
 
 def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:

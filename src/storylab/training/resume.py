@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from storylab.config import TrainConfig, differences
+from storylab.data.dataset import load_dataset
 from storylab.errors import UserError
-from storylab.training.loop import Reporter, SilentReporter, Trainer, prerequisites
-from storylab.training.run_folder import Run, code_sha256, open_run
+from storylab.training.loop import Reporter, SilentReporter, Trainer
+from storylab.training.precision import choose_device, choose_precision
+from storylab.training.run_folder import Run, environment, open_run
 from storylab.training.schedule import learning_rate
 
 
@@ -31,9 +33,15 @@ def resume(
     run = open_run(folder)
     stored = run.config
     reporter = reporter or SilentReporter()
-    config = dataclasses.replace(wanted or stored, out_dir=folder)
+    precision = choose_precision(choose_device((wanted or stored).device), stored.dtype)
+    config = dataclasses.replace(
+        wanted or stored,
+        out_dir=folder,
+        device=str(precision.device),
+        data_seed=(wanted or stored).resolved_data_seed,
+    )
     _check_config(stored, config)
-    dataset, precision = prerequisites(config)
+    dataset = load_dataset(config.data_dir)
     expected = run.data["fingerprint"]
     if dataset.fingerprint != expected:
         raise UserError(
@@ -45,7 +53,8 @@ def resume(
     done = trainer.progress.next_iteration
     _check_learning_rates(stored, config, done)
     summary = run.summary
-    if done > config.max_iters and summary and summary["status"] == "finished":
+    finished = summary and (summary["status"], summary["iterations"]) == ("finished", done)
+    if finished and done > config.max_iters:
         reporter.line(f"{folder} is finished: give a larger --max_iters to go on")
         return run
     if config.max_iters != stored.max_iters:
@@ -53,8 +62,12 @@ def resume(
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
-    if run.environment["code_sha256"] != code_sha256():
-        reporter.line("This code differs from the code that started the run: bits may differ")
+    now, then = environment(), run.environment
+    for name, value in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
+        if now[value] != then[value]:
+            reporter.line(f"The {name} is not what the run was started with: bits may differ")
+    if now["packages"] != then["packages"]:
+        reporter.line("The installed packages are not those of the start: bits may differ")
     run.continue_from(done, config)
     reporter.line(f"Resuming {folder} at iteration {done}")
     return trainer.train(run)

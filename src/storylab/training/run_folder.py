@@ -98,6 +98,8 @@ class Run:
         with atomic_path(self.folder / METRICS) as temporary:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             temporary.write_text(text, encoding="utf-8")
+        for stale in (SUMMARY, STORY_LOSSES):
+            (self.folder / stale).unlink(missing_ok=True)
         record = self.environment
         again = environment() | {"iteration": next_iteration}
         record["resumed"] = [*record.get("resumed", []), again]
@@ -132,12 +134,8 @@ def create_run(config: TrainConfig, dataset: Dataset, identity: dict[str, Any]) 
     folder = config.out_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is not empty: choose another --out_dir, or continue the run in it with "
-                f"`storylab resume {folder}`"
-            )
-        (folder / "checkpoints").mkdir()
+        require_free(folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
         dataset.tokenizer.save(folder / TOKENIZER_FILE)
         run = Run(folder)
         keys = ("fingerprint", "tokenizer", "dtype", "request")
@@ -150,6 +148,22 @@ def create_run(config: TrainConfig, dataset: Dataset, identity: dict[str, Any]) 
     except OSError as error:
         raise write_error(folder, error) from error
     return run
+
+
+def require_free(folder: Path) -> None:
+    """Raise a UserError if a new run in ``folder`` would mix with what is there.
+
+    What a run killed in its first moment has left, before it had a config, does not count.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out_dir")
+    started = {"checkpoints", TOKENIZER_FILE, DATA, ENVIRONMENT}
+    names = {p.name.removeprefix(".").removesuffix(".tmp") for p in folder.glob("*")}
+    if names - started - {CONFIG} or (folder / CONFIG).exists():
+        raise UserError(
+            f"{folder} is not empty: choose another --out_dir, or continue the run in it with "
+            f"`storylab resume {folder}`"
+        )
 
 
 def open_run(folder: Path) -> Run:

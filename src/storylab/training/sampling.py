@@ -41,20 +41,28 @@ class StoryModel:
         """
         if count < 1 or max_new_tokens < 1:
             raise UserError("the number of samples and of tokens must be at least 1")
+        return self._stream(prompt, sampling or Sampling(), max_new_tokens, count)
+
+    def _stream(
+        self, prompt: str, sampling: Sampling, max_new_tokens: int, count: int
+    ) -> Iterator[list[bytes]]:
         end = self.tokenizer.end_of_text
         # An end of text comes before every story in training, so it tells that one begins.
         ids = torch.tensor([[end, *self.tokenizer.encode(prompt)]]).expand(count, -1)
         finished = torch.zeros(count, dtype=torch.bool)
-        tokens = generate(self.model, ids, max_new_tokens, sampling or Sampling(), self.block_size)
-        with self.precision.autocast():
-            for column in tokens:
-                finished |= column == end
-                if finished.all():
-                    return
-                yield [
-                    b"" if done else self.tokenizer.decode_bytes([int(token)])
-                    for token, done in zip(column, finished, strict=True)
-                ]
+        tokens = generate(self.model, ids, max_new_tokens, sampling, self.block_size)
+        while True:
+            with self.precision.autocast():  # around the computing, not around the yield
+                column = next(tokens, None)
+            if column is None:
+                return
+            finished |= column == end
+            if finished.all():
+                return
+            yield [
+                b"" if done else self.tokenizer.decode_bytes([int(token)])
+                for token, done in zip(column, finished, strict=True)
+            ]
 
     def sample(
         self,
@@ -82,5 +90,5 @@ def load_story_model(run: Run, name: str = "last", device: str = "auto") -> Stor
     tokenizer = run.tokenizer
     tensors, _ = checkpoint.load(run.checkpoint(name))
     model = Transformer(config.model, tokenizer.vocab_size)
-    model.load_state_dict(checkpoint.model_weights(tensors))
+    checkpoint.load_weights(model, tensors)
     return StoryModel(model.to(precision.device), tokenizer, config.block_size, precision)

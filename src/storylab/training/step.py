@@ -89,4 +89,6 @@ def training_step(
         group["lr"] = learning_rate
     scaler.step(optimizer)
     scaler.update()
+    if skipped and scaler.get_scale() < 1:
+        raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
     return StepResult(mean_loss, None if skipped else norm, not skipped and norm > limit)

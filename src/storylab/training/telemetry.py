@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass
+class PowerTotals:
+    """Sums over all sessions of a run; saved with its checkpoints."""
+
+    samples: int = 0
+    watts: float = 0.0
+    percent: float = 0.0
+    energy_joules: float | None = None
+
+
 class Telemetry:
     """Reads an NVIDIA GPU's power, utilisation and energy in a thread once a second.
 
@@ -29,8 +40,8 @@ class Telemetry:
     estimated from a card's rated power.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, before: PowerTotals) -> None:
+        self.device, self.before = device, before
         self.samples: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -69,21 +80,38 @@ class Telemetry:
                 percent = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
                 self.samples.append((watts, float(percent)))
 
-    def latest(self) -> dict[str, float | None]:
-        """The newest power (watts) and utilisation (percent)."""
-        watts, percent = self.samples[-1] if self.samples else (None, None)
-        return {"power_watts": watts, "utilisation_percent": percent}
+    def totals(self) -> PowerTotals:
+        """Sums up to now, those of earlier sessions included."""
+        samples = list(self.samples)
+        return PowerTotals(
+            self.before.samples + len(samples),
+            self.before.watts + sum(watts for watts, _ in samples),
+            self.before.percent + sum(percent for _, percent in samples),
+            self._energy_so_far(),
+        )
 
-    def totals(self) -> dict[str, float | None]:
-        """Mean power and utilisation, and energy in joules, since the start."""
-        count = len(self.samples)
-        energy = None
+    def _energy_so_far(self) -> float | None:
+        energy = self.before.energy_joules
         if self._energy_start is not None and (now := self._energy()) is not None:
-            energy = now - self._energy_start
+            energy = (energy or 0.0) + now - self._energy_start
+        return energy
+
+    def latest(self) -> dict[str, float | None]:
+        """The newest power (watts) and utilisation (percent), and the energy so far (joules)."""
+        watts, percent = self.samples[-1] if self.samples else (None, None)
         return {
-            "power_watts": sum(w for w, _ in self.samples) / count if count else None,
-            "utilisation_percent": sum(p for _, p in self.samples) / count if count else None,
-            "energy_joules": energy,
+            "power_watts": watts,
+            "utilisation_percent": percent,
+            "energy_joules": self._energy_so_far(),
+        }
+
+    def means(self) -> dict[str, float | None]:
+        """Mean power and utilisation over the run, and its energy."""
+        sums = self.totals()
+        return {
+            "power_watts": sums.watts / sums.samples if sums.samples else None,
+            "utilisation_percent": sums.percent / sums.samples if sums.samples else None,
+            "energy_joules": sums.energy_joules,
         }
 
     def __exit__(
