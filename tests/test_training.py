@@ -440,8 +440,10 @@ def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     with pytest.raises(TrainingInterrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
+    before = (config.out_dir / "metrics.jsonl").read_bytes()
     with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
         resume(config.out_dir)
+    assert (config.out_dir / "metrics.jsonl").read_bytes() == before
     assert resume(config.out_dir).summary is not None
 
 

@@ -158,7 +158,8 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
     dataset.require_window(config.block_size)
     trainer = Trainer(config, dataset, precision, reporter or SilentReporter())
     run = create_run(config, dataset, trainer.identity())
-    return trainer.train(run)
+    with exclusive(run.folder):
+        return trainer.train(run)
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
@@ -223,7 +224,10 @@ class Trainer:
             self.scaler.load_state_dict(self.progress.scaler)
 
     def train(self, run: Run) -> Run:
-        """Train from where the progress stands to ``max_iters``, evaluate, and write the summary."""
+        """Train from where the progress stands to ``max_iters``, evaluate, and sum up.
+
+        The caller holds the run folder, so that no other process writes to it.
+        """
         self.run = run
         if self.config.compile:
             for block in self.model.blocks:
@@ -232,7 +236,7 @@ class Trainer:
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
-            with exclusive(run.folder), self.telemetry, self.stop.installed():
+            with self.telemetry, self.stop.installed():
                 self._train_to_the_end()
         finally:
             self.prefetcher.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from storylab.config import TrainConfig, differences
 from storylab.data.dataset import load_dataset
 from storylab.errors import UserError
+from storylab.files import exclusive
 from storylab.training.loop import Reporter, SilentReporter, Trainer
 from storylab.training.precision import choose_device, choose_precision
 from storylab.training.run_folder import Run, environment, open_run
@@ -31,14 +33,18 @@ def resume(
         TrainingInterrupted, TrainingDiverged: as in training.
     """
     run = open_run(folder)
+    with exclusive(folder):
+        return _resume(run, wanted or run.config, reporter or SilentReporter())
+
+
+def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
-    reporter = reporter or SilentReporter()
-    precision = choose_precision(choose_device((wanted or stored).device), stored.dtype)
+    precision = choose_precision(choose_device(wanted.device), wanted.dtype)
     config = dataclasses.replace(
-        wanted or stored,
-        out_dir=folder,
+        wanted,
+        out_dir=run.folder,
         device=str(precision.device),
-        data_seed=(wanted or stored).resolved_data_seed,
+        data_seed=wanted.resolved_data_seed,
     )
     _check_config(stored, config)
     dataset = load_dataset(config.data_dir)
@@ -55,22 +61,28 @@ def resume(
     summary = run.summary
     finished = summary and (summary["status"], summary["iterations"]) == ("finished", done)
     if finished and done > config.max_iters:
-        reporter.line(f"{folder} is finished: give a larger --max_iters to go on")
+        reporter.line(f"{run.folder} is finished: give a larger --max_iters to go on")
         return run
+    for note in _notes(run, stored, config, done):
+        reporter.line(note)
+    run.continue_from(done, config)
+    return trainer.train(run)
+
+
+def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
+    """What a user should know before the run goes on."""
     if config.max_iters != stored.max_iters:
-        reporter.line(
+        yield (
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
     now, then = environment(), run.environment
-    for name, value in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
-        if now[value] != then[value]:
-            reporter.line(f"The {name} is not what the run was started with: bits may differ")
+    for name, key in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
+        if now[key] != then[key]:
+            yield f"The {name} is not what the run was started with: bits may differ"
     if now["packages"] != then["packages"]:
-        reporter.line("The installed packages are not those of the start: bits may differ")
-    run.continue_from(done, config)
-    reporter.line(f"Resuming {folder} at iteration {done}")
-    return trainer.train(run)
+        yield "The installed packages are not those of the start: bits may differ"
+    yield f"Resuming {run.folder} at iteration {done}"
 
 
 def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
