@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,21 +227,17 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
     """Turn ``--compile=False`` and ``--compile False``, as nanoGPT has them, into ``--no_compile``."""
-    names = _switch_names(kind)
-    result: list[str] = []
-    for arg in args:
+    names, rest, result = _switch_names(kind), deque(args), []
+    while rest:
+        arg = rest.popleft()
         flag, _, value = arg.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        truth = {"true": f"--{name}", "false": f"--no_{name}"}
-        previous = result[-1].removeprefix("--") if result and result[-1].startswith("--") else ""
-        if not arg.startswith("--") and previous not in names:
-            result.append(arg)
-        elif name in names and value.lower() in truth:
-            result.append(truth[value.lower()])
-        elif previous in names and arg.lower() in ("true", "false"):
-            result[-1] = f"--{previous}" if arg.lower() == "true" else f"--no_{previous}"
-        else:
-            result.append(f"--{name}" if name in names and not value else arg)
+        if flag.startswith("--") and name in names:
+            if not value and rest and rest[0].lower() in ("true", "false"):
+                value = rest.popleft()
+            spelled = {"": f"--{name}", "true": f"--{name}", "false": f"--no_{name}"}
+            arg = spelled.get(value.lower(), arg)
+        result.append(arg)
     return result
 
 

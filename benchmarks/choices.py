@@ -1,0 +1,119 @@
+"""Time the alternatives behind two choices on this CPU: the head's loss, and attention.
+
+    python benchmarks/choices.py
+
+Shapes are those of the 113M model at 32 x 128 tokens: head 768 to 50,257, attention 12 query and 3
+key/value heads of 64, in bfloat16 under autocast, forward and backward. Every alternative runs in a process
+of its own, in turns (A B C C B A ...); reported are medians over processes, and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+POSITIONS, WIDTH, VOCAB = 4096, 768, 50257
+
+
+def head(kind: str) -> Callable[[], float]:
+    import torch
+    import torch.nn.functional as F
+
+    from storylab.model.head import linear_cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(POSITIONS, WIDTH, generator=generator, requires_grad=True)
+    weight = (torch.randn(VOCAB, WIDTH, generator=generator) * 0.02).requires_grad_()
+    targets = torch.randint(VOCAB, (POSITIONS,), generator=generator)
+
+    def ours() -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, targets) / POSITIONS
+
+    def whole() -> torch.Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+    def torch_chunked() -> torch.Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        low = hidden.bfloat16(), weight.bfloat16()
+        return F.linear_cross_entropy(*low, targets, options=options)
+
+    losses = {"ours": ours, "all logits": whole, "torch chunked": torch_chunked}
+
+    def run() -> float:
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses[kind]()
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
+def attention(kind: str, length: int) -> Callable[[], float]:
+    import torch
+
+    import storylab.model.attention
+
+    storylab.model.attention.MAX_PRODUCT_LENGTH = 0 if kind == "flash" else 1 << 20
+    shape = (POSITIONS // length, 12, length, 64)
+    query = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    keys = (POSITIONS // length, 3, length, 64)
+    key = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
+    value = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
+
+    def run() -> float:
+        out = storylab.model.attention.causal_attention(query, key, value)
+        out.sum().backward()
+        return out[0, 0, 0, 0].item()
+
+    return run
+
+
+def measure(name: str) -> dict[str, float]:
+    part, kind, *length = name.split(":")
+    run = head(kind) if part == "head" else attention(kind, int(length[0]))
+    run()
+    seconds, result = [], 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return {"ms": statistics.median(seconds) * 1e3, "peak_gb": peak / 1e9, "result": result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only)))
+        return
+    heads = [f"head:{kind}" for kind in ("ours", "all logits", "torch chunked")]
+    lengths = (128, 256, 512, 1024)
+    attentions = [f"attention:{k}:{n}" for n in lengths for k in ("products", "flash")]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in heads + attentions}
+    for turn in range(args.repeats):
+        for name in list(rows)[:: 1 if turn % 2 == 0 else -1]:
+            command = [sys.executable, __file__, "--only", name]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows[name].append(json.loads(answer.stdout.splitlines()[-1]))
+    print("| alternative | forward and backward | peak memory of the process | loss |")
+    print("| --- | --- | --- | --- |")
+    for name, measured in rows.items():
+        ms = statistics.median(row["ms"] for row in measured)
+        peak = statistics.median(row["peak_gb"] for row in measured)
+        loss = f"{measured[0]['result']:.4f}" if name.startswith("head") else ""
+        print(f"| {name.replace(':', ', ')} | {ms:.0f} ms | {peak:.2f} GB | {loss} |")
+
+
+if __name__ == "__main__":
+    main()
