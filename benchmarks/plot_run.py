@@ -23,7 +23,8 @@ def main() -> None:
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(sys.argv[2], metadata={"Date": None})
+    metadata = {"Date": None} if sys.argv[2].endswith(".svg") else None
+    figure.savefig(sys.argv[2], metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -479,7 +479,7 @@ def test_one_validation_story_has_no_standard_error(
 
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
-    changes = {"max_iters": 250, "eval_interval": 50, "checkpoint_minutes": 0.0}
+    changes = {"max_iters": 600, "eval_interval": 100, "checkpoint_minutes": 0.0}
     whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
     config = tiny_config(out_dir=tmp_path / "killed", **changes)
     script = (
@@ -505,7 +505,7 @@ def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Pat
         kills += 1
         reached.append(checkpoint.load(open_run(config.out_dir).checkpoint("last"))[1])
     iterations = [state["next_iteration"] for state in reached]
-    assert iterations == sorted(iterations) and len(set(iterations)) > 10
+    assert iterations == sorted(iterations) and len(set(iterations)) > 5
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
     assert metrics(run) == metrics(whole)
