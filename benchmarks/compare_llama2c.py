@@ -30,7 +30,7 @@ class Adapter(torch.nn.Module):
 
     def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            logits = self.model(tokens, targets)
+            logits = self.model(tokens, targets.contiguous())
         return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 

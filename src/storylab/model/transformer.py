@@ -7,10 +7,12 @@ D head size, F hidden width of the feed-forward layer, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from storylab.config import ModelConfig
 from storylab.model.attention import causal_attention
@@ -51,6 +53,19 @@ class KeyValueCache:
     def length(self) -> int:
         """Positions read so far."""
         return self.layers[0].length
+
+
+def lean(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, keeping only ``x`` for the backward pass, which redoes what it needs.
+
+    Meant for elementwise work that ends in a matrix product: redoing stops before that product,
+    so what it costs is the elementwise part. On the CPU that is no slower than writing the
+    intermediate results to memory and reading them back (docs/performance.md). Other devices
+    keep everything, as not measured.
+    """
+    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return function(x)
 
 
 class RMSNorm(nn.Module):
@@ -96,10 +111,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
     ) -> Tensor:
-        batch, time, width = x.shape
-        heads = self.qkv(x).view(batch, time, -1, width // self.heads).transpose(1, 2)
+        """Mix ``qkv [B, T, (H + 2K) * D]``, made by the layer of that name, over time: [B, T, C]."""
+        batch, time, _ = qkv.shape
+        width = self.out.in_features
+        heads = qkv.view(batch, time, -1, width // self.heads).transpose(1, 2)
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
@@ -116,8 +133,9 @@ class FeedForward(nn.Module):
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """``gate_up [B, T, 2F]``, made by the layer of that name, to [B, T, C]."""
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -134,8 +152,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
+        x = x + lean(lambda qkv: self.attention(qkv, rotary, cache), qkv)
+        gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
+        return x + lean(self.feed_forward, gate_up)
 
 
 class Transformer(nn.Module):

@@ -30,7 +30,8 @@ class Precision:
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in ``dtype``."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        # No cache of cast weights: every weight is used once in a pass, so it would only hold memory.
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Loss scaler; does something for float16 only, whose gradients would underflow."""
