@@ -1,10 +1,12 @@
-"""Time the alternatives behind two choices on this CPU: the head's loss, and attention.
+"""Time the alternatives behind three choices on this CPU: the head's loss, attention, and what to keep.
 
     python benchmarks/choices.py
 
 Shapes are those of the 113M model at 32 x 128 tokens: head 768 to 50,257, attention 12 query and 3
-key/value heads of 64, in bfloat16 under autocast, forward and backward. Every alternative runs in a process
-of its own, in turns (A B C C B A ...); reported are medians over processes, and peak memory.
+key/value heads of 64, in bfloat16 under autocast, forward and backward; "model" is the whole model,
+redoing elementwise work in the backward pass (lean) or keeping everything for it. Every alternative
+runs in a process of its own, in turns (A B C C B A ...); reported are medians over processes, and peak
+memory.
 """
 
 from __future__ import annotations
@@ -75,9 +77,33 @@ def attention(kind: str, length: int) -> Callable[[], float]:
     return run
 
 
+def model(kind: str) -> Callable[[], float]:
+    import torch
+
+    import storylab.model.transformer as transformer
+    from storylab.config import preset_config
+    from storylab.training.precision import choose_precision
+
+    if kind == "keep all":
+        transformer.lean = lambda function, x: function(x)
+    precision = choose_precision(torch.device("cpu"), "bfloat16")
+    language_model = transformer.Transformer(preset_config("113m").model, VOCAB)
+    windows = torch.randint(VOCAB, (32, 129))
+
+    def run() -> float:
+        language_model.zero_grad(set_to_none=True)
+        with precision.autocast():
+            loss = language_model.loss(windows[:, :-1], windows[:, 1:])
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
 def measure(name: str) -> dict[str, float]:
     part, kind, *length = name.split(":")
-    run = head(kind) if part == "head" else attention(kind, int(length[0]))
+    makers = {"head": head, "model": model}
+    run = makers[part](kind) if part in makers else attention(kind, int(length[0]))
     run()
     seconds, result = [], 0.0
     for _ in range(5):
@@ -100,7 +126,8 @@ def main() -> None:
     heads = [f"head:{kind}" for kind in ("ours", "all logits", "torch chunked")]
     lengths = (128, 256, 512, 1024)
     attentions = [f"attention:{k}:{n}" for n in lengths for k in ("products", "flash")]
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in heads + attentions}
+    models = ["model:lean", "model:keep all"]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in heads + attentions + models}
     for turn in range(args.repeats):
         for name in list(rows)[:: 1 if turn % 2 == 0 else -1]:
             command = [sys.executable, __file__, "--only", name]

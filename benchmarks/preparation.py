@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
@@ -59,6 +61,14 @@ def usual_route(
     return np.fromfile(out / "train.bin", dtype=np.uint16).astype(np.int64)
 
 
+def numbered_copies(path: Path, copies: int, out: Path) -> Path:
+    """The stories ``copies`` times, numbered so that they differ: start-up then weighs less."""
+    stories = pq.read_table(path)["text"].to_pylist()
+    texts = [f"{n} {story}" if n else story for n in range(copies) for story in stories]
+    pq.write_table(pa.table({"text": texts}), out)
+    return out
+
+
 def transformers_encoder() -> Callable[[str], list[int]]:
     from transformers import GPT2TokenizerFast
 
@@ -77,19 +87,20 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=1, help="numbered copies of the stories")
     args = parser.parse_args()
     import datasets
 
+    folder = tempfile.TemporaryDirectory()
+    train = numbered_copies(args.train, args.copies, Path(folder.name) / "train.parquet")
     datasets.disable_progress_bars()
     hf, tik = transformers_encoder(), tiktoken_encoder()
     routes: dict[str, Callable[[Path], np.ndarray]] = {
-        "storylab prepare": lambda out: storylab_route(args.train, args.validation, out),
+        "storylab prepare": lambda out: storylab_route(train, args.validation, out),
         "datasets.map + transformers + loop": lambda out: usual_route(
-            args.train, args.validation, out, hf
+            train, args.validation, out, hf
         ),
-        "datasets.map + tiktoken + loop": lambda out: usual_route(
-            args.train, args.validation, out, tik
-        ),
+        "datasets.map + tiktoken + loop": lambda out: usual_route(train, args.validation, out, tik),
     }
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     expected: np.ndarray | None = None

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,24 @@ def test_gpt2_ids_equal_those_of_another_library(real_stories: Path) -> None:
     ids = tokenizer.encode_stories(stories)
     expected = [i for s in stories for i in [*other.encode(s).ids, 50256]]
     assert ids.tolist() == expected
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.text(st.sampled_from(" \n\t\u00a0\x1c\u3000ab1é.'s"), max_size=12), max_size=5))
+def test_ids_of_stories_equal_those_of_each_alone(stories: list[str]) -> None:
+    """Through the fast rule where it applies: white space of every kind and length among words."""
+    tokenizer = small_tokenizer()
+    expected = [i for s in stories for i in [*tokenizer.encode(s), tokenizer.end_of_text]]
+    ids = tokenizer.encode_stories(stories).tolist() if stories else []
+    assert ids == expected
+
+
+@cache
+def small_tokenizer() -> Tokenizer:
+    """Every byte, and the pairs that would be merged if white space were cut differently."""
+    single = [bytes([i]) for i in range(256)]
+    spaces = [b"  ", b" \n", b"\n\n", b"\n ", b"\t\t", b" a", b" b", b" 1", b" .", b"ab", b"'s"]
+    return Tokenizer("small", (*single, *spaces, b"   ", b"\n\n\n"))
 
 
 def test_trained_vocabulary_encodes_as_its_trainer_would(tmp_path: Path) -> None:
