@@ -91,8 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     import datasets
 
-    folder = tempfile.TemporaryDirectory()
-    train = numbered_copies(args.train, args.copies, Path(folder.name) / "train.parquet")
+    corpus = tempfile.TemporaryDirectory()
+    train = numbered_copies(args.train, args.copies, Path(corpus.name) / "train.parquet")
     datasets.disable_progress_bars()
     hf, tik = transformers_encoder(), tiktoken_encoder()
     routes: dict[str, Callable[[Path], np.ndarray]] = {

@@ -25,7 +25,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass
 class PowerTotals:
-    """Sums over all sessions of a run; saved with its checkpoints."""
+    """Sums over a run, however often it was resumed; saved with its checkpoints."""
 
     samples: int = 0
     watts: float = 0.0
@@ -81,7 +81,7 @@ class Telemetry:
                 self.samples.append((watts, float(percent)))
 
     def totals(self) -> PowerTotals:
-        """Sums up to now, those of earlier sessions included."""
+        """Sums up to now, those from before a resume included."""
         samples = list(self.samples)
         return PowerTotals(
             self.before.samples + len(samples),
