@@ -395,7 +395,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"  \n<|endoftext|>\n", "no stories"),
+        ("empty.txt", b"  \n<|endoftext|>\n", "no training stories"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot read"),
         ("bad.jsonl", b'{"text": "a"}\n{oops\n', "line 2"),
         ("other.jsonl", b'{"body": "a"}\n', '"text"'),

@@ -588,6 +588,16 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
         resume(config.out_dir)
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/last.safetensors"])
+def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, file: str) -> None:
+    config = tiny_config()
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    (config.out_dir / file).unlink()
+    with pytest.raises(UserError, match=file.split("/")[-1]):
+        resume(config.out_dir)
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=0))
     path = run.folder / "config.json"

@@ -266,7 +266,7 @@ def _one_line(box: str) -> str:
         if text.startswith("Perhaps you meant"):
             flags = [word.rstrip(",") for word in text.split() if word.startswith("--")]
             message += f"; perhaps you meant {' or '.join(dict.fromkeys(flags))}"
-    return message or "the flags cannot be read"
+    return message.rstrip(".") or "the flags cannot be read"
 
 
 def _default_for(args: Sequence[str]) -> TrainConfig:

@@ -34,7 +34,7 @@ from storylab.data.sources import (
     hub_source,
     local_source,
 )
-from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
+from storylab.data.tokenizer import NO_STORIES, Tokenizer, gpt2_tokenizer, train_tokenizer
 from storylab.errors import UserError
 from storylab.files import (
     atomic_path,
@@ -295,6 +295,8 @@ class _SplitWriter:
             self._append(narrow_ids(ids, self.tokenizer.vocab_size, self.dtype))
             lengths.append(chunk_lengths)
         if len(lengths) == 1:
+            if self.split == TRAIN:
+                raise UserError(NO_STORIES)
             raise UserError(f"the {self.split} split has no stories: give files with some text")
         self._close()
         offsets = np.concatenate(lengths).cumsum(axis=0)

@@ -33,6 +33,10 @@ WORD_PATTERN = (
 # alone, which is what the last alternative does.
 FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"""
 LONG_SPACE = re.compile(r"\s\s(?:\s|\Z)")
+NO_STORIES = (
+    "there are no training stories: the files have no text, or all of their stories are also in "
+    "the validation files"
+)
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -182,6 +186,10 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
 
     if not 258 <= vocab_size <= 1_000_000:
         raise UserError(f"bpe:{vocab_size}: the vocabulary size must be from 258 to 1,000,000")
+    first = next(stories, None)
+    if first is None:
+        raise UserError(NO_STORIES)
+    stories = itertools.chain([first], stories)
     trainer = Trainer(models.BPE())
     trainer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = trainers.BpeTrainer(

@@ -215,8 +215,8 @@ class Trainer:
 
     def restore(self, run: Run) -> None:
         """Go back to the run's last checkpoint, or stay at the start if it has none yet."""
-        if not run.checkpoint("last").exists():
-            return
+        if not run.checkpoint("last").exists() and not run.metrics:
+            return  # killed before it had trained
         tensors, state = checkpoint.load(run.checkpoint("last"))
         self.progress = Progress.from_dict(state)
         checkpoint.restore(self.model, self.optimizer, tensors)
@@ -371,7 +371,7 @@ class Trainer:
             f"last good weights are in {self.run.checkpoint('last')}. Try a lower "
             "--learning_rate, a longer --warmup_iters, or --dtype float32"
         )
-        self._line(message)
+        self.run.append(LOG, message)  # the caller shows it
         self.run.write_summary(self._summary("diverged", None, []) | {"reason": str(error)})
         return message
 
@@ -430,6 +430,7 @@ class Trainer:
         state = dataclasses.replace(
             self.progress, power=self.telemetry.totals(), scaler=self.scaler.state_dict()
         )
+        self.run.sync_metrics()
         tensors = checkpoint.training_tensors(self.model, self.optimizer)
         checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
         self.saved_at = time.perf_counter()

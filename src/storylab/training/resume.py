@@ -61,7 +61,10 @@ def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     summary = run.summary
     finished = summary and (summary["status"], summary["iterations"]) == ("finished", done)
     if finished and done > config.max_iters:
-        reporter.line(f"{run.folder} is finished: give a larger --max_iters to go on")
+        reporter.line(
+            f"{run.folder} is finished; a larger --max_iters goes on from it where the schedule "
+            "permits (during warm-up, or --schedule constant)"
+        )
         return run
     for note in _notes(run, stored, config, done):
         reporter.line(note)
@@ -101,6 +104,6 @@ def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -
         if was != would_be:
             raise UserError(
                 f"max_iters {stored.max_iters} -> {wanted.max_iters} changes the {stored.schedule} "
-                f"schedule of iterations already trained (iteration {iteration}: {was:.3e} -> "
-                f"{would_be:.3e}): start a new run, or use --schedule constant for runs to extend"
+                f"schedule of iterations already trained (iteration {iteration}: {was:.9g} -> "
+                f"{would_be:.9g}): start a new run, or use --schedule constant for runs to extend"
             )

@@ -28,7 +28,7 @@ from storylab.config import TrainConfig
 from storylab.data.dataset import TOKENIZER_FILE, Dataset
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
-from storylab.files import atomic_path, read_json, write_error, write_json
+from storylab.files import atomic_path, read_json, sha256_file, write_error, write_json
 
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
 METRICS, LOG, STORY_LOSSES = "metrics.jsonl", "log.txt", "story_losses.npy"
@@ -67,11 +67,10 @@ class Run:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run's data."""
-        path = self.folder / TOKENIZER_FILE
-        tokenizer = load_tokenizer(path, self.data["tokenizer"]["name"])
-        if tokenizer.sha256 != self.data["tokenizer"]["sha256"]:
-            raise UserError(f"{path} has been altered: copy it again from the data set")
-        return tokenizer
+        path, expected = self.folder / TOKENIZER_FILE, self.data["tokenizer"]
+        if not path.is_file() or sha256_file(path) != expected["sha256"]:
+            raise UserError(f"{path} is missing or altered: copy it again from the run's data set")
+        return load_tokenizer(path, expected["name"])
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -95,6 +94,12 @@ class Run:
     def continue_from(self, next_iteration: int, config: TrainConfig) -> None:
         """Prepare to be resumed: what comes from ``next_iteration`` on is dropped and made again."""
         rows = [row for row in self._metric_rows() if row["iteration"] < next_iteration]
+        found = sum(row["kind"] == "iteration" for row in rows)
+        if found != next_iteration:
+            raise UserError(
+                f"{self.folder / METRICS} has {found} of the {next_iteration} iterations that the "
+                "checkpoint has done: restore it from a copy"
+            )
         with atomic_path(self.folder / METRICS) as temporary:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             temporary.write_text(text, encoding="utf-8")
@@ -105,6 +110,12 @@ class Run:
         record["resumed"] = [*record.get("resumed", []), again]
         write_json(self.folder / ENVIRONMENT, record)
         write_json(self.folder / CONFIG, configs.to_dict(config))
+
+    def sync_metrics(self) -> None:
+        """Make the metrics so far survive a power cut; a checkpoint must not be ahead of them."""
+        if (self.folder / METRICS).exists():
+            with open(self.folder / METRICS, "rb+") as file:
+                os.fsync(file.fileno())
 
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it is out of this process at once."""
