@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -169,14 +170,49 @@ def write_dataset(
     keep_overlap: bool,
     report: Progress,
 ) -> None:
-    """Write the data set beside ``folder`` and move it there when it is complete."""
+    """Write tokenizer, shards and manifest; ``folder`` appears when all are complete."""
+    with _whole_or_nothing(folder) as partial:
+        dtype = token_dtype(tokenizer.vocab_size)
+        tokenizer.save(partial / TOKENIZER_FILE)
+        # Validation first: training stories are compared with it while they stream by.
+        held_out = OverlapFilter(clean(source.texts(VALIDATION)))
+        train = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes, keep_overlap)
+        splits: dict[str, Any] = {}
+        for split, stories in ((VALIDATION, held_out), (TRAIN, train)):
+            writer = _SplitWriter(partial, split, tokenizer, dtype)
+            counted = _counted(stories, split, source.size_bytes(split), report)
+            splits[split] = writer.write(counted) | {"duplicate_stories": stories.duplicates()}
+        manifest = {
+            "format": FORMAT,
+            "request": request,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+            },
+            "dtype": dtype.name,
+            "splits": splits,
+            "overlap": {
+                "train_stories_in_validation": train.overlap,
+                "left_out": not keep_overlap,
+            },
+        }
+        manifest["fingerprint"] = fingerprint(manifest)
+        write_json(partial / MANIFEST, manifest)
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, locked; it takes that place when the block ends well."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with exclusive(partial):
             try:
-                _clear(partial)
-                _fill(partial, source, tokenizer, request, keep_overlap, report)
+                for left_by_a_kill in partial.iterdir():
+                    left_by_a_kill.unlink()
+                yield partial
                 if folder.exists():
                     folder.rmdir()  # empty, or the caller would not have come here
                 os.rename(partial, folder)
@@ -185,51 +221,6 @@ def write_dataset(
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise write_error(folder, error) from error
-
-
-def _clear(folder: Path) -> None:
-    """Empty a folder that a killed preparation may have left; the folder itself is locked."""
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def _fill(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    request: dict[str, Any],
-    keep_overlap: bool,
-    report: Progress,
-) -> None:
-    """Write tokenizer, shards and manifest into an empty folder."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokenizer.save(folder / TOKENIZER_FILE)
-    # Validation first: training stories are compared with it while they stream by.
-    held_out = OverlapFilter(clean(source.texts(VALIDATION)))
-    train = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes, keep_overlap)
-    splits: dict[str, Any] = {}
-    for split, stories in ((VALIDATION, held_out), (TRAIN, train)):
-        writer = _SplitWriter(folder, split, tokenizer, dtype)
-        counted = _counted(stories, split, source.size_bytes(split), report)
-        splits[split] = writer.write(counted) | {"duplicate_stories": stories.duplicates()}
-    manifest = {
-        "format": FORMAT,
-        "request": request,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-        },
-        "dtype": dtype.name,
-        "splits": splits,
-        "overlap": {
-            "train_stories_in_validation": train.overlap,
-            "left_out": not keep_overlap,
-        },
-    }
-    manifest["fingerprint"] = fingerprint(manifest)
-    write_json(folder / MANIFEST, manifest)
 
 
 class OverlapFilter:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from storylab.data.batches import evaluation_windows
-from storylab.data.dataset import Split, load_dataset
+from storylab.data.dataset import Split
 from storylab.data.sources import VALIDATION
-from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.training.precision import Precision
 from storylab.training.run_folder import open_run
@@ -142,9 +141,7 @@ def evaluate_run(
         UserError: the run, its checkpoint or its data cannot be used.
     """
     run = open_run(folder)
-    dataset = load_dataset(data_dir or run.config.data_dir)
-    if dataset.fingerprint != run.data["fingerprint"]:
-        raise UserError(f"{dataset.folder} is not the data of {folder}: give its --data_dir")
+    dataset = run.load_data(data_dir or run.config.data_dir)
     writer = load_story_model(run, checkpoint_name, device)
     dataset.require_window(writer.block_size)
     return evaluate_split(

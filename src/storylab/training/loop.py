@@ -168,19 +168,24 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     Raises:
         UserError: there is no such device, it lacks the dtype, or ``out_dir`` is in use.
     """
+    name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.out_dir or Path("runs") / name
+    config, precision = resolve_device(dataclasses.replace(config, out_dir=folder))
+    require_free(folder)
+    return config, precision
+
+
+def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+    """The config with device and data seed filled in, and its precision, for new and old runs.
+
+    Raises:
+        UserError: there is no such device, it lacks the dtype, or nothing can compile for it.
+    """
     precision = choose_precision(choose_device(config.device), config.dtype)
     if config.compile:
         check_compiler(precision.device)
-    name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = config.out_dir or Path("runs") / name
-    require_free(folder)
-    config = dataclasses.replace(
-        config,
-        out_dir=folder,
-        device=str(precision.device),
-        data_seed=config.resolved_data_seed,
-    )
-    return config, precision
+    device, seed = str(precision.device), config.resolved_data_seed
+    return dataclasses.replace(config, device=device, data_seed=seed), precision
 
 
 class Trainer:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storylab.config import TrainConfig, differences
-from storylab.data.dataset import load_dataset
 from storylab.errors import UserError
 from storylab.files import exclusive
-from storylab.training.loop import Reporter, SilentReporter, Trainer
-from storylab.training.precision import choose_device, choose_precision
+from storylab.training.loop import Reporter, SilentReporter, Trainer, resolve_device
 from storylab.training.run_folder import Run, environment, open_run
 from storylab.training.schedule import learning_rate
 
@@ -39,21 +37,9 @@ def resume(
 
 def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
-    precision = choose_precision(choose_device(wanted.device), wanted.dtype)
-    config = dataclasses.replace(
-        wanted,
-        out_dir=run.folder,
-        device=str(precision.device),
-        data_seed=wanted.resolved_data_seed,
-    )
+    config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
     _check_config(stored, config)
-    dataset = load_dataset(config.data_dir)
-    expected = run.data["fingerprint"]
-    if dataset.fingerprint != expected:
-        raise UserError(
-            f"{config.data_dir} is not the data of this run: its fingerprint is "
-            f"{dataset.fingerprint[:12]}, the run's {expected[:12]}; give the right --data_dir"
-        )
+    dataset = run.load_data(config.data_dir)
     trainer = Trainer(config, dataset, precision, reporter)
     trainer.restore(run)
     done = trainer.progress.next_iteration

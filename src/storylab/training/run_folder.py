@@ -25,7 +25,7 @@ import torch
 
 from storylab import config as configs
 from storylab.config import TrainConfig
-from storylab.data.dataset import TOKENIZER_FILE, Dataset
+from storylab.data.dataset import TOKENIZER_FILE, Dataset, load_dataset
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
 from storylab.files import atomic_path, read_json, sha256_file, write_error, write_json
@@ -76,6 +76,20 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of ``metrics.jsonl``; a last line that a kill has cut short is left out."""
         return list(self._metric_rows())
+
+    def load_data(self, folder: Path) -> Dataset:
+        """The data set in ``folder``, which must be the run's.
+
+        Raises:
+            UserError: it cannot be used, or has another content.
+        """
+        dataset, expected = load_dataset(folder), self.data["fingerprint"]
+        if dataset.fingerprint != expected:
+            raise UserError(
+                f"{folder} is not the data of this run: its fingerprint is "
+                f"{dataset.fingerprint[:12]}, the run's {expected[:12]}; give the right --data_dir"
+            )
+        return dataset
 
     def checkpoint(self, name: str) -> Path:
         """Path of the checkpoint ``best`` or ``last``."""
