@@ -212,7 +212,7 @@ def test_the_standard_error_is_that_of_the_jackknife() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(50, 300, 400)
     sums = tokens * rng.normal(2.0, 0.3, 400)
-    result = Evaluation(sums, tokens, 1)
+    result = Evaluation(sums, tokens, np.zeros(1), 1)
     n = len(sums)
     without = (sums.sum() - sums) / (tokens.sum() - tokens)
     jackknife = math.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
@@ -346,7 +346,9 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
 ) -> None:
     """During training and at the end: no best model of NaN, no traceback, no NaN in JSON."""
     nothing = (
-        math.nan if which == "estimate_loss" else Evaluation(np.array([math.nan]), np.ones(1), 1)
+        math.nan
+        if which == "estimate_loss"
+        else Evaluation(np.array([math.nan]), np.ones(1), np.zeros(1), 1)
     )
     monkeypatch.setattr(f"storylab.training.loop.{which}", lambda *a: nothing)
     config = tiny_config()

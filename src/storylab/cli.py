@@ -432,8 +432,11 @@ def _info(args: list[str]) -> int:
     model = command.model
     vocab_size = command.vocab_size or PRESETS[command.preset].vocab_size
     for f in dataclasses.fields(model):
-        print(f"{f.name:<12} {getattr(model, f.name):,}")
+        value = getattr(model, f.name)
+        print(f"{f.name:<12} {value if isinstance(value, str) else f'{value:,}'}")
     print(f"{'head size':<12} {model.head_size}")
+    windows = ", ".join("full" if w is None else str(w) for w in model.layer_windows)
+    print(f"{'windows':<12} {windows} (receptive field: {model.receptive_field or 'all'})")
     print(f"{'vocabulary':<12} {vocab_size:,}")
     print(f"{model.parameter_count(vocab_size):,} parameters")
     return 0

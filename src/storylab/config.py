@@ -8,6 +8,7 @@ all made from :class:`TrainConfig`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from storylab.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScheduleName = Literal["cosine", "linear", "constant"]
-PresetName = Literal["nano", "3m", "10m", "50m", "113m", "200m", "350m"]
+PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 
 GPT2_VOCAB_SIZE = 50257
 SMALL_VOCAB_SIZE = 4096
@@ -32,6 +33,25 @@ def check_seed(name: str, value: int) -> None:
     """Raise a UserError unless ``value`` is a seed that torch takes."""
     if not 0 <= value < 2**63:
         raise UserError(f"{name} is {value}: it must be from 0 to 2^63 - 1")
+
+
+def parse_attention(pattern: str) -> tuple[int | None, ...]:
+    """The windows that an attention pattern names, e.g. ``window:64*2,full`` -> (64, 64, None).
+
+    Raises:
+        UserError: it is not a pattern.
+    """
+    windows: list[int | None] = []
+    for part in pattern.split(","):
+        found = re.fullmatch(r"\s*(?:full|window:([1-9]\d{0,8}))(?:\*([1-9]\d{0,2}))?\s*", part)
+        if not found:
+            raise UserError(
+                f"attention pattern '{pattern}' has '{part}': write full or window:N, or a list "
+                "for the layers in turn such as window:64*3,full"
+            )
+        window = int(found[1]) if found[1] else None
+        windows += [window] * int(found[2] or 1)
+    return tuple(windows)
 
 
 @dataclass(frozen=True)
@@ -50,8 +70,12 @@ class ModelConfig:
     """Width of the SwiGLU hidden layer."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies."""
+    attention: str = "full"
+    """full, or window:N for a sliding window of N positions; a list such as window:64*3,full is
+    dealt out to the layers in turn (here every fourth one is full)."""
 
     def __post_init__(self) -> None:
+        parse_attention(self.attention)
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             _at_least(1, name, getattr(self, name))
         _at_least(1, "rope_base", self.rope_base)
@@ -70,6 +94,22 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Positions that each layer's queries read, their own included; None: all before them."""
+        pattern = parse_attention(self.attention)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layer))
+
+    @property
+    def receptive_field(self) -> int | None:
+        """Positions that can influence an output through all layers; None: all before it."""
+        reach = 1
+        for window in self.layer_windows:
+            if window is None:
+                return None
+            reach += window - 1
+        return reach
 
     def parameter_count(self, vocab_size: int) -> int:
         """Number of trained parameters with a vocabulary of ``vocab_size`` (the head is tied)."""
@@ -93,6 +133,7 @@ class Preset:
 PRESETS: dict[PresetName, Preset] = {
     "nano": Preset(ModelConfig(3, 2, 1, 128, 288), SMALL_VOCAB_SIZE),
     "3m": Preset(ModelConfig(6, 3, 1, 192, 480), SMALL_VOCAB_SIZE),
+    "6m": Preset(ModelConfig(7, 4, 1, 256, 704), SMALL_VOCAB_SIZE),
     "10m": Preset(ModelConfig(12, 4, 1, 256, 768), SMALL_VOCAB_SIZE),
     "50m": Preset(ModelConfig(8, 8, 2, 512, 1536), GPT2_VOCAB_SIZE),
     "113m": Preset(ModelConfig(12, 12, 3, 768, 2048), GPT2_VOCAB_SIZE),

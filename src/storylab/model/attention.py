@@ -1,6 +1,13 @@
-"""Causal attention on the fast path of each device."""
+"""Causal attention, whole or in a sliding window, on the fast path of each device.
+
+A window of W positions: a query reads its own position and the W - 1 before it (Beltagy et al.
+2020, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825). W of None reads everything before it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -9,49 +16,133 @@ from torch import Tensor
 # Up to this length the CPU is faster with plain batched products than with the flash kernel, whose
 # backward pass is slow on short sequences (docs/performance.md has the measurement).
 MAX_PRODUCT_LENGTH = 512
+# Blocks below this are too small for a matrix product to be worth its call.
+MIN_BLOCK = 32
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(QK'/sqrt(D) + causal mask) V with grouped key/value heads.
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None = None
+) -> Tensor:
+    """softmax(QK'/sqrt(D) + mask) V with grouped key/value heads.
 
     Args:
         query: ``[B, H, T, D]``; its positions are the last T of the S key positions.
         key: ``[B, K, S, D]``; query head h reads key/value head h * K // H.
         value: ``[B, K, S, D]``.
+        window: number of positions that a query reads, its own included; None: all before it.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of ``query``.
     """
     time, source = query.shape[2], key.shape[2]
+    if window is not None and window >= source:
+        window = None
+    whole = time == source
+    if whole and window is not None and query.device.type == "cuda":
+        return _flex_attention(query, key, value, window)
+    if whole and window is not None and source > 2 * window:
+        return _banded_attention(query, key, value, window)
     if query.device.type == "cpu" and source <= MAX_PRODUCT_LENGTH:
-        return _product_attention(query, key, value)
-    if time == source:
+        return _product_attention(query, key, value, _mask(time, source, window, query.device))
+    if whole and window is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    mask = _causal_mask(time, source, query.device)
+    mask = _mask(time, source, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def _causal_mask(time: int, source: int, device: torch.device) -> Tensor:
+def _mask(time: int, source: int, window: int | None, device: torch.device) -> Tensor:
     """True where query i of the last ``time`` positions may read key j: ``[time, source]``."""
-    return torch.ones(time, source, dtype=torch.bool, device=device).tril(source - time)
+    mask = torch.ones(time, source, dtype=torch.bool, device=device).tril(source - time)
+    return mask if window is None else mask.triu(source - time - window + 1)
 
 
-def _product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by two batched products; the heads of a group are stacked along time, not copied."""
+def _product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention by two batched products; the heads of a group are stacked along time, not copied.
+
+    ``query [B, H, T, D]``, ``key`` and ``value [B, K, S, D]``, ``mask`` bool of ``[T, S]``, or of
+    ``[B, T, S]`` where it differs between the entries of a batch.
+    """
     batch, heads, time, size = query.shape
     kv_heads, source = key.shape[1], key.shape[2]
     group = heads // kv_heads
     rows = (batch * kv_heads, group * time, size)
     columns = (batch * kv_heads, source, size)
-    bias = torch.zeros(time, source, dtype=query.dtype, device=query.device)
-    bias.masked_fill_(~_causal_mask(time, source, query.device), float("-inf"))
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    bias = bias.masked_fill_(~mask, float("-inf")).repeat(*(1,) * (mask.dim() - 2), group, 1)
+    if mask.dim() == 3:
+        bias = bias.repeat_interleave(kv_heads, dim=0)
     # Autocast would widen the scores to float32 for the softmax, which computes in float32 anyway.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         scores = torch.baddbmm(
-            bias.repeat(group, 1),
+            bias,
             query.reshape(rows),
             key.reshape(columns).transpose(1, 2),
             alpha=size**-0.5,
         )
         mixed = torch.bmm(scores.softmax(dim=-1), value.reshape(columns))
     return mixed.view(batch, heads, time, size)
+
+
+def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Attention in a window, at a cost of T * W rather than T * T.
+
+    Time is cut into blocks at least as long as the window, so a block of queries needs the keys
+    of its own block and of the one before it only.
+    """
+    batch, heads, time, size = query.shape
+    block = max(window, MIN_BLOCK)
+    blocks = -(-time // block)
+    query, key, value = (F.pad(x, (0, 0, 0, blocks * block - time)) for x in (query, key, value))
+
+    def cut(x: Tensor) -> Tensor:
+        """``[B, heads, n * block, D]`` to ``[B * n, heads, block, D]``."""
+        x = x.unflatten(2, (blocks, block)).transpose(1, 2)
+        return x.reshape(batch * blocks, -1, block, size)
+
+    def with_block_before(x: Tensor) -> Tensor:
+        """Each block behind the one before it, zeros before the first: ``[B * n, K, 2 * block, D]``."""
+        before = F.pad(x, (0, 0, block, 0))[:, :, :-block]
+        return torch.cat((cut(before), cut(x)), dim=2)
+
+    mask = _mask(block, 2 * block, window, query.device).repeat(blocks, 1, 1)
+    mask[0, :, :block] = False
+    mixed = _product_attention(
+        cut(query), with_block_before(key), with_block_before(value), mask.repeat(batch, 1, 1)
+    )
+    mixed = mixed.view(batch, blocks, heads, block, size).transpose(1, 2)
+    return mixed.reshape(batch, heads, blocks * block, size)[:, :, :time]
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Attention in a window by FlexAttention, which skips the blocks that the mask leaves empty.
+
+    https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
+    """
+    mask = _flex_mask(query.shape[2], window, query.device)
+    flex = _compiled_flex() if query.device.type == "cuda" else _flex()
+    # Rotary positions leave query and key in the dtype of autocast, as value is.
+    result: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=True)
+    return result
+
+
+def _flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex: Callable[..., Tensor] = flex_attention
+    return flex
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(_flex())  # uncompiled it would make all scores
+    return compiled
+
+
+@cache
+def _flex_mask(time: int, window: int, device: torch.device) -> object:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (row - column < window)
+
+    return create_block_mask(allowed, None, None, time, time, device=str(device))

@@ -40,19 +40,38 @@ class LayerCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
+class WindowCache:
+    """Keys and values that queries to come can still read: the last ``window - 1`` positions."""
+
+    def __init__(self, window: int) -> None:
+        self.kept = window - 1
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what was kept and ``[B, K, T, D]`` behind it; keep the end of that."""
+        if self.keys is not None and self.values is not None:
+            key = torch.cat((self.keys, key), dim=2)
+            value = torch.cat((self.values, value), dim=2)
+        first = max(key.shape[2] - self.kept, 0)
+        # Copies, or a view would hold on to the whole prompt.
+        self.keys, self.values = key[:, :, first:].clone(), value[:, :, first:].clone()
+        return key, value
+
+
 class KeyValueCache:
-    """A :class:`LayerCache` for every layer, for generation one token at a time."""
+    """What every layer needs of the positions so far, for generation one token at a time."""
 
     def __init__(
         self, config: ModelConfig, batch: int, max_length: int, device: torch.device
     ) -> None:
         shape = (batch, config.n_kv_head, max_length, config.head_size)
-        self.layers = [LayerCache(shape, device) for _ in range(config.n_layer)]
-
-    @property
-    def length(self) -> int:
+        self.length = 0
         """Positions read so far."""
-        return self.layers[0].length
+        self.layers = [
+            LayerCache(shape, device) if window is None else WindowCache(window)
+            for window in config.layer_windows
+        ]
 
 
 def lean(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -100,18 +119,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions."""
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), rotary positions.
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``window`` is the number of positions that a query reads, its own included; None: all.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.n_head, config.n_kv_head
+        self.window = window
         # Query, key and value rows in one matrix: one product instead of three, two of them thin.
         rows = (self.heads + 2 * self.kv_heads) * config.head_size
         self.qkv = nn.Linear(config.n_embd, rows, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | WindowCache | None = None,
     ) -> Tensor:
         """Mix ``qkv [B, T, (H + 2K) * D]``, made by the layer of that name, over time: [B, T, C]."""
         batch, time, _ = qkv.shape
@@ -121,7 +147,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = causal_attention(query, key, value)
+        mixed = causal_attention(query, key, value, self.window)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -142,15 +168,18 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.n_embd)
-        self.attention = Attention(config)
+        self.attention = Attention(config, window)
         self.feed_forward_norm = RMSNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | WindowCache | None = None,
     ) -> Tensor:
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
         x = x + lean(lambda qkv: self.attention(qkv, rotary, cache), qkv)
@@ -171,7 +200,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, window) for window in config.layer_windows)
         self.norm = RMSNorm(config.n_embd)
         self.reset_parameters(seed)
 
@@ -198,6 +227,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache.layers[layer] if cache is not None else None)
+        if cache is not None:
+            cache.length += tokens.shape[1]
         return self.norm(x)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:

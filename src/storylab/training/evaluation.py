@@ -31,11 +31,13 @@ class Evaluation:
 
     ``story_losses [n]`` are sums of nats, ``story_tokens [n]`` the predicted tokens of each story,
     its end-of-text token included; the very first token of the split has nothing before it and is
-    not predicted.
+    not predicted. ``position_losses [block_size]`` are mean nats of the targets at each position
+    of a window.
     """
 
     story_losses: np.ndarray
     story_tokens: np.ndarray
+    position_losses: np.ndarray
     text_bytes: int
 
     @property
@@ -124,7 +126,8 @@ def evaluate_split(
     by_target = np.concatenate((losses.reshape(-1)[:whole], tail))
     begins = np.maximum(split.stories[:-1, 0] - 1, 0)
     sums = np.add.reduceat(by_target, begins, dtype=np.float64)
-    return Evaluation(sums, split.stories[1:, 0] - 1 - begins, split.text_bytes)
+    story_tokens = split.stories[1:, 0] - 1 - begins
+    return Evaluation(sums, story_tokens, losses.mean(axis=0, dtype=np.float64), split.text_bytes)
 
 
 def evaluate_run(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from storylab.config import ModelConfig
+
 UNKNOWN = "unknown on this device"
 
 
@@ -35,6 +37,20 @@ def evaluation_line(iteration: int, train_loss: float, val_loss: float) -> str:
 def best_line(val_loss: float) -> str:
     """``Saved new best model (val loss: 3.2224)``."""
     return f"Saved new best model (val loss: {val_loss:.4f})"
+
+
+def attention_lines(model: ModelConfig, block_size: int) -> list[str]:
+    """The effective window of every layer and how far back they reach together; none if full."""
+    if set(model.layer_windows) == {None}:
+        return []
+    lines = []
+    for layer, window in enumerate(model.layer_windows, start=1):
+        reads = block_size if window is None else min(window, block_size)
+        kind = "full attention" if window is None else f"window of {window}"
+        lines.append(f"layer {layer:>2}: {kind}, reads up to {reads} of {block_size} positions")
+    field = model.receptive_field
+    reach = block_size if field is None else min(field, block_size)
+    return [*lines, f"receptive field of an output: {reach} of {block_size} positions", ""]
 
 
 def duration(seconds: float) -> str:

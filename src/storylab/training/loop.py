@@ -33,13 +33,26 @@ from storylab.training.precision import (
     choose_device,
     choose_precision,
 )
-from storylab.training.run_folder import LOG, METRICS, Run, create_run, require_free
+from storylab.training.run_folder import (
+    LOG,
+    METRICS,
+    POSITION_LOSSES,
+    STORY_LOSSES,
+    Run,
+    create_run,
+    require_free,
+)
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
 
-RECORD_PROMPT = "Once upon a time there was a little"
+# The first one is the record's.
+SAMPLE_PROMPTS = (
+    "Once upon a time there was a little",
+    "Lily and Ben found a strange box in the garden.",
+    "Tom was sad because",
+)
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -251,6 +264,8 @@ class Trainer:
         try:
             if not self.run.checkpoint("last").exists():
                 self._save_last()  # so that there always is one from before a fault
+                for line in lines.attention_lines(self.config.model, self.config.block_size):
+                    self._line(line)
             self._iterate()
             self._finish()
         except _StopRequested:
@@ -393,9 +408,10 @@ class Trainer:
             )
             if not math.isfinite(evaluation.loss):
                 raise NonFiniteError(f"final validation loss is {evaluation.loss}")
-            samples = [{"prompt": RECORD_PROMPT, "text": self._sample(RECORD_PROMPT)}]
+            samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
-        self.run.write_story_losses(table)
+        self.run.write_table(STORY_LOSSES, table)
+        self.run.write_table(POSITION_LOSSES, evaluation.position_losses)
         summary = self._summary("finished", evaluation, samples)
         self.run.write_summary(summary)
         for line in ("", *lines.summary_lines(summary)):

@@ -31,7 +31,10 @@ from storylab.errors import UserError
 from storylab.files import atomic_path, read_json, sha256_file, write_error, write_json
 
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
-METRICS, LOG, STORY_LOSSES = "metrics.jsonl", "log.txt", "story_losses.npy"
+METRICS, LOG = "metrics.jsonl", "log.txt"
+STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
+# What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
+NUMERIC_CODE = ("config.py", "data", "model", "training")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pyarrow")
 
 
@@ -117,7 +120,7 @@ class Run:
         with atomic_path(self.folder / METRICS) as temporary:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             temporary.write_text(text, encoding="utf-8")
-        for stale in (SUMMARY, STORY_LOSSES):
+        for stale in (SUMMARY, STORY_LOSSES, POSITION_LOSSES):
             (self.folder / stale).unlink(missing_ok=True)
         record = self.environment
         again = environment() | {"iteration": next_iteration}
@@ -139,9 +142,10 @@ class Run:
         except OSError as error:
             raise write_error(self.folder / file, error) from error
 
-    def write_story_losses(self, table: np.ndarray) -> None:
-        """Replace ``story_losses.npy``: nats and predicted tokens of every validation story."""
-        with atomic_path(self.folder / STORY_LOSSES) as temporary, open(temporary, "wb") as file:
+    def write_table(self, name: str, table: np.ndarray) -> None:
+        """Replace ``story_losses.npy``, nats and predicted tokens of every validation story, or
+        ``position_losses.npy``, mean nats of the targets at each position of a window."""
+        with atomic_path(self.folder / name) as temporary, open(temporary, "wb") as file:
             np.save(file, table, allow_pickle=False)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -220,10 +224,12 @@ def environment() -> dict[str, Any]:
 
 
 def code_sha256() -> str:
-    """SHA-256 over the package's own source files: the code version, with or without git."""
+    """SHA-256 over the source files that decide a run's numbers: the code version without git."""
     root = Path(configs.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in NUMERIC_CODE:
+            continue
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,179 @@
+"""Attention patterns: against a mask written out position by position, and by what can influence what."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import TINY
+from storylab.config import ModelConfig, parse_attention
+from storylab.errors import UserError
+from storylab.model import attention
+from storylab.model.attention import causal_attention
+from storylab.model.generate import Sampling, generate
+from storylab.model.transformer import KeyValueCache, Transformer, WindowCache
+from storylab.training.lines import attention_lines
+
+
+def brute_force(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """Position by position in float64, with no mask at all."""
+    batch, heads, time, size = query.shape
+    kv_heads, source = key.shape[1], key.shape[2]
+    query, key, value = query.double(), key.double(), value.double()
+    result = torch.empty(batch, heads, time, size, dtype=torch.float64)
+    for head in range(heads):
+        k, v = (x[:, head * kv_heads // heads] for x in (key, value))
+        for row in range(time):
+            position = source - time + row
+            first = 0 if window is None else max(0, position - window + 1)
+            scores = torch.einsum("bd,bsd->bs", query[:, head, row], k[:, first : position + 1])
+            weights = (scores / size**0.5).softmax(dim=-1)
+            result[:, head, row] = torch.einsum("bs,bsd->bd", weights, v[:, first : position + 1])
+    return result
+
+
+def draw(time: int, source: int, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(time * 1000 + source)
+    shapes = [(2, heads, time, 8), (2, kv_heads, source, 8), (2, kv_heads, source, 8)]
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    time=st.integers(1, 90),
+    before=st.sampled_from([0, 0, 0, 1, 7, 40]),
+    window=st.one_of(st.none(), st.integers(1, 100)),
+    heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]),
+)
+def test_every_window_is_that_of_the_brute_force(
+    time: int, before: int, window: int | None, heads: tuple[int, int]
+) -> None:
+    query, key, value = draw(time, time + before, *heads)
+    ours = causal_attention(query, key, value, window)
+    reference = brute_force(query, key, value, window)
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
+    direction = torch.randn(ours.shape, dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * direction).sum(), (query, key, value)),
+        torch.autograd.grad((reference * direction).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-3, atol=1e-4)
+
+
+def test_a_long_window_takes_the_path_of_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", 0)
+    for window in (None, 20, 40):
+        query, key, value = draw(48, 48)
+        ours = causal_attention(query, key, value, window)
+        reference = brute_force(query, key, value, window)
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_graphics_card_path_computes_the_same_window() -> None:
+    """FlexAttention runs uncompiled on the CPU; the compiled kernel needs a card."""
+    query, key, value = (x.detach() for x in draw(150, 150))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that uncompiled is slow
+        ours = attention._flex_attention(query, key, value, 20)
+    reference = brute_force(query, key, value, 20)
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reach"), [("window:3", 5), ("window:3,window:2", 4), ("window:1", 1)]
+)
+def test_nothing_beyond_the_receptive_field_influences_an_output(pattern: str, reach: int) -> None:
+    config = dataclasses.replace(TINY, attention=pattern)
+    assert config.receptive_field == reach
+    model = Transformer(config, 50, seed=1)
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    model.embedding.register_forward_hook(keep)
+    hidden = model.hidden(torch.arange(80)[None] % 50)
+    for position in (79, 64, 33, 7):
+        (gradient,) = torch.autograd.grad(hidden[0, position].sum(), embedded[0], retain_graph=True)
+        touched = gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist()
+        assert touched == list(range(max(0, position - reach + 1), position + 1))
+
+
+def test_one_full_layer_reaches_everything() -> None:
+    config = dataclasses.replace(TINY, attention="window:2,full")
+    assert config.receptive_field is None
+    assert config.layer_windows == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [
+        ("full", (None,)),
+        ("window:64", (64,)),
+        ("window:64*3,full", (64, 64, 64, None)),
+        ("window:8, full*2", (8, None, None)),
+    ],
+)
+def test_patterns_are_dealt_out_to_the_layers(pattern: str, windows: tuple[int | None]) -> None:
+    assert parse_attention(pattern) == windows
+    config = ModelConfig(attention=pattern)
+    assert config.layer_windows == tuple(windows[i % len(windows)] for i in range(12))
+
+
+@pytest.mark.parametrize("pattern", ["", "window", "window:0", "window:-3", "flash", "full,,full"])
+def test_what_is_no_pattern_is_refused_with_an_example(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"window:64\*3,full"):
+        ModelConfig(attention=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["window:5", "window:1", "window:6,full", "window:40"])
+def test_generation_with_a_window_cache_is_that_without_one(pattern: str) -> None:
+    model = Transformer(dataclasses.replace(TINY, attention=pattern), 50, seed=2)
+    prompt = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
+    sampling = Sampling(temperature=1.0, seed=7)
+    cached, slow = (
+        torch.stack(list(generate(model, prompt, 60, sampling, context=48, use_cache=use)))
+        for use in (True, False)
+    )
+    assert torch.equal(cached, slow)
+
+
+def test_a_window_cache_holds_the_window_only() -> None:
+    config = dataclasses.replace(TINY, attention="window:5,full")
+    model = Transformer(config, 50, seed=2)
+    cache = KeyValueCache(config, 1, 64, torch.device("cpu"))
+    for start in range(0, 60, 20):
+        model.hidden(torch.arange(start, start + 20)[None] % 50, cache)
+    windowed = cache.layers[0]
+    assert isinstance(windowed, WindowCache)
+    assert windowed.keys is not None and windowed.keys.shape[2] == 4
+    assert windowed.keys.untyped_storage().nbytes() == windowed.keys.numel() * 4
+    assert cache.length == 60
+
+
+def test_the_windows_in_effect_are_told() -> None:
+    config = dataclasses.replace(ModelConfig(), n_layer=2, attention="window:64,full")
+    assert (
+        attention_lines(config, 32)[0] == "layer  1: window of 64, reads up to 32 of 32 positions"
+    )
+    assert "receptive field of an output: 127 of 128" in "".join(
+        attention_lines(dataclasses.replace(config, attention="window:64"), 128)
+    )
+    assert attention_lines(ModelConfig(), 128) == []
+
+
+@pytest.mark.parametrize("pattern", ["window:64", "window:7*3,full"])
+def test_initial_weights_do_not_depend_on_the_pattern(pattern: str) -> None:
+    plain = Transformer(TINY, 50, seed=3).state_dict()
+    windowed = Transformer(dataclasses.replace(TINY, attention=pattern), 50, seed=3).state_dict()
+    assert all(torch.equal(plain[name], windowed[name]) for name in plain)
