@@ -35,9 +35,9 @@ def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Completed
 
 
 def parsed(*args: str) -> TrainConfig:
-    from storylab.cli import _default_for
+    from storylab.flags import default_for
 
-    return parse(TrainCommand, args, "storylab train", TrainCommand(_default_for(args))).config
+    return parse(TrainCommand, args, "storylab train", TrainCommand(default_for(args))).config
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:

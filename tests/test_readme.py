@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from storylab.cli import TrainCommand, _default_for, parse
+from storylab.cli import TrainCommand
 from storylab.data import builtin
 from storylab.data.sources import HUB_DATASETS
+from storylab.flags import default_for, parse
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,7 +79,7 @@ def test_readme_python(place: Path) -> None:
 
 def test_the_commands_that_run_elsewhere_are_in_the_readme() -> None:
     assert set(COMMANDS) >= ELSEWHERE
-    record = parse(TrainCommand, shlex.split(COMMANDS[2])[2:], "x", TrainCommand(_default_for([])))
+    record = parse(TrainCommand, shlex.split(COMMANDS[2])[2:], "x", TrainCommand(default_for([])))
     assert record.config.max_iters == 1000
     for name in HUB_DATASETS:
         assert f"`{name}`" in TEXT

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import os
-import re
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,11 +21,11 @@ from storylab.config import (
     ModelConfig,
     PresetName,
     TrainConfig,
-    preset_config,
 )
 from storylab.errors import UserError
+from storylab.flags import default_for, parse
 
-T = TypeVar("T")
+DEFAULT_RUNS_DIR = Path("runs")
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 CheckpointName = Literal["last", "best"]
 
@@ -41,6 +37,8 @@ usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)
   resume    continue a run that was stopped, to the same bits
   eval      loss, perplexity and bits per byte of a run on a whole split
   sample    write stories with a run's model
+  experiment run FILE   train the arms of an experiment and compare them
+  experiment new FILE   write the skeleton of an experiment file
   info      shape and parameter count of a model
   doctor    what this machine can run, and how fast
 
@@ -131,6 +129,47 @@ class SampleCommand:
 
 
 @dataclass(frozen=True)
+class ExperimentRunCommand:
+    """Run an experiment file: every arm with every seed, then the comparison.
+
+    What is finished is not run again, and a stopped experiment goes on where it was.
+
+    Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
+    | storylab experiment run mine.toml --seeds 5 --only full --dry_run
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """Experiment file (TOML)."""
+    scale: str | None = None
+    """One of the file's scales; by default laptop where there is one."""
+    seeds: int | None = None
+    """How many seeds; by default those that the file lists."""
+    only: tuple[str, ...] = ()
+    """Run these arms only."""
+    dry_run: bool = False
+    """Show the plan, with expected time and memory from a short calibration, and stop."""
+    fresh: bool = False
+    """Train anew what is finished; the old runs are set aside, not deleted."""
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    data_dir: Path | None = None
+    """Prepared data set; by default the one that the file's [data] describes."""
+
+
+@dataclass(frozen=True)
+class ExperimentNewCommand:
+    """Write the skeleton of an experiment file, which runs as it is.
+
+    Examples: storylab experiment new mine.toml | storylab experiment new mine.toml --title "Decay"
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """File to write."""
+    title: str = "My experiment"
+    """Its title."""
+
+
+@dataclass(frozen=True)
 class InfoCommand:
     """Print the shape and the parameter count of a model.
 
@@ -192,91 +231,13 @@ def _run_verb(verb: str, args: list[str]) -> int:
         "resume": _resume,
         "eval": _eval,
         "sample": _sample,
+        "experiment": _experiment,
         "info": _info,
         "doctor": _doctor,
     }
     if verb not in verbs:
         raise UserError(f"unknown verb '{verb}': use one of {', '.join(verbs)}")
     return verbs[verb](args)
-
-
-def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """Build ``kind`` from flags; ``--max_iters`` and ``--max-iters`` are the same flag.
-
-    Raises:
-        UserError: a flag or value is wrong; the text of the parser's message in one line.
-        SystemExit: ``--help`` was printed.
-    """
-    errors = io.StringIO()
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                kind,
-                args=_switches(kind, args),
-                prog=prog,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-                **options,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(f"{_one_line(errors.getvalue())}; see {prog} --help") from None
-
-
-def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
-    """Turn ``--compile=False`` and ``--compile False``, as nanoGPT has them, into ``--no_compile``."""
-    names, rest, result = _switch_names(kind), deque(args), []
-    while rest:
-        arg = rest.popleft()
-        flag, _, value = arg.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names:
-            if not value and rest and rest[0].lower() in ("true", "false"):
-                value = rest.popleft()
-            spelled = {"": f"--{name}", "true": f"--{name}", "false": f"--no_{name}"}
-            arg = spelled.get(value.lower(), arg)
-        result.append(arg)
-    return result
-
-
-def _switch_names(kind: type[Any]) -> set[str]:
-    names: set[str] = set()
-    for f in dataclasses.fields(kind):
-        if f.type in ("bool", bool):
-            names.add(f.name)
-        elif f.name == "config":
-            names |= _switch_names(TrainConfig)
-    return names
-
-
-def _one_line(box: str) -> str:
-    """The message of the parser's box, with its suggestion if it has one."""
-    sections: list[list[str]] = [[]]
-    # The first line is the box's title, which says less than what is in it.
-    for row in (line.strip("│|╰╯+ ") for line in box.strip().splitlines()[1:]):
-        if row and set(row) <= set("─-"):
-            sections.append([])
-        elif row:
-            sections[-1].append(row)
-    texts = [" ".join(section) for section in sections if section]
-    message = re.sub(r"^Error parsing config[\w.]*: ", "", texts[0]) if texts else ""
-    for text in texts[1:]:
-        if text.startswith("Perhaps you meant"):
-            flags = [word.rstrip(",") for word in text.split() if word.startswith("--")]
-            message += f"; perhaps you meant {' or '.join(dict.fromkeys(flags))}"
-    return message.rstrip(".") or "the flags cannot be read"
-
-
-def _default_for(args: Sequence[str]) -> TrainConfig:
-    """The config that the flags start from: the one of --preset, so that help shows its values."""
-    default = TrainConfig()
-    for i, arg in enumerate(args):  # the last one counts, as it does for every flag
-        flag, _, value = arg.partition("=")
-        if flag == "--preset":
-            default = preset_config(value or (args[i + 1] if i + 1 < len(args) else ""))
-    return default
 
 
 def _prepare(args: list[str]) -> int:
@@ -318,7 +279,7 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 def train_command(args: list[str], prog: str = "storylab train") -> int:
     """``storylab train``, and ``train_tinystories.py``."""
-    default = TrainCommand(_default_for(args))
+    default = TrainCommand(default_for(args))
     command = parse(TrainCommand, args, prog, default)
     config = command.config
     if command.resume:
@@ -425,8 +386,75 @@ def _sample(args: list[str]) -> int:
     return 0
 
 
+def _experiment(args: list[str]) -> int:
+    verbs = {"run": _experiment_run, "new": _experiment_new}
+    if not args or args[0] not in verbs:
+        raise UserError(f"say what to do: storylab experiment {' or '.join(verbs)} FILE")
+    return verbs[args[0]](args[1:])
+
+
+def _experiment_new(args: list[str]) -> int:
+    command = parse(ExperimentNewCommand, args, "storylab experiment new")
+    from storylab.experiments.spec import skeleton
+    from storylab.files import write_text
+
+    if command.file.exists():
+        raise UserError(f"{command.file} exists already: choose another name")
+    write_text(command.file, skeleton(command.title))
+    print(f"{command.file}: change it, then: storylab experiment run {command.file}")
+    return 0
+
+
+def _experiment_run(args: list[str]) -> int:
+    command = parse(ExperimentRunCommand, args, "storylab experiment run")
+    from storylab.console import ConsoleReporter
+    from storylab.data.dataset import load_dataset
+    from storylab.data.prepare import prepare
+    from storylab.experiments import runner
+    from storylab.experiments.spec import load_experiment
+
+    experiment = load_experiment(command.file, command.scale)
+    if experiment.waits_for:
+        raise UserError(f"{command.file} cannot run yet: it waits for {experiment.waits_for}")
+    if command.data_dir is None and not experiment.data.folder.exists():
+        _prepare_and_print(experiment.data, prepare)
+    dataset = load_dataset(command.data_dir or experiment.data.folder)
+    seeds = experiment.first_seeds(command.seeds)
+    planned = runner.plan(experiment, dataset, command.runs, seeds, command.only)
+    with ConsoleReporter() as reporter:
+        for line in plan_lines(planned, reporter.progress):
+            reporter.line(line)
+        if command.dry_run:
+            return 0
+        runner.write_record(experiment, planned, command.runs)
+        states = runner.run_experiment(planned, reporter, command.fresh)
+    return 0 if "finished" in states else 1
+
+
+def plan_lines(planned: Sequence[Any], progress: Callable[[str, int, int], None]) -> Iterator[str]:
+    """The plan of an experiment: its runs by arm, with what they are expected to take."""
+    from storylab.experiments.runner import estimates
+    from storylab.training.lines import duration
+
+    left = 0.0
+    rows = []
+    for number, (run, estimate) in enumerate(estimates(planned)):
+        progress("calibrating", number, len(planned))
+        state = run.state
+        pending = state not in ("finished", "diverged")
+        left += estimate.seconds if pending else 0.0
+        source = "measured" if estimate.measured else "predicted"
+        tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
+        rows.append(
+            f"  {run.label:<44} {tokens:>13,} tokens  {duration(estimate.seconds):>12}  "
+            f"{estimate.memory_bytes / 1e9:6.2f} GB  {source:<9}  {state}"
+        )
+    yield f"Plan: {len(planned)} runs, about {duration(left)} to go (expected from a calibration)"
+    yield from rows
+
+
 def _info(args: list[str]) -> int:
-    preset = _default_for(args)
+    preset = default_for(args)
     default = InfoCommand(preset.preset, preset.model)
     command = parse(InfoCommand, args, "storylab info", default)
     model = command.model

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 
 class ConsoleReporter:
@@ -40,6 +44,7 @@ class ConsoleReporter:
             speed_estimate_period=3600,  # an iteration may take minutes
             disable=not self._live,
         )
+        self._overall: TaskID | None = None
         self._tasks: dict[str, TaskID] = {}
         self._shown = ""
 
@@ -65,6 +70,19 @@ class ConsoleReporter:
             self._bar.reset(self._tasks[name])
         self._bar.update(self._tasks[name], completed=done, total=total)
 
+    def overall(self, name: str, done: float, total: float) -> None:
+        """How much of the whole work is done, on a bar above the others; in thousands of tokens."""
+        if not self._live:
+            return
+        if self._overall is None:
+            self._overall = self._bar.add_task(name)
+        self._bar.update(
+            self._overall,
+            description=name,
+            completed=round(done / 1000),
+            total=round(total / 1000),
+        )
+
     def __enter__(self) -> ConsoleReporter:
         self._bar.start()
         return self
@@ -76,3 +94,19 @@ class ConsoleReporter:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output; columns of figures to the right, all of it wherever it goes.
+
+    A column holds figures if its heading ends with a space.
+    """
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(
+            name.strip(), justify="right" if name.endswith(" ") else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    terminal = sys.stdout.isatty()
+    Console(width=None if terminal else 200, highlight=False, no_color=not terminal).print(table)

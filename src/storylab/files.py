@@ -68,10 +68,24 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def held(folder: Path) -> bool:
+    """Whether another process holds ``folder``."""
+    try:
+        with exclusive(folder):
+            return False
+    except UserError:
+        return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

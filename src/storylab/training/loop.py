@@ -223,10 +223,13 @@ class Trainer:
         self.progress = Progress()
         self.stop = StopSignal()
 
-    def identity(self) -> dict[str, str]:
-        """Hashes that prove what runs share: their initial weights and their first batch."""
+    def identity(self) -> dict[str, str | None]:
+        """The device, and hashes that prove what runs share: their initial weights and their first batch."""
+        device = self.precision.device
+        cuda = device.type == "cuda"
         return {
-            "device": str(self.precision.device),
+            "device": str(device),
+            "gpu": torch.cuda.get_device_name(device) if cuda else None,
             "initial_weights_sha256": checkpoint.weights_sha256(self.model.state_dict()),
             "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
         }

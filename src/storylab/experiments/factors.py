@@ -1,0 +1,86 @@
+"""What an experiment may vary: factors, the config fields each one covers, and what counts as a
+difference between two configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from storylab.config import ModelConfig, TrainConfig, differences
+from storylab.errors import UserError
+from storylab.training.schedule import learning_rate
+
+SEED_FIELDS = frozenset({"seed", "data_seed"})
+# How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
+SPLIT_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
+LENGTH_FIELDS = frozenset({"max_iters", "warmup_iters"})
+
+# A factor that takes several fields to say; every other factor is the one field of its name.
+FACTORS: dict[str, frozenset[str]] = {
+    "size": frozenset({"preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"}),
+    "length": LENGTH_FIELDS,
+    "learning_rate": frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"}),
+    "batch": SPLIT_FIELDS,
+}
+
+
+def factor_fields(factor: str) -> frozenset[str]:
+    """The config fields that a factor covers.
+
+    Raises:
+        UserError: there is no such factor or field.
+    """
+    names = {f.name for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)}
+    names -= SEED_FIELDS | {"model", "data_dir", "out_dir", "log_interval", "checkpoint_minutes"}
+    if factor in FACTORS:
+        return FACTORS[factor]
+    if factor in names:
+        return frozenset({factor})
+    known = sorted({*FACTORS, *names})
+    close = difflib.get_close_matches(factor, known, n=2)
+    hint = f"; perhaps you meant {' or '.join(close)}" if close else f": use {', '.join(known)}"
+    raise UserError(f"there is no factor '{factor}'{hint}")
+
+
+def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two runs differ beyond their seeds, as name -> (a's, b's).
+
+    A split into micro-batches of another size but the same batch is no difference here.
+    """
+    changed = differences(a, b)
+    if a.tokens_per_iteration == b.tokens_per_iteration and a.block_size == b.block_size:
+        changed = {k: v for k, v in changed.items() if k not in SPLIT_FIELDS}
+    if learning_rates(a) == learning_rates(b):
+        changed = {k: v for k, v in changed.items() if k not in FACTORS["learning_rate"]}
+    if windows(a) == windows(b):
+        changed.pop("attention", None)
+    # The preset is the name of a shape: where the shape is the same, it says nothing.
+    if not set(changed) & (FACTORS["size"] - {"preset"}):
+        changed.pop("preset", None)
+    return {k: v for k, v in changed.items() if k not in SEED_FIELDS}
+
+
+def learning_rates(config: TrainConfig) -> list[float]:
+    """Learning rate of every iteration: what peak, warm-up and schedule come to."""
+    return [learning_rate(config, iteration) for iteration in range(config.max_iters + 1)]
+
+
+def windows(config: TrainConfig) -> tuple[int | None, ...]:
+    """Window of every layer; one that no sequence fills is full attention."""
+    block = config.block_size
+    return tuple(
+        None if window is None or window >= block else window
+        for window in config.model.layer_windows
+    )
+
+
+def infer_factor(changed: set[str]) -> str | None:
+    """The one factor that covers all of ``changed``, the narrowest first; None if none does."""
+    if len(changed) == 1:
+        (name,) = changed
+        return next((f for f in FACTORS if f == name), name)
+    for name, fields in sorted(FACTORS.items(), key=lambda item: len(item[1])):
+        if changed and changed <= fields:
+            return name
+    return None

@@ -1,0 +1,402 @@
+"""Running an experiment: a plan, then every arm with every seed, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from storylab import config as configs
+from storylab.config import PRESENTATION_FIELDS, TrainConfig
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS
+from storylab.experiments.spec import Cell, Experiment
+from storylab.experiments.worker import DIVERGED, DONE, FAILED, INTERRUPTED, OUT_OF_MEMORY
+from storylab.files import held, read_json, write_json
+from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
+from storylab.training.run_folder import CONFIG, SUMMARY, Run, code_sha256
+
+FAILURE = "failure.json"
+EXPERIMENTS = "experiments"
+POLL_SECONDS = 2.0
+PARENT_STOPPED = "the experiment was stopped"
+
+
+class Watcher(Reporter, Protocol):
+    """Where an experiment tells how it goes."""
+
+    def overall(self, name: str, done: float, total: float) -> None:
+        """How much of the whole experiment is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an experiment: an arm under a condition with a seed, and where it lies."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+
+    @property
+    def config(self) -> TrainConfig:
+        """The config to train with."""
+        return dataclasses.replace(
+            self.cell.config, seed=self.seed, data_seed=self.seed, out_dir=self.folder
+        )
+
+    @property
+    def label(self) -> str:
+        """Arm, condition and seed, for a person."""
+        where = f" @ {self.cell.condition}" if self.cell.condition else ""
+        return f"{self.cell.arm}{where}, seed {self.seed}"
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``diverged``, ``failed``, ``unfinished`` or ``new``."""
+        return run_state(self.folder)[0]
+
+    @property
+    def other_code(self) -> bool:
+        """Whether the run there is by another version of the code that decides its numbers."""
+        try:
+            return Run(self.folder).environment["code_sha256"] != code_sha256()
+        except (OSError, UserError, KeyError):
+            return False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to take; ``measured`` if a like run has been trained already."""
+
+    seconds: float
+    memory_bytes: float
+    measured: bool
+
+
+def run_state(folder: Path) -> tuple[str, str]:
+    """State of a run folder and the reason for it, whatever is left in the folder."""
+    try:
+        if (folder / SUMMARY).exists():
+            summary = read_json(folder / SUMMARY)
+            return str(summary["status"]), str(summary.get("reason", ""))
+        if (folder / FAILURE).exists():
+            failure = read_json(folder / FAILURE)
+            return FAILED, f"{failure['outcome']}: {failure['reason']}"
+    except (UserError, KeyError, TypeError) as error:
+        return "damaged", str(error)
+    return ("unfinished", "") if (folder / CONFIG).exists() else ("new", "")
+
+
+def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
+    """What a run computes, seed apart, as ten hexadecimal digits: resolved config and data.
+
+    How the batch is cut into micro-batches is left out, so that a run that had to be cut finer
+    to fit into memory still is the run that was asked for.
+    """
+    values = configs.to_dict(config)
+    for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
+        del values[name]
+    values["sequences"] = config.batch_size * config.gradient_accumulation_steps
+    text = json.dumps([values, fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def plan(
+    experiment: Experiment,
+    dataset: Dataset,
+    runs: Path,
+    seeds: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+) -> list[PlannedRun]:
+    """The runs of an experiment in the order in which they are trained: seed by seed, so that every
+    arm has a result early and a machine that slows down does so for all arms alike.
+
+    Raises:
+        UserError: the experiment cannot run yet, ``only`` names no arm, or this machine has not
+            got the device or precision.
+    """
+    if experiment.waits_for:
+        raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
+    if unknown := set(only) - set(experiment.arms):
+        raise UserError(
+            f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
+        )
+    planned = []
+    for cell in experiment.cells:
+        if only and cell.arm not in only:
+            continue
+        dataset.require_window(cell.config.block_size)
+        config, _ = resolve_device(dataclasses.replace(cell.config, data_dir=dataset.folder))
+        digest = recipe_digest(config, dataset.fingerprint)
+        resolved = dataclasses.replace(cell, config=config)
+        planned.append((resolved, f"{config.preset}-{digest}"))
+    return [
+        PlannedRun(cell, seed, runs / f"{name}-s{seed}")
+        for seed in seeds or experiment.seeds
+        for cell, name in planned
+    ]
+
+
+def write_record(experiment: Experiment, planned: Sequence[PlannedRun], runs: Path) -> Path:
+    """Write which runs make up the experiment, for the comparison and the report to read.
+
+    Runs of arms and seeds that this call leaves out, but an earlier one had, stay listed.
+    """
+    path = runs / EXPERIMENTS / f"{experiment.label}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = dataclasses.asdict(experiment)
+    del values["data"], values["cells"]
+    rows = {(r.cell.condition, r.cell.arm, r.seed): r.folder.name for r in planned}
+    if path.exists():
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            for cell in read_json(path)["cells"]:
+                for seed, folder in cell["runs"].items():
+                    key = (cell["condition"], cell["arm"], int(seed))
+                    stem = folder.rpartition("-s")[0]
+                    # Only while the arm still is what it was then.
+                    if any(
+                        k[:2] == key[:2] and f.rpartition("-s")[0] == stem for k, f in rows.items()
+                    ):
+                        rows.setdefault(key, folder)
+    values["cells"] = [
+        {
+            "condition": cell.condition,
+            "arm": cell.arm,
+            "config": configs.to_dict(cell.config),
+            "runs": {
+                str(key[2]): folder
+                for key, folder in sorted(rows.items(), key=lambda row: row[0][2])
+                if key[:2] == (cell.condition, cell.arm)
+            },
+        }
+        for cell in {(r.cell.condition, r.cell.arm): r.cell for r in planned}.values()
+    ]
+    write_json(path, values)
+    return path
+
+
+def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estimate]]:
+    """What each run will take: from a finished run of the same cell, or a calibration of seconds."""
+    known: dict[tuple[str, str], Estimate] = {}
+    for run in planned:
+        key = (run.cell.condition, run.cell.arm)
+        if key not in known:
+            done = [r for r in planned if (r.cell.condition, r.cell.arm) == key]
+            known[key] = _finished_estimate(done) or _calibrated_estimate(run)
+        yield run, known[key]
+
+
+def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
+    for run in runs:
+        if run.state == "finished":
+            summary = Run(run.folder).summary
+            assert summary is not None
+            return Estimate(summary["seconds"], summary["peak_memory_bytes"], measured=True)
+    return None
+
+
+def _calibrated_estimate(run: PlannedRun) -> Estimate:
+    config = run.config
+    answers: list[dict[str, Any]] = []
+    outcome, reason = _Child("measure", config).serve(answers.append)
+    if outcome == OUT_OF_MEMORY:
+        return Estimate(float("nan"), float("inf"), measured=False)
+    if outcome == INTERRUPTED:
+        raise TrainingInterrupted(PARENT_STOPPED, signal.SIGINT)
+    measured = next((a for a in answers if a["event"] == "measured"), None)
+    if measured is None:
+        raise UserError(f"{run.label}: {reason}")
+    evaluations = config.max_iters // config.eval_interval + bool(
+        config.max_iters % config.eval_interval
+    )
+    batches = 2 * config.eval_iters * evaluations + measured["evaluation_batches"]
+    seconds = (config.max_iters + 1) * measured["iteration_seconds"]
+    seconds += batches * measured["evaluation_batch_seconds"]
+    return Estimate(seconds, measured["peak_memory_bytes"], measured=False)
+
+
+def run_experiment(
+    planned: Sequence[PlannedRun], watcher: Watcher, fresh: bool = False
+) -> list[str]:
+    """Train what is not trained yet; returns the state of every run.
+
+    An arm that diverges, fails or runs out of memory is kept as a result and the others go on.
+
+    Raises:
+        TrainingInterrupted: a signal stopped it; the same command goes on from there.
+    """
+    total = float(sum(_tokens(run) for run in planned))
+    done = 0.0
+    states = []
+    seen: set[Path] = set()
+    for number, run in enumerate(planned, start=1):
+        name = f"[{number}/{len(planned)}] {run.label}"
+        watcher.overall(name, done, total)
+        again = fresh and run.folder not in seen
+        if again and run.folder.exists() and not held(run.folder):
+            set_aside(run.folder)
+        seen.add(run.folder)
+        if run.folder.exists() and held(run.folder):
+            watcher.line(f"{name}: another process is training it; waiting for that")
+            while held(run.folder):
+                time.sleep(POLL_SECONDS)
+        if run.state in ("finished", "diverged"):
+            note = ", by another version of the code" if run.other_code else ""
+            watcher.line(f"{name}: {outcome_line(run)} (trained before{note}: {run.folder})")
+        else:
+            _train(run, name, watcher, done, total)
+            watcher.line(f"{name}: {outcome_line(run)}")
+        states.append(run.state)
+        done += _tokens(run)
+    watcher.overall("done", total, total)
+    return states
+
+
+def _tokens(run: PlannedRun) -> int:
+    return (run.config.max_iters + 1) * run.config.tokens_per_iteration
+
+
+def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: float) -> None:
+    """Train one run to its end; a micro-batch that does not fit into memory is halved."""
+    config = run.config
+    if run.state == "damaged":
+        set_aside(run.folder)
+    (run.folder / FAILURE).unlink(missing_ok=True)
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            watcher.progress(event["name"], event["done"], event["total"])
+            if event["name"] == "training":
+                share = event["done"] / event["total"]
+                watcher.overall(name, done + share * _tokens(run), total)
+
+    while True:
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        outcome, reason = _Child("train", config).serve(tell)
+        if outcome == INTERRUPTED:
+            raise TrainingInterrupted(reason, signal.SIGTERM)
+        if outcome in (DONE, DIVERGED):
+            return
+        if outcome == OUT_OF_MEMORY and config.batch_size % 2 == 0:
+            if (run.folder / CONFIG).exists():
+                config = Run(run.folder).config
+                set_aside(run.folder)
+            config = dataclasses.replace(
+                config,
+                batch_size=config.batch_size // 2,
+                gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
+                out_dir=run.folder,
+            )
+            watcher.line(
+                f"{name}: out of memory; again with micro-batches of {config.batch_size} sequences, "
+                f"{config.gradient_accumulation_steps} of them an iteration (the same tokens)"
+            )
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        failure = {"outcome": outcome, "reason": reason, "started": started}
+        write_json(run.folder / FAILURE, failure)
+        return
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run folder out of the way, keeping what is in it."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def outcome_line(run: PlannedRun) -> str:
+    """How a run ended, in a few words."""
+    state, reason = run_state(run.folder)
+    if state != "finished":
+        return f"{state} ({reason})" if reason else state
+    summary = Run(run.folder).summary
+    assert summary is not None
+    return (
+        f"val loss {summary['validation']['loss']:.4f}, "
+        f"{summary['tokens_per_second']:,.0f} tok/s, "
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB, {summary['seconds']:,.0f} s"
+    )
+
+
+class _Child:
+    """A worker process that serves one request, and stops when this process is told to."""
+
+    def __init__(self, action: str, config: TrainConfig) -> None:
+        self.request = json.dumps({"action": action, "config": configs.to_dict(config)})
+        self.stopped = False
+
+    def serve(self, tell: Any) -> tuple[str, str]:
+        """Run it to its end, passing every event on; returns the outcome and the reason."""
+        with tempfile.TemporaryFile() as errors:
+            # A session of its own: Ctrl-C reaches this process alone, which passes it on.
+            child = subprocess.Popen(
+                [sys.executable, "-m", "storylab.experiments.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                text=True,
+            )
+            assert child.stdin is not None and child.stdout is not None
+            end: dict[str, Any] | None = None
+            with self._passing_signals_to(child):
+                child.stdin.write(self.request)
+                child.stdin.close()
+                for line in child.stdout:
+                    event = json.loads(line)
+                    if event["event"] == "end":
+                        end = event
+                    else:
+                        tell(event)
+                child.wait()
+            if self.stopped:
+                return INTERRUPTED, PARENT_STOPPED
+            if end is not None:
+                return end["outcome"], end["reason"]
+            if child.returncode == -signal.SIGKILL:
+                return (
+                    OUT_OF_MEMORY,
+                    "killed by the system (SIGKILL), as it does when memory is short",
+                )
+            errors.seek(0)
+            last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            return FAILED, f"the process ended with {child.returncode}: {' '.join(last)}"
+
+    @contextlib.contextmanager
+    def _passing_signals_to(self, child: subprocess.Popen[str]) -> Iterator[None]:
+        """SIGTERM and Ctrl-C make the child save its run and end; a second Ctrl-C is not held up."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            self.stopped = True
+            child.terminate()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if child.poll() is None:
+                child.terminate()
+                child.wait()

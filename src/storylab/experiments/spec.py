@@ -1,0 +1,397 @@
+"""An experiment as data: a TOML file, read into resolved configs and checked before any time is spent.
+
+The README describes the keys. A scale (``[scales.NAME]``) overrides what the file says above it;
+every cell of an experiment is an arm under a condition, and is trained once for each seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storylab.config import TrainConfig, check_seed
+from storylab.data.prepare import PrepareConfig
+from storylab.errors import UserError
+from storylab.experiments.factors import FACTORS, LENGTH_FIELDS, changed_fields, factor_fields
+from storylab.flags import default_for, parse
+
+TEXTS = ("title", "purpose", "hypothesis", "waits_for")
+SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
+KEYS = {*TEXTS, "factor", "scales", *SCALED}
+METRICS = {
+    "loss_difference": "val loss minus the baseline's, in nats",
+    "speed_ratio": "tokens a second over the baseline's",
+    "memory_ratio": "peak memory over the baseline's",
+    "tokens_per_second": "tokens a second",
+    "val_loss": "loss on the whole validation split, in nats",
+    "plateau_iteration": "iteration from which another doubling brings less than 0.01 nats",
+}
+DEFAULT_SEEDS = (1337, 1338, 1339)
+ONLY_CONDITION = ""
+# Fields that say where the run lies or are the runner's to set.
+FORBIDDEN = {"out_dir", "seed", "data_seed"}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A number that the hypothesis names, to be held against the measured one."""
+
+    text: str
+    metric: str
+    arm: str
+    at_least: float | None = None
+    at_most: float | None = None
+    condition: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm under a condition, with the config of its runs but for the seed."""
+
+    condition: str
+    arm: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment at one scale.
+
+    ``conditions`` are compared apart, each with a baseline of its own; an experiment without
+    conditions has the one named ``""``. ``matched`` names those conditions whose arms have the
+    baseline's training compute instead of its number of tokens.
+    """
+
+    name: str
+    scale: str
+    title: str
+    purpose: str
+    hypothesis: str
+    note: str
+    waits_for: str
+    factor: str
+    baseline: str
+    arms: tuple[str, ...]
+    conditions: tuple[str, ...]
+    matched: tuple[str, ...]
+    seeds: tuple[int, ...]
+    margin: float | None
+    expectations: tuple[Expectation, ...]
+    data: PrepareConfig
+    cells: tuple[Cell, ...]
+
+    @property
+    def label(self) -> str:
+        """Name of the experiment and its scale, fit for a file name."""
+        return f"{self.name}-{self.scale}" if self.scale else self.name
+
+    def first_seeds(self, count: int | None) -> tuple[int, ...]:
+        """The first ``count`` seeds of the file, or as many as it has; more count up from the last.
+
+        Raises:
+            UserError: ``count`` is below 1.
+        """
+        if count is None:
+            return self.seeds
+        if count < 1:
+            raise UserError(f"seeds is {count}: it must be at least 1")
+        more = range(max(self.seeds) + 1, max(self.seeds) + 1 + count - len(self.seeds))
+        return (*self.seeds, *more)[:count]
+
+    def cell(self, condition: str, arm: str) -> Cell:
+        """The cell of an arm under a condition."""
+        return next(c for c in self.cells if (c.condition, c.arm) == (condition, arm))
+
+    def allowed_fields(self, condition: str) -> frozenset[str]:
+        """Config fields in which two arms may differ under a condition."""
+        fields = factor_fields(self.factor)
+        return fields | LENGTH_FIELDS if condition in self.matched else fields
+
+
+def load_experiment(path: Path, scale: str | None = None) -> Experiment:
+    """Read an experiment file at one of its scales.
+
+    Raises:
+        UserError: the file cannot be read, has an unknown key, or an arm changes nothing or more
+            than the factor.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return _Reader(table, path.stem, scale).experiment()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+class _Reader:
+    """Turns a parsed file into an :class:`Experiment`, with errors that name the place."""
+
+    def __init__(self, table: dict[str, Any], name: str, scale: str | None) -> None:
+        _known(table, KEYS, "the file")
+        scales = _table(table, "scales")
+        if scale is None:
+            scale = next(iter(scales)) if len(scales) == 1 else ""
+            if len(scales) > 1:
+                scale = "laptop" if "laptop" in scales else next(iter(scales))
+        elif scale not in scales:
+            raise UserError(f"there is no scale '{scale}': it has {_listed(scales) or 'none'}")
+        chosen = scales.get(scale, {})
+        _known(chosen, set(SCALED), f"scale '{scale}'")
+        self.config = _table(table, "config") | _table(chosen, "config")
+        self.table = table | chosen
+        self.name, self.scale = name, scale
+
+    def experiment(self) -> Experiment:
+        table = self.table
+        texts = {key: _typed(table, key, str, "") for key in (*TEXTS, "note")}
+        for key in ("title", "purpose"):
+            if not texts[key]:
+                raise UserError(f"it needs a {key}: one line of text")
+        arms, conditions = _tables(table, "arms"), _tables(table, "conditions")
+        if not arms and not texts["waits_for"]:
+            raise UserError("it needs [arms]: a table with the changed values of each arm")
+        matched = tuple(name for name, values in conditions.items() if _matched(name, values))
+        conditions = {
+            name: {k: v for k, v in values.items() if k != "match"}
+            for name, values in conditions.items()
+        } or {ONLY_CONDITION: {}}
+        baseline = _typed(table, "baseline", str, next(iter(arms), ""))
+        if arms and baseline not in arms:
+            raise UserError(f"the baseline '{baseline}' is not one of the arms: {_listed(arms)}")
+        factor = _typed(table, "factor", str, "")
+        if len(arms) > 1:
+            if not factor:
+                raise UserError("it needs a factor: what its arms differ in")
+            factor_fields(factor)
+        experiment = Experiment(
+            name=self.name,
+            scale=self.scale,
+            **texts,
+            factor=factor,
+            baseline=baseline,
+            arms=tuple(arms),
+            conditions=tuple(conditions),
+            matched=matched,
+            seeds=_seeds(table),
+            margin=_margin(table),
+            expectations=tuple(_expectations(table, arms, conditions)),
+            data=self._data(),
+            cells=(),
+        )
+        cells = [
+            Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
+            for condition, values in conditions.items()
+            for arm in arms
+        ]
+        experiment = dataclasses.replace(experiment, cells=tuple(cells))
+        experiment = dataclasses.replace(experiment, cells=tuple(_matched_cells(experiment)))
+        _check_arms(experiment)
+        return experiment
+
+    def _data(self) -> PrepareConfig:
+        values = _table(self.table, "data")
+        allowed = {"source", "tokenizer", "builtin_stories"}
+        _known(values, allowed, "[data]")
+        return parse(PrepareConfig, _flags(values), "", advice="in [data]")
+
+    def _config(self, changes: Mapping[str, Any], place: str) -> TrainConfig:
+        values = self.config | dict(changes)
+        if taken := FORBIDDEN & set(values):
+            raise UserError(f"{place}: {_listed(taken)} is not an arm's to set (use seeds = [...])")
+        data_dir = {} if "data_dir" in values else {"data_dir": str(self._data().folder)}
+        flags = _flags(data_dir | values)
+        return parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
+
+
+def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
+    """The cells, those of a matched condition as long as the baseline's compute lasts."""
+    for cell in experiment.cells:
+        if cell.condition not in experiment.matched or cell.arm == experiment.baseline:
+            yield cell
+            continue
+        base = experiment.cell(cell.condition, experiment.baseline).config
+        vocab_size = _vocab_size(experiment)
+        ratio = flops_per_token(base, vocab_size) / flops_per_token(cell.config, vocab_size)
+        ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
+        updates = max(1, round((base.max_iters + 1) * ratio))
+        warmup = round(cell.config.warmup_iters * updates / (base.max_iters + 1))
+        config = dataclasses.replace(cell.config, max_iters=updates - 1, warmup_iters=warmup)
+        yield dataclasses.replace(cell, config=config)
+
+
+def flops_per_token(config: TrainConfig, vocab_size: int) -> float:
+    """Training FLOPs for a token: 6 for every weight in a matrix product, the head's included, and
+    12 * width * keys for every layer's attention (Chowdhery et al. 2022, arXiv 2204.02311, app. B),
+    with the mean number of keys that a causal query reads in its window."""
+    model, block = config.model, config.block_size
+    # Each weight is in one product (the tied one in the head), but for the norms' gains.
+    weights = model.parameter_count(vocab_size) - (2 * model.n_layer + 1) * model.n_embd
+    keys = 0.0
+    for window in model.layer_windows:
+        reach = block if window is None else min(window, block)
+        keys += reach - reach * (reach - 1) / (2 * block)
+    return 6 * weights + 12 * model.n_embd * keys
+
+
+def _vocab_size(experiment: Experiment) -> int:
+    kind, _, size = experiment.data.tokenizer.partition(":")
+    return int(size) if kind == "bpe" else 50257
+
+
+def _check_arms(experiment: Experiment) -> None:
+    """Every arm differs from the others in the factor, and in nothing else."""
+    if len(experiment.arms) < 2:
+        return
+    for condition in experiment.conditions:
+        allowed = experiment.allowed_fields(condition)
+        where = f" under '{condition}'" if condition else ""
+        for i, arm in enumerate(experiment.arms):
+            for other in experiment.arms[:i]:
+                a, b = (experiment.cell(condition, name).config for name in (other, arm))
+                changed = changed_fields(a, b)
+                if not changed:
+                    raise UserError(
+                        f"arm '{arm}' changes nothing{where}: all that decides its result is as in "
+                        f"'{other}'"
+                    )
+                if extra := set(changed) - allowed:
+                    raise UserError(
+                        f"arm '{arm}' changes {_listed(extra)}{where} besides the factor "
+                        f"'{experiment.factor}': one factor at a time, or name a factor that "
+                        "covers it"
+                    )
+
+
+def _expectations(
+    table: dict[str, Any], arms: Iterable[str], conditions: Iterable[str]
+) -> Iterable[Expectation]:
+    entries = _typed(table, "expect", list, [])
+    names = {f.name for f in dataclasses.fields(Expectation)}
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise UserError("expect must be a list of tables: [[expect]]")
+        _known(entry, names, "[[expect]]")
+        missing = {"text", "metric", "arm"} - set(entry)
+        if missing or not {"at_least", "at_most"} & set(entry):
+            raise UserError("[[expect]] needs text, metric, arm, and at_least or at_most")
+        for key, choices in (("metric", METRICS), ("arm", arms), ("condition", conditions)):
+            if key in entry and entry[key] not in choices:
+                raise UserError(f"[[expect]] {key} '{entry[key]}': use one of {_listed(choices)}")
+        for key in ("at_least", "at_most"):
+            if isinstance(entry.get(key, 0), bool) or not isinstance(
+                entry.get(key, 0), int | float
+            ):
+                raise UserError(f"[[expect]] {key} must be a number")
+        yield Expectation(**entry)
+
+
+def _seeds(table: dict[str, Any]) -> tuple[int, ...]:
+    seeds = _typed(table, "seeds", list, list(DEFAULT_SEEDS))
+    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+        raise UserError("seeds must be a list of whole numbers, such as [1337, 1338, 1339]")
+    if len(set(seeds)) != len(seeds):
+        raise UserError("seeds has a number twice: a seed counts once")
+    for seed in seeds:
+        check_seed("seed", seed)
+    return tuple(seeds)
+
+
+def _margin(table: dict[str, Any]) -> float | None:
+    margin = table.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not margin > 0:
+        raise UserError("margin must be a number above 0: the loss in nats that counts as equal")
+    return float(margin)
+
+
+def _matched(name: str, values: dict[str, Any]) -> bool:
+    if values.get("match", "tokens") not in ("tokens", "compute"):
+        raise UserError(f'condition \'{name}\': match must be "tokens" or "compute"')
+    return values.get("match") == "compute"
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """A table as flags, so that a file and the command line are checked by the same parser."""
+    flags = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, str | int | float):
+            flags += [f"--{key}", str(value)]
+        else:
+            raise UserError(f"{key} must be a single value, not a {type(value).__name__}")
+    return flags
+
+
+def _known(table: Mapping[str, Any], keys: set[str], place: str) -> None:
+    for key in table:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1)
+            hint = f"perhaps you meant '{close[0]}'" if close else f"use {_listed(keys)}"
+            raise UserError(f"unknown key '{key}' in {place}: {hint}")
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind):
+        raise UserError(f"{key} must be a {kind.__name__}, not {value!r}")
+    return value
+
+
+def _table(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value: dict[str, Any] = _typed(table, key, dict, {})
+    return value
+
+
+def _tables(table: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    value = _table(table, key)
+    for name in value:
+        _table(value, name)
+    return value
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names) if isinstance(names, set | frozenset) else names)
+
+
+SKELETON = """\
+title = "{title}"
+purpose = "What do you want to know?"
+factor = "learning_rate"          # a field of `storylab train --help`, or: {factors}
+baseline = "1e-3"
+seeds = [1337, 1338, 1339]        # each seed is one pair of runs: same weights, same data order
+
+[data]
+source = "builtin"                # tinystories, or builtin to try this without a download
+tokenizer = "bpe:1024"
+
+[config]                          # shared by all arms; what is not here is the record's
+preset = "nano"
+max_iters = 300
+batch_size = 32
+gradient_accumulation_steps = 1
+warmup_iters = 30
+learning_rate = 1e-3
+min_lr = 0.0
+eval_interval = 50
+eval_iters = 2
+
+[arms]                            # each arm states what it changes
+"1e-3" = {{ learning_rate = 1e-3 }}
+"3e-3" = {{ learning_rate = 3e-3 }}
+"""
+
+
+def skeleton(title: str) -> str:
+    """The text of a new experiment file, which runs as it is."""
+    return SKELETON.format(title=title.replace('"', "'"), factors=", ".join(FACTORS))
