@@ -224,7 +224,7 @@ class Trainer:
         self.stop = StopSignal()
 
     def identity(self) -> dict[str, str | None]:
-        """The device, and hashes that prove what runs share: their initial weights and their first batch."""
+        """The device, and hashes that prove what runs share: initial weights and first batch."""
         device = self.precision.device
         cuda = device.type == "cuda"
         return {

@@ -7,6 +7,7 @@ the start, ``log.txt`` and ``metrics.jsonl`` grow a line at a time, ``checkpoint
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -237,14 +238,26 @@ def _processor() -> str:
 
 
 def code_sha256() -> str:
-    """SHA-256 over the source files that decide a run's numbers: the code version without git."""
+    """SHA-256 over the source that decides a run's numbers: the code version without git.
+
+    Comments, docstrings and layout do not count.
+    """
     root = Path(configs.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in NUMERIC_CODE:
+        name = path.relative_to(root)
+        if name.parts[0] not in NUMERIC_CODE:
             continue
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
+        digest.update(name.as_posix().encode() + b"\0" + ast.unparse(tree).encode())
     return digest.hexdigest()
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _git_commit() -> str | None:
