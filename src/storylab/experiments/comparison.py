@@ -1,0 +1,391 @@
+"""Is one recipe better than another, by how much, and may the two be compared at all?
+
+Two questions are kept apart: whether two trained models differ on stories like these (paired by
+story, the runs as they are), and whether one recipe is better than the other (paired by seed: the
+same initial weights and data order in both arms). The verdict answers the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from storylab.experiments import statistics
+from storylab.experiments.factors import SPLIT_FIELDS, changed_fields, infer_factor
+from storylab.experiments.results import Result
+from storylab.experiments.statistics import ALPHA, Interval
+
+BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
+NO_DIFFERENCE, CANT_TELL, CONFOUNDED = "no difference seen", "can't tell", "confounded"
+# Fields of a config that may differ where the fields on the left do, as they follow from them.
+FOLLOWS = {"block_size": SPLIT_FIELDS}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe and its runs, one for each seed."""
+
+    name: str
+    runs: tuple[Result, ...]
+
+    @property
+    def finished(self) -> tuple[Result, ...]:
+        """The runs that were trained to their end."""
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def losses(self) -> list[float]:
+        """Final validation losses of the finished runs."""
+        return [run.loss for run in self.finished]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A paired ratio arm / baseline, geometric mean over seeds, with its 95 % interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Spread of the final loss over seeds of one recipe."""
+
+    standard_deviation: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """Difference of validation loss after the training seconds that the faster arm took in all.
+
+    Read off both curves: ``progress`` is the share of its schedule that the slower arm had done by
+    then, so its learning rate had not come down as far.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    progress: float
+    slower: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of an arm beside its baseline. Losses in nats, arm minus baseline."""
+
+    arm: str
+    baseline: str
+    condition: str
+    confounds: tuple[str, ...]
+    speed_confounds: tuple[str, ...]
+    notes: tuple[str, ...]
+    pairs: int
+    paired: bool
+    recipes: Interval | None
+    from_noise: bool
+    stories: Interval | None
+    noise: Noise | None
+    margin: float | None
+    speed: Ratio | None
+    memory: Ratio | None
+    energy: Ratio | None
+    equal_time: EqualTime | None
+    failures: tuple[str, ...]
+    adjusted_p: float | None = None
+    adjusted_equivalence_p: float | None = None
+    family: int = 1
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, ``equivalent``, ``no difference seen``, ``can't tell`` or
+        ``confounded``; corrected for the number of comparisons made together."""
+        if self.confounds:
+            return CONFOUNDED
+        if self.recipes is None or self.adjusted_p is None:
+            return CANT_TELL
+        equivalence = self.adjusted_equivalence_p
+        if equivalence is not None and equivalence < ALPHA:
+            return EQUIVALENT
+        if self.adjusted_p < ALPHA:
+            return BETTER if self.recipes.estimate < 0 else WORSE
+        return NO_DIFFERENCE
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the paired differences between seeds."""
+        if self.recipes is None:
+            return math.sqrt(2) * self.noise.standard_deviation if self.noise else None
+        return self.recipes.standard_error * math.sqrt(self.recipes.n)
+
+    @property
+    def detectable(self) -> float | None:
+        """The true difference that this many pairs would find with a chance of 80 %."""
+        if self.recipes is None or self.recipes.n < 2 or self.spread is None:
+            return None
+        return statistics.detectable_difference(self.spread, self.recipes.n)
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """Pairs that would find a difference as large as the one seen (80 % power), or the margin."""
+        if self.spread is None:
+            return None
+        difference = self.recipes.estimate if self.recipes else None
+        if difference is None and self.stories is not None:
+            difference = self.stories.estimate
+        return statistics.seeds_needed(difference, self.spread) if difference else None
+
+
+@dataclass
+class _Pairing:
+    """Runs of two arms with the same seeds, and what else differs between them."""
+
+    pairs: list[tuple[Result, Result]] = field(default_factory=list)
+    confounds: dict[str, None] = field(default_factory=dict)
+    speed_confounds: dict[str, None] = field(default_factory=dict)
+
+
+def compare_arms(
+    arm: Arm,
+    baseline: Arm,
+    allowed: frozenset[str],
+    condition: str = "",
+    margin: float | None = None,
+    noise: Noise | None = None,
+) -> Comparison:
+    """Hold ``arm`` against ``baseline``.
+
+    Args:
+        arm: its runs; those of the baseline's seeds are paired.
+        baseline: what it is held against.
+        allowed: config fields in which the two may differ: the factor's.
+        condition: under which condition both were run, for the report.
+        margin: the difference in nats that counts as none, if equivalence is asked for.
+        noise: spread over seeds of the baseline's recipe; by default that of its own runs.
+    """
+    ours = {run.seeds: run for run in arm.finished}
+    theirs = {run.seeds: run for run in baseline.finished}
+    found = _Pairing([(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs])
+    paired = bool(found.pairs)
+    if not paired and ours and theirs:
+        found.pairs = list(zip(arm.finished, baseline.finished, strict=False))
+    for pair in found.pairs:
+        found.confounds |= dict.fromkeys(_confounds(*pair, allowed, paired))
+        found.speed_confounds |= dict.fromkeys(_speed_confounds(*pair))
+    if noise is None:
+        noise = noise_of(baseline.losses)
+    recipes, from_noise = None, False
+    if paired:
+        recipes = statistics.mean_interval([a.loss - b.loss for a, b in found.pairs])
+        if recipes is None and noise is not None:
+            difference = found.pairs[0][0].loss - found.pairs[0][1].loss
+            recipes = statistics.noise_interval(
+                difference, noise.standard_deviation, noise.seeds - 1
+            )
+            from_noise = True
+    elif found.pairs:
+        recipes = statistics.unpaired_interval(arm.losses, baseline.losses)
+    comparison = Comparison(
+        arm=arm.name,
+        baseline=baseline.name,
+        condition=condition,
+        confounds=tuple(found.confounds),
+        speed_confounds=tuple(found.speed_confounds),
+        notes=tuple(_notes(arm, baseline, found.pairs)),
+        pairs=len(found.pairs),
+        paired=paired,
+        recipes=recipes,
+        from_noise=from_noise,
+        stories=_story_interval(found.pairs) if not found.confounds else None,
+        noise=noise,
+        margin=margin,
+        speed=_ratio(found.pairs, "tokens_per_second"),
+        memory=_ratio(found.pairs, "peak_memory_bytes"),
+        energy=_ratio(found.pairs, "energy_joules"),
+        equal_time=None if found.speed_confounds else _equal_time(arm, baseline, found.pairs),
+        failures=tuple(
+            f"{side.name}, seed {run.config.seed}: {run.state}"
+            + f" ({run.reason})" * bool(run.reason)
+            for side in (arm, baseline)
+            for run in side.runs
+            if not run.finished
+        ),
+    )
+    return correct([comparison])[0]
+
+
+def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with p-values corrected for their number, by Holm's method."""
+    tested = [c for c in comparisons if c.recipes is not None and not c.confounds]
+    ps = statistics.holm([c.recipes.p for c in tested if c.recipes])
+    equal = [c for c in tested if c.margin is not None]
+    equivalences = statistics.holm(
+        [c.recipes.equivalence_p(c.margin) for c in equal if c.recipes and c.margin]
+    )
+    by_id = {
+        id(c): {"adjusted_p": p, "family": len(tested)} for c, p in zip(tested, ps, strict=True)
+    }
+    for c, p in zip(equal, equivalences, strict=True):
+        by_id[id(c)]["adjusted_equivalence_p"] = p
+    nothing: dict[str, Any] = {}
+    return [dataclasses.replace(c, **by_id.get(id(c), nothing)) for c in comparisons]
+
+
+def noise_of(losses: Sequence[float]) -> Noise | None:
+    """Spread of final losses of one recipe over its seeds; None for fewer than two."""
+    if len(losses) < 2:
+        return None
+    return Noise(float(np.std(losses, ddof=1)), len(losses))
+
+
+def group_runs(results: Iterable[Result]) -> list[Arm]:
+    """Runs of the same recipe and data as one arm, in the order in which they first come."""
+    groups: list[list[Result]] = []
+    for result in results:
+        for group in groups:
+            same_data = group[0].data["fingerprint"] == result.data["fingerprint"]
+            if same_data and not changed_fields(group[0].config, result.config):
+                group.append(result)
+                break
+        else:
+            groups.append([result])
+    return [Arm(_arm_name(group, groups[0]), tuple(group)) for group in groups]
+
+
+def compare_runs(results: Sequence[Result], margin: float | None = None) -> list[Comparison]:
+    """Hold the arms that ``results`` make up against the first of them.
+
+    What the arms differ in is the factor if one factor covers it; else they are confounded.
+    """
+    baseline, *arms = group_runs(results)
+    comparisons = []
+    for arm in arms:
+        changed = set(changed_fields(baseline.runs[0].config, arm.runs[0].config))
+        factor = infer_factor(changed)
+        allowed = frozenset(changed) if factor else frozenset()
+        comparisons.append(compare_arms(arm, baseline, allowed, margin=margin))
+    return correct(comparisons)
+
+
+def _arm_name(group: Sequence[Result], first: Sequence[Result]) -> str:
+    """What sets a group's config apart from the first group's, or where it lies."""
+    changed = changed_fields(first[0].config, group[0].config)
+    if not changed or len(changed) > 3:
+        return group[0].folder.name
+    return ", ".join(f"{name} {value}" for name, (_, value) in changed.items())
+
+
+def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> Iterable[str]:
+    """Everything but the factor in which two runs differ and that can move the loss."""
+    changed = changed_fields(a.config, b.config)
+    follow = {name for key, names in FOLLOWS.items() if key in allowed for name in names}
+    for name, (ours, theirs) in changed.items():
+        if name not in allowed | follow:
+            yield f"{name}: {ours} against {theirs}"
+    if a.data["fingerprint"] != b.data["fingerprint"]:
+        yield (
+            f"data: fingerprint {a.data['fingerprint'][:12]} against {b.data['fingerprint'][:12]}"
+        )
+    elif a.story_losses.shape != b.story_losses.shape or not np.array_equal(
+        a.story_losses[:, 1], b.story_losses[:, 1]
+    ):
+        yield "evaluation: other stories or tokens"
+    same_shape = not {"n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"} & set(changed)
+    ours, theirs = a.environment, b.environment
+    if paired and same_shape and _differ(ours, theirs, "initial_weights_sha256"):
+        yield "initial weights: other hashes for the same seed"
+    same_batch = a.config.block_size == b.config.block_size
+    same_batch &= a.config.tokens_per_iteration == b.config.tokens_per_iteration
+    if paired and same_batch and _differ(ours, theirs, "first_batch_sha256"):
+        yield "data order: other first batches for the same seed"
+    versions = a.code_versions | b.code_versions
+    if len(versions) > 1:
+        yield f"code: {len(versions)} versions ({', '.join(sorted(v[:8] for v in versions))})"
+    for package in ("torch", "numpy"):
+        one, other = (e["packages"].get(package) for e in (ours, theirs))
+        if one != other:
+            yield f"{package}: {one} against {other}"
+
+
+def _speed_confounds(a: Result, b: Result) -> Iterable[str]:
+    """What makes two runs' speeds, memory and energy no matter of the factor."""
+    for key in ("processor", "cpu", "cores", "threads", "gpu", "device", "platform"):
+        if _differ(a.environment, b.environment, key):
+            yield f"{key}: {a.environment.get(key)} against {b.environment.get(key)}"
+    if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
+        yield f"micro-batch: {a.config.batch_size} against {b.config.batch_size} sequences"
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
+    return a.get(key) != b.get(key)
+
+
+def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]) -> Iterable[str]:
+    """What a reader should know, though it makes no comparison void."""
+    for side in (arm, baseline):
+        resumed = sum(bool(run.environment.get("resumed")) for run in side.runs)
+        if resumed:
+            yield f"{resumed} of {len(side.runs)} runs of {side.name} were resumed"
+    lost = len(arm.runs) - len(arm.finished)
+    if lost and arm.finished:
+        yield (
+            f"{lost} of {len(arm.runs)} runs of {arm.name} did not finish: the difference is that of "
+            "those that did"
+        )
+
+
+def _story_interval(pairs: Sequence[tuple[Result, Result]]) -> Interval | None:
+    """Paired by story: each story's loss is the mean over the runs of an arm."""
+    if not pairs:
+        return None
+    arm = np.mean([a.story_losses[:, 0] for a, _ in pairs], axis=0)
+    baseline = np.mean([b.story_losses[:, 0] for _, b in pairs], axis=0)
+    return statistics.story_interval(arm, baseline, pairs[0][0].story_losses[:, 1])
+
+
+def _ratio(pairs: Sequence[tuple[Result, Result]], key: str) -> Ratio | None:
+    values = [(a.summary[key], b.summary[key]) for a, b in pairs]
+    if not values or not all(x and y for x, y in values):
+        return None
+    return Ratio(*statistics.ratio_interval([x for x, _ in values], [y for _, y in values]))
+
+
+def _equal_time(
+    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]
+) -> EqualTime | None:
+    """The difference when the faster of each pair has just ended, read off the curves."""
+    differences, progress = [], []
+    slower_arm = 0
+    for a, b in pairs:
+        curves = [[(e["seconds"], e["val_loss"]) for e in run.evaluations] for run in (a, b)]
+        if min(len(curve) for curve in curves) < 2:
+            return None
+        ends = [curve[-1][0] for curve in curves]
+        at = min(ends)
+        if at < max(curve[0][0] for curve in curves):
+            return None
+        ours, theirs = (_interpolated(curve, at) for curve in curves)
+        differences.append(ours - theirs)
+        progress.append(at / max(ends))
+        slower_arm += ends[0] > ends[1]
+    if not differences:
+        return None
+    interval = statistics.mean_interval(differences)
+    return EqualTime(
+        float(np.mean(differences)),
+        interval.low if interval else None,
+        interval.high if interval else None,
+        float(np.mean(progress)),
+        arm.name if 2 * slower_arm > len(pairs) else baseline.name,
+    )
+
+
+def _interpolated(curve: Sequence[tuple[float, float]], seconds: float) -> float:
+    times, losses = zip(*curve, strict=True)
+    return float(np.interp(math.log(seconds), np.log(times), losses))

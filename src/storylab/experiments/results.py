@@ -1,0 +1,147 @@
+"""What a run folder says about its run, read so that a damaged one is told of rather than trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storylab.config import TrainConfig
+from storylab.errors import UserError
+from storylab.experiments.runner import run_state
+from storylab.training.run_folder import POSITION_LOSSES, STORY_LOSSES, Run, open_run
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that has a readable config: its state, and for a finished one its numbers."""
+
+    folder: Path
+    state: str
+    reason: str
+    config: TrainConfig
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    story_losses: np.ndarray
+    """Nats and predicted tokens of every validation story, ``[stories, 2]``; empty if unfinished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.state == "finished"
+
+    @property
+    def loss(self) -> float:
+        """Loss on the whole validation split under the final weights; infinite if it diverged."""
+        if not self.finished:
+            return math.inf
+        return float(self.summary["validation"]["loss"])
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Seeds of the initial weights and of the data order: what two paired runs share."""
+        return self.config.seed, self.config.resolved_data_seed
+
+    @property
+    def code_versions(self) -> set[str]:
+        """Versions of the code that it was trained by, more than one if it was resumed by another."""
+        stages = [self.environment, *self.environment.get("resumed", [])]
+        return {stage["code_sha256"] for stage in stages}
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return int(self.summary["parameters"])
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of ``metrics.jsonl``."""
+        return Run(self.folder).metrics
+
+    @cached_property
+    def iterations(self) -> list[dict[str, Any]]:
+        """Metrics of every iteration."""
+        return [row for row in self.metrics if row["kind"] == "iteration"]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Metrics of every evaluation, with the tokens, training seconds and joules until then."""
+        seconds = np.cumsum([row["step_seconds"] for row in self.iterations])
+        rows = []
+        for row in self.metrics:
+            # An evaluation of iteration i comes before that iteration: i updates are done.
+            done = row["iteration"]
+            if row["kind"] == "evaluation" and 0 < done <= len(seconds):
+                last = self.iterations[done - 1]
+                extra = {
+                    "tokens": last["tokens"],
+                    "seconds": float(seconds[done - 1]),
+                    "energy_joules": last["energy_joules"],
+                }
+                rows.append(row | extra)
+        return rows
+
+    @cached_property
+    def position_losses(self) -> np.ndarray:
+        """Mean nats of the targets at each position of a window; empty if there are none."""
+        try:
+            return np.load(self.folder / POSITION_LOSSES, allow_pickle=False)
+        except (OSError, ValueError):
+            return np.empty(0)
+
+
+def load_result(folder: Path) -> Result:
+    """Read a run folder.
+
+    Raises:
+        UserError: there is no run, or what is there is damaged.
+    """
+    run = open_run(folder)
+    state, reason = run_state(folder)
+    if state == "damaged":
+        raise UserError(f"{folder} is damaged: {reason}")
+    try:
+        summary = run.summary or {}
+        stories = np.empty((0, 2))
+        if state == "finished":
+            stories = np.load(folder / STORY_LOSSES, allow_pickle=False)
+            validation = summary["validation"]
+            total = float(stories[:, 0].sum() / stories[:, 1].sum())
+            if len(stories) != validation["stories"] or not math.isclose(
+                total, validation["loss"], rel_tol=1e-9
+            ):
+                raise UserError(f"{folder} is damaged: {STORY_LOSSES} is not that of its summary")
+        result = Result(
+            folder, state, reason, run.config, run.data, run.environment, summary, stories
+        )
+        # Everything a comparison will ask of it, now rather than in the middle of a report.
+        _ = result.evaluations, result.code_versions, result.data["fingerprint"]
+        if state == "finished":
+            _ = result.parameters, summary["tokens_per_second"], summary["peak_memory_bytes"]
+            if len(result.iterations) != summary["iterations"]:
+                raise UserError(
+                    f"{folder} is damaged: it has metrics of {len(result.iterations)} of its "
+                    f"{summary['iterations']} iterations"
+                )
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from error
+    return result
+
+
+def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[str]]:
+    """The runs that can be read, and for each of the others a line that says why not."""
+    results, problems = [], []
+    for folder in folders:
+        try:
+            results.append(load_result(folder))
+        except UserError as error:
+            problems.append(str(error))
+    return results, problems

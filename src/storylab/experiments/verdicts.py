@@ -1,0 +1,150 @@
+"""A comparison in words: one line, and the lines behind it."""
+
+from __future__ import annotations
+
+import math
+
+from storylab.experiments.comparison import (
+    CANT_TELL,
+    CONFOUNDED,
+    EQUIVALENT,
+    NO_DIFFERENCE,
+    Comparison,
+    Ratio,
+)
+from storylab.experiments.statistics import Interval
+
+
+def nats(value: float) -> str:
+    """A signed difference in nats, to the digits that a seed's noise leaves."""
+    return f"{value:+.4f}" if abs(value) < 0.01 else f"{value:+.3f}"
+
+
+def interval_text(interval: Interval) -> str:
+    """``+0.012 nats (95 % CI +0.008 to +0.016``, open for what follows."""
+    digits = 4 if max(abs(interval.low), abs(interval.high)) < 0.1 else 3
+    low, high = (f"{v:+.{digits}f}" for v in (interval.low, interval.high))
+    return f"{interval.estimate:+.{digits}f} nats (95 % CI {low} to {high}"
+
+
+def verdict_line(c: Comparison) -> str:
+    """The comparison in one line and few words."""
+    title = f"{c.arm} vs {c.baseline}" + (f" @ {c.condition}" if c.condition else "")
+    if not c.pairs:
+        why = "; ".join(c.failures) or "there are no finished runs of both"
+        return f"{title}: {CANT_TELL}: {why}"
+    if c.confounds:
+        return f"{title}: {CONFOUNDED}, no winner is given: {'; '.join(c.confounds)}"
+    parts = [f"{title}: {_loss_part(c)}", *_speed_parts(c)]
+    return "; ".join(parts)
+
+
+def _loss_part(c: Comparison) -> str:
+    stories = f"{c.stories.n:,} stories" if c.stories else "no stories"
+    if c.recipes is None:
+        difference = f"val loss {nats(c.stories.estimate)} nats" if c.stories else "no loss"
+        needed = c.seeds_needed
+        more = f"; about {needed} paired seeds would decide" if needed else ""
+        return (
+            f"{difference} with one seed ({stories}): {CANT_TELL} whether the recipe or the seed did "
+            f"it, as no noise floor is known for this recipe (`storylab noise`){more}"
+        )
+    if c.from_noise:
+        assert c.noise is not None
+        base = f"1 pair and the noise of {c.noise.seeds} seeds"
+    else:
+        base = f"{c.pairs} paired seeds" if c.paired else f"{c.pairs} unpaired seeds"
+    text = f"val loss {interval_text(c.recipes)}; {base}, {stories}): {c.verdict}"
+    if c.verdict == EQUIVALENT:
+        text += f" within {c.margin:g} nats"
+    elif c.verdict == NO_DIFFERENCE:
+        text += _could_have_seen(c)
+    elif c.noise and c.noise.standard_deviation:
+        text += f", {abs(c.recipes.estimate) / c.noise.standard_deviation:.2g}x seed noise"
+    return text
+
+
+def _could_have_seen(c: Comparison) -> str:
+    assert c.recipes is not None
+    facts = []
+    if c.recipes.p < 0.05:
+        facts.append(f"corrected for {c.family} comparisons")
+    if c.detectable is not None and math.isfinite(c.detectable):
+        facts.append(f"could have seen {c.detectable:.2g}")
+    if c.seeds_needed:
+        facts.append(f"{c.seeds_needed} seeds would decide a difference of this size")
+    return f" ({', '.join(facts)})" if facts else ""
+
+
+def _speed_parts(c: Comparison) -> list[str]:
+    if c.speed_confounds:
+        return [f"speed is not comparable ({'; '.join(c.speed_confounds)})"]
+    parts = []
+    if c.speed:
+        parts.append(ratio_text(c.speed, "faster", "slower", "speed"))
+    if c.equal_time and c.speed and abs(math.log(c.speed.value)) > 0.02:
+        difference = c.equal_time.difference
+        word = "better" if difference < 0 else "worse"
+        sure = c.equal_time.low is not None and c.equal_time.low * (c.equal_time.high or 0) > 0
+        doubt = "" if sure else " (interval spans 0)"
+        parts.append(f"at equal time: {word} by {abs(difference):.3f}{doubt}")
+    return parts
+
+
+def ratio_text(ratio: Ratio, more: str, less: str, what: str) -> str:
+    """``1.31x faster (1.28 to 1.34)``; a ratio whose interval spans 1 is told as such."""
+    low, high = ratio.low, ratio.high
+    if low is not None and high is not None and low <= 1 <= high:
+        return f"same {what} ({low:.2f}x to {high:.2f}x)"
+    word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
+    if low is None or high is None:
+        return f"{value:.2f}x {word} (one pair)"
+    if ratio.value < 1:
+        low, high = 1 / high, 1 / low
+    return f"{value:.2f}x {word} ({low:.2f} to {high:.2f})"
+
+
+def detail_lines(c: Comparison) -> list[str]:
+    """What stands behind the verdict, a fact a line."""
+    lines = []
+    if c.recipes is not None and not c.confounds:
+        adjusted = f", {c.adjusted_p:.2g} corrected for {c.family}" if c.family > 1 else ""
+        lines.append(
+            f"recipes: {interval_text(c.recipes)}), p {c.recipes.p:.2g}{adjusted}"
+            + (
+                f"; equivalence within {c.margin:g}: p {c.adjusted_equivalence_p:.2g}"
+                if c.margin
+                else ""
+            )
+        )
+    if c.stories is not None:
+        lines.append(
+            f"these models on stories like these: {interval_text(c.stories)}; "
+            f"{c.stories.n:,} stories, paired), p {c.stories.p:.2g}"
+        )
+    if c.noise is not None:
+        lines.append(
+            f"seed noise of {c.baseline}: standard deviation {c.noise.standard_deviation:.4f} nats "
+            f"over {c.noise.seeds} seeds"
+        )
+    if not c.speed_confounds:
+        for ratio, what, more, less in (
+            (c.speed, "speed", "faster", "slower"),
+            (c.memory, "memory", "more memory", "less memory"),
+            (c.energy, "energy", "more energy", "less energy"),
+        ):
+            lines.append(
+                f"{what}: {ratio_text(ratio, more, less, what)}"
+                if ratio
+                else f"{what}: not measured"
+            )
+    if c.equal_time is not None:
+        e = c.equal_time
+        spread = f" (95 % CI {e.low:+.3f} to {e.high:+.3f})" if e.low is not None else ""
+        lines.append(
+            f"at equal training time: {e.difference:+.3f} nats{spread}, read off the curves; "
+            f"{e.slower} had done {e.progress:.0%} of its schedule by then"
+        )
+    lines += [f"differs: {text}" for text in (*c.confounds, *c.speed_confounds)]
+    lines += [f"not finished: {text}" for text in c.failures]
+    return [*lines, *c.notes]

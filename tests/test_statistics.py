@@ -1,0 +1,197 @@
+"""Intervals, tests and fits against scipy's own, closed forms and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from storylab.experiments import statistics
+from storylab.experiments.curves import fit_power_law, parabola_minimum, pareto_front
+from storylab.experiments.statistics import (
+    Interval,
+    detectable_difference,
+    holm,
+    mean_interval,
+    noise_interval,
+    power,
+    ratio_interval,
+    seeds_needed,
+    story_interval,
+    unpaired_interval,
+)
+
+RNG = np.random.default_rng(7)
+
+
+def test_the_paired_interval_is_that_of_the_t_test() -> None:
+    a, b = RNG.normal(3.0, 0.01, 6), RNG.normal(3.01, 0.01, 6)
+    interval = mean_interval(list(a - b))
+    reference = stats.ttest_rel(a, b)
+    assert interval is not None
+    assert interval.p == pytest.approx(reference.pvalue)
+    low, high = reference.confidence_interval()
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+
+
+def test_the_unpaired_interval_is_welchs() -> None:
+    a, b = RNG.normal(3.0, 0.01, 4), RNG.normal(3.01, 0.03, 7)
+    interval = unpaired_interval(list(a), list(b))
+    reference = stats.ttest_ind(a, b, equal_var=False)
+    assert interval is not None
+    assert interval.p == pytest.approx(reference.pvalue)
+    low, high = reference.confidence_interval()
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+
+
+def test_equivalence_is_the_larger_of_two_one_sided_tests() -> None:
+    values = RNG.normal(0.004, 0.01, 8)
+    interval = mean_interval(list(values))
+    assert interval is not None
+    margin = 0.02
+    upper = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    lower = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    assert interval.equivalence_p(margin) == pytest.approx(max(upper, lower))
+
+
+def test_holm_is_that_of_the_example_in_wikipedia() -> None:
+    """https://en.wikipedia.org/wiki/Holm-Bonferroni_method: 0.01, 0.04, 0.03, 0.005."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+def test_one_run_has_no_interval() -> None:
+    assert mean_interval([0.1]) is None
+    assert unpaired_interval([0.1], [0.2, 0.3]) is None
+    assert ratio_interval([2.0], [1.0]) == (2.0, None, None)
+
+
+def test_runs_that_are_the_same_to_the_bit_differ_by_nothing() -> None:
+    interval = mean_interval([0.0, 0.0, 0.0])
+    assert interval is not None and (interval.low, interval.high, interval.p) == (0.0, 0.0, 1.0)
+
+
+def test_ratios_are_those_of_logarithms() -> None:
+    value, low, high = ratio_interval([2.0, 8.0, 4.0], [1.0, 4.0, 2.0])
+    assert (value, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    value, low, high = ratio_interval([1.0, 4.0], [1.0, 1.0])
+    assert low is not None and high is not None
+    assert value == pytest.approx(2.0) and low * high == pytest.approx(4.0)
+
+
+def test_power_is_that_of_simulated_experiments() -> None:
+    n, spread, difference = 4, 0.003, 0.006
+    draws = RNG.normal(difference, spread, (20_000, n))
+    found = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
+    assert power(difference, spread, n) == pytest.approx(found, abs=0.015)
+
+
+def test_the_detectable_difference_has_the_stated_power() -> None:
+    for n in (2, 3, 10):
+        assert power(detectable_difference(0.01, n), 0.01, n) == pytest.approx(0.8, abs=1e-3)
+    assert detectable_difference(0.01, 1) == math.inf
+
+
+def test_the_seeds_needed_are_the_fewest() -> None:
+    n = seeds_needed(0.004, 0.004)
+    assert n is not None and power(0.004, 0.004, n) >= 0.8 > power(0.004, 0.004, n - 1)
+    assert seeds_needed(1e-6, 1.0) is None
+
+
+def simulated_ps(difference: float, pairs: int, trials: int = 4000) -> np.ndarray:
+    """p-values of simulated paired experiments, with noise that the two arms share and noise of
+    their own, drawn from a heavy-tailed distribution rather than the one the test assumes."""
+    shared = RNG.standard_t(5, (trials, pairs)) * 0.004
+    own = RNG.standard_t(5, (2, trials, pairs)) * 0.002
+    differences = (shared + own[0] + difference) - (shared + own[1])
+    intervals = [mean_interval(list(row)) for row in differences]
+    return np.array([interval.p for interval in intervals if interval])
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5])
+def test_equal_recipes_are_called_different_at_most_one_time_in_twenty(pairs: int) -> None:
+    rate = (simulated_ps(0.0, pairs) < statistics.ALPHA).mean()
+    assert rate < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_a_true_difference_is_found_at_the_stated_power() -> None:
+    spread = math.sqrt(2 * 5 / 3) * 0.002
+    rate = (simulated_ps(detectable_difference(spread, 4), 4) < statistics.ALPHA).mean()
+    assert rate == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_family_of_equal_arms_has_one_wrong_finding_at_most_one_time_in_twenty() -> None:
+    ps = simulated_ps(0.0, 3, 6000).reshape(1000, 6)
+    wrong = sum(min(holm(list(row))) < statistics.ALPHA for row in ps)
+    assert wrong / 1000 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
+
+
+def test_one_pair_with_a_noise_floor_is_not_overconfident() -> None:
+    """Seed noise estimated from five other seeds; both runs of the pair drawn afresh."""
+    wrong, trials = 0, 4000
+    for _ in range(trials):
+        floor = float(np.std(RNG.normal(0, 0.003, 5), ddof=1))
+        a, b = RNG.normal(0, 0.003, 2)
+        wrong += noise_interval(a - b, floor, 4).p < statistics.ALPHA
+    assert wrong / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def test_the_story_interval_covers_the_difference_of_the_population() -> None:
+    """Stories with lengths, difficulties and gains of their own; the truth is known."""
+    population = 200_000
+    tokens = RNG.integers(50, 400, population).astype(float)
+    baseline = tokens * RNG.gamma(9.0, 0.2, population)
+    arm = baseline + tokens * RNG.normal(0.01, 0.05, population) + RNG.normal(0, 1, population)
+    truth = (arm - baseline).sum() / tokens.sum()
+    covered, trials = 0, 1000
+    for _ in range(trials):
+        chosen = RNG.integers(0, population, 300)
+        interval = story_interval(arm[chosen], baseline[chosen], tokens[chosen])
+        assert interval is not None
+        covered += interval.low <= truth <= interval.high
+    assert covered / trials == pytest.approx(0.95, abs=0.025)
+
+
+def test_pairing_by_story_narrows_the_interval() -> None:
+    tokens = RNG.integers(50, 400, 2000).astype(float)
+    baseline = tokens * RNG.gamma(9.0, 0.2, 2000)
+    arm = baseline + tokens * RNG.normal(0.01, 0.02, 2000)
+    paired = story_interval(arm, baseline, tokens)
+    assert paired is not None
+    unpaired = math.sqrt(np.var(arm / tokens) / 2000 + np.var(baseline / tokens) / 2000)
+    assert paired.standard_error < unpaired / 10
+
+
+def test_a_power_law_is_recovered_from_its_points() -> None:
+    x = np.arange(50, 2000, 50)
+    law = fit_power_law(list(x), list(1.3 + 20 * x**-0.6))
+    assert law is not None
+    assert (law.floor, law.scale, law.exponent) == pytest.approx((1.3, 20, 0.6), rel=1e-3)
+    assert law.doubling_gain(law.plateau) == pytest.approx(0.01)
+    noisy = fit_power_law(list(x), list(1.3 + 20 * x**-0.6 + RNG.normal(0, 0.003, len(x))))
+    assert noisy is not None and noisy(4000) == pytest.approx(1.3 + 20 * 4000**-0.6, abs=0.02)
+
+
+def test_a_curve_that_rises_or_is_too_short_carries_no_power_law() -> None:
+    assert fit_power_law([1, 2, 3], [3.0, 2.0, 1.0]) is None
+    assert fit_power_law(list(range(1, 20)), [float(i) for i in range(1, 20)]) is None
+
+
+def test_the_best_learning_rate_lies_at_the_bottom_of_the_parabola() -> None:
+    rates = [1e-4, 1e-3, 1e-2, 1e-1]
+    losses = [(math.log10(rate) + 2.3) ** 2 for rate in rates]
+    assert parabola_minimum(rates, losses) == pytest.approx(10**-2.3)
+    assert parabola_minimum(rates, [1.0, 2.0, 3.0, 4.0]) is None
+    assert parabola_minimum(rates, [2.0, 1.0, math.inf, math.inf]) is None
+
+
+def test_the_pareto_front_has_no_point_that_another_beats() -> None:
+    costs, losses = [1.0, 2.0, 3.0, 3.0, 4.0], [3.0, 2.0, 2.5, 1.0, 1.0]
+    assert pareto_front(costs, losses) == [0, 1, 3]
+
+
+def test_an_interval_reads_the_right_way_round() -> None:
+    interval = Interval(-0.01, 0.001, 2, 3)
+    assert interval.low < interval.estimate < interval.high < 0
