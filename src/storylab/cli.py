@@ -7,13 +7,14 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from storylab import lab_cli
 from storylab.config import (
     DEFAULT_DATA_DIR,
     DEFAULT_PRESET,
@@ -25,7 +26,6 @@ from storylab.config import (
 from storylab.errors import UserError
 from storylab.flags import default_for, parse
 
-DEFAULT_RUNS_DIR = Path("runs")
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 CheckpointName = Literal["last", "best"]
 
@@ -37,10 +37,16 @@ usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)
   resume    continue a run that was stopped, to the same bits
   eval      loss, perplexity and bits per byte of a run on a whole split
   sample    write stories with a run's model
-  experiment run FILE   train the arms of an experiment and compare them
-  experiment new FILE   write the skeleton of an experiment file
   info      shape and parameter count of a model
   doctor    what this machine can run, and how fast
+
+  experiment run FILE   train the arms of an experiment and compare them
+  experiment new FILE   write the skeleton of an experiment file
+  experiment report     write the log and the page of all experiments
+  compare   is one run better than another, by how much, and may they be compared
+  noise     how much the loss moves with the seed alone
+  list      the runs in a folder
+  watch     experiments as they run
 
 examples:
   storylab prepare --source builtin --tokenizer bpe:4096
@@ -129,47 +135,6 @@ class SampleCommand:
 
 
 @dataclass(frozen=True)
-class ExperimentRunCommand:
-    """Run an experiment file: every arm with every seed, then the comparison.
-
-    What is finished is not run again, and a stopped experiment goes on where it was.
-
-    Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
-    | storylab experiment run mine.toml --seeds 5 --only full --dry_run
-    """
-
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """Experiment file (TOML)."""
-    scale: str | None = None
-    """One of the file's scales; by default laptop where there is one."""
-    seeds: int | None = None
-    """How many seeds; by default those that the file lists."""
-    only: tuple[str, ...] = ()
-    """Run these arms only."""
-    dry_run: bool = False
-    """Show the plan, with expected time and memory from a short calibration, and stop."""
-    fresh: bool = False
-    """Train anew what is finished; the old runs are set aside, not deleted."""
-    runs: Path = DEFAULT_RUNS_DIR
-    """Folder that holds the run folders."""
-    data_dir: Path | None = None
-    """Prepared data set; by default the one that the file's [data] describes."""
-
-
-@dataclass(frozen=True)
-class ExperimentNewCommand:
-    """Write the skeleton of an experiment file, which runs as it is.
-
-    Examples: storylab experiment new mine.toml | storylab experiment new mine.toml --title "Decay"
-    """
-
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """File to write."""
-    title: str = "My experiment"
-    """Its title."""
-
-
-@dataclass(frozen=True)
 class InfoCommand:
     """Print the shape and the parameter count of a model.
 
@@ -231,7 +196,11 @@ def _run_verb(verb: str, args: list[str]) -> int:
         "resume": _resume,
         "eval": _eval,
         "sample": _sample,
-        "experiment": _experiment,
+        "experiment": lab_cli.experiment,
+        "compare": lab_cli.compare,
+        "noise": lab_cli.noise,
+        "list": lab_cli.list_runs,
+        "watch": lab_cli.watch,
         "info": _info,
         "doctor": _doctor,
     }
@@ -384,73 +353,6 @@ def _sample(args: list[str]) -> int:
     for story in stories[1:]:
         print(f"\n---\n\n{printable(story)}")
     return 0
-
-
-def _experiment(args: list[str]) -> int:
-    verbs = {"run": _experiment_run, "new": _experiment_new}
-    if not args or args[0] not in verbs:
-        raise UserError(f"say what to do: storylab experiment {' or '.join(verbs)} FILE")
-    return verbs[args[0]](args[1:])
-
-
-def _experiment_new(args: list[str]) -> int:
-    command = parse(ExperimentNewCommand, args, "storylab experiment new")
-    from storylab.experiments.spec import skeleton
-    from storylab.files import write_text
-
-    if command.file.exists():
-        raise UserError(f"{command.file} exists already: choose another name")
-    write_text(command.file, skeleton(command.title))
-    print(f"{command.file}: change it, then: storylab experiment run {command.file}")
-    return 0
-
-
-def _experiment_run(args: list[str]) -> int:
-    command = parse(ExperimentRunCommand, args, "storylab experiment run")
-    from storylab.console import ConsoleReporter
-    from storylab.data.dataset import load_dataset
-    from storylab.data.prepare import prepare
-    from storylab.experiments import runner
-    from storylab.experiments.spec import load_experiment
-
-    experiment = load_experiment(command.file, command.scale)
-    if experiment.waits_for:
-        raise UserError(f"{command.file} cannot run yet: it waits for {experiment.waits_for}")
-    if command.data_dir is None and not experiment.data.folder.exists():
-        _prepare_and_print(experiment.data, prepare)
-    dataset = load_dataset(command.data_dir or experiment.data.folder)
-    seeds = experiment.first_seeds(command.seeds)
-    planned = runner.plan(experiment, dataset, command.runs, seeds, command.only)
-    with ConsoleReporter() as reporter:
-        for line in plan_lines(planned, reporter.progress):
-            reporter.line(line)
-        if command.dry_run:
-            return 0
-        runner.write_record(experiment, planned, command.runs)
-        states = runner.run_experiment(planned, reporter, command.fresh)
-    return 0 if "finished" in states else 1
-
-
-def plan_lines(planned: Sequence[Any], progress: Callable[[str, int, int], None]) -> Iterator[str]:
-    """The plan of an experiment: its runs by arm, with what they are expected to take."""
-    from storylab.experiments.runner import estimates
-    from storylab.training.lines import duration
-
-    left = 0.0
-    rows = []
-    for number, (run, estimate) in enumerate(estimates(planned)):
-        progress("calibrating", number, len(planned))
-        state = run.state
-        pending = state not in ("finished", "diverged")
-        left += estimate.seconds if pending else 0.0
-        source = "measured" if estimate.measured else "predicted"
-        tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
-        rows.append(
-            f"  {run.label:<44} {tokens:>13,} tokens  {duration(estimate.seconds):>12}  "
-            f"{estimate.memory_bytes / 1e9:6.2f} GB  {source:<9}  {state}"
-        )
-    yield f"Plan: {len(planned)} runs, about {duration(left)} to go (expected from a calibration)"
-    yield from rows
 
 
 def _info(args: list[str]) -> int:

@@ -97,10 +97,14 @@ class ConsoleReporter:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on standard output; columns of figures to the right, all of it wherever it goes.
+    """Print a table on standard output, in full width where that is no terminal."""
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 200, highlight=False, no_color=not terminal)
+    console.print(make_table(title, columns, rows))
 
-    A column holds figures if its heading ends with a space.
-    """
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table; a column holds figures, set to the right, if its heading ends with a space."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         table.add_column(
@@ -108,5 +112,4 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    terminal = sys.stdout.isatty()
-    Console(width=None if terminal else 200, highlight=False, no_color=not terminal).print(table)
+    return table

@@ -17,7 +17,7 @@ import numpy as np
 
 from storylab.experiments import statistics
 from storylab.experiments.factors import SPLIT_FIELDS, changed_fields, infer_factor
-from storylab.experiments.results import Result
+from storylab.experiments.results import Result, load_results
 from storylab.experiments.statistics import ALPHA, Interval
 
 BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
@@ -167,7 +167,8 @@ def compare_arms(
         allowed: config fields in which the two may differ: the factor's.
         condition: under which condition both were run, for the report.
         margin: the difference in nats that counts as none, if equivalence is asked for.
-        noise: spread over seeds of the baseline's recipe; by default that of its own runs.
+        noise: spread over seeds of the baseline's recipe; by default that of its own runs, or of
+            the other seeds that lie beside a single one.
     """
     ours = {run.seeds: run for run in arm.finished}
     theirs = {run.seeds: run for run in baseline.finished}
@@ -180,6 +181,8 @@ def compare_arms(
         found.speed_confounds |= dict.fromkeys(_speed_confounds(*pair))
     if noise is None:
         noise = noise_of(baseline.losses)
+    if noise is None and baseline.finished:
+        noise = noise_floor(baseline.finished[0])
     recipes, from_noise = None, False
     if paired:
         recipes = statistics.mean_interval([a.loss - b.loss for a, b in found.pairs])
@@ -242,6 +245,16 @@ def noise_of(losses: Sequence[float]) -> Noise | None:
     if len(losses) < 2:
         return None
     return Noise(float(np.std(losses, ddof=1)), len(losses))
+
+
+def noise_floor(result: Result) -> Noise | None:
+    """Spread of the final loss over the seeds of a run's recipe that lie beside it."""
+    stem, mark, _ = result.folder.name.rpartition("-s")
+    if not mark:
+        return None
+    siblings, _ = load_results(sorted(result.folder.parent.glob(f"{stem}-s*")))
+    alike = [run for run in siblings if not changed_fields(run.config, result.config)]
+    return noise_of([run.loss for run in alike if run.finished])
 
 
 def group_runs(results: Iterable[Result]) -> list[Arm]:

@@ -28,10 +28,10 @@ from storylab.files import held, read_json, write_json
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
 from storylab.training.run_folder import CONFIG, SUMMARY, Run, code_sha256
 
+ENDED = ("finished", "diverged")
 FAILURE = "failure.json"
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
-PARENT_STOPPED = "the experiment was stopped"
 
 
 class Watcher(Reporter, Protocol):
@@ -114,6 +114,12 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+def require_runnable(experiment: Experiment) -> None:
+    """Raise a UserError if the experiment waits for something that storylab does not have yet."""
+    if experiment.waits_for:
+        raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
+
+
 def plan(
     experiment: Experiment,
     dataset: Dataset,
@@ -128,8 +134,7 @@ def plan(
         UserError: the experiment cannot run yet, ``only`` names no arm, or this machine has not
             got the device or precision.
     """
-    if experiment.waits_for:
-        raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
+    require_runnable(experiment)
     if unknown := set(only) - set(experiment.arms):
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
@@ -214,8 +219,6 @@ def _calibrated_estimate(run: PlannedRun) -> Estimate:
     outcome, reason = _Child("measure", config).serve(answers.append)
     if outcome == OUT_OF_MEMORY:
         return Estimate(float("nan"), float("inf"), measured=False)
-    if outcome == INTERRUPTED:
-        raise TrainingInterrupted(PARENT_STOPPED, signal.SIGINT)
     measured = next((a for a in answers if a["event"] == "measured"), None)
     if measured is None:
         raise UserError(f"{run.label}: {reason}")
@@ -253,7 +256,7 @@ def run_experiment(
             watcher.line(f"{name}: another process is training it; waiting for that")
             while held(run.folder):
                 time.sleep(POLL_SECONDS)
-        if run.state in ("finished", "diverged"):
+        if run.state in ENDED:
             note = ", by another version of the code" if run.other_code else ""
             watcher.line(f"{name}: {outcome_line(run)} (trained before{note}: {run.folder})")
         else:
@@ -339,10 +342,14 @@ class _Child:
 
     def __init__(self, action: str, config: TrainConfig) -> None:
         self.request = json.dumps({"action": action, "config": configs.to_dict(config)})
-        self.stopped = False
+        self.stopped_by: int | None = None
 
     def serve(self, tell: Any) -> tuple[str, str]:
-        """Run it to its end, passing every event on; returns the outcome and the reason."""
+        """Run it to its end, passing every event on; returns the outcome and the reason.
+
+        Raises:
+            TrainingInterrupted: this process was told to stop, and so was the child.
+        """
         with tempfile.TemporaryFile() as errors:
             # A session of its own: Ctrl-C reaches this process alone, which passes it on.
             child = subprocess.Popen(
@@ -365,8 +372,8 @@ class _Child:
                     else:
                         tell(event)
                 child.wait()
-            if self.stopped:
-                return INTERRUPTED, PARENT_STOPPED
+            if self.stopped_by is not None:
+                raise TrainingInterrupted("the experiment was stopped", self.stopped_by)
             if end is not None:
                 return end["outcome"], end["reason"]
             if child.returncode == -signal.SIGKILL:
@@ -386,7 +393,7 @@ class _Child:
             return
 
         def stop(number: int, frame: object) -> None:
-            self.stopped = True
+            self.stopped_by = number
             child.terminate()
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -114,6 +114,12 @@ def story_interval(
     return Interval(estimate, error, n - 1, n)
 
 
+def deviation_interval(deviation: float, n: int) -> tuple[float, float]:
+    """95 % interval of a standard deviation seen in ``n`` values, by the chi-squared distribution."""
+    low, high = (float(stats.chi2.ppf(q, n - 1)) for q in (1 - ALPHA / 2, ALPHA / 2))
+    return deviation * math.sqrt((n - 1) / low), deviation * math.sqrt((n - 1) / high)
+
+
 def ratio_interval(
     arm: Sequence[float], baseline: Sequence[float]
 ) -> tuple[float, float | None, float | None]:

@@ -1,0 +1,213 @@
+"""What came of an experiment: its arms with their runs, the comparisons, the hypothesis checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storylab.config import TrainConfig, from_dict
+from storylab.errors import UserError
+from storylab.experiments.comparison import (
+    Arm,
+    Comparison,
+    compare_arms,
+    correct,
+)
+from storylab.experiments.curves import fit_power_law
+from storylab.experiments.factors import LENGTH_FIELDS, factor_fields
+from storylab.experiments.results import Result, load_result
+from storylab.experiments.runner import EXPERIMENTS, run_state
+from storylab.experiments.spec import Expectation
+from storylab.files import read_json
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """An arm under a condition: the config it was to be trained with, and its runs."""
+
+    condition: str
+    arm: Arm
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An expectation with the number it was held against: None if there is none."""
+
+    expectation: Expectation
+    condition: str
+    value: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the number is within the bounds, or None without a number."""
+        if self.value is None:
+            return None
+        low, high = self.expectation.at_least, self.expectation.at_most
+        return (low is None or self.value >= low) and (high is None or self.value <= high)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An experiment's record and everything computed from its runs."""
+
+    label: str
+    record: dict[str, Any]
+    cells: tuple[CellResult, ...]
+    comparisons: tuple[Comparison, ...]
+    expectations: tuple[Checked, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Conditions in the file's order; one named "" where there are none."""
+        return tuple(dict.fromkeys(cell.condition for cell in self.cells))
+
+    @property
+    def baseline(self) -> str:
+        """Name of the baseline arm."""
+        return str(self.record["baseline"])
+
+    @property
+    def factor(self) -> str:
+        """Name of the factor that the arms differ in."""
+        return str(self.record["factor"])
+
+    def arms(self, condition: str) -> list[CellResult]:
+        """The arms under a condition, in the file's order."""
+        return [cell for cell in self.cells if cell.condition == condition]
+
+    def baseline_of(self, condition: str) -> CellResult:
+        """The baseline under a condition."""
+        return next(c for c in self.arms(condition) if c.arm.name == self.baseline)
+
+    @property
+    def runs(self) -> list[Result]:
+        """Every run that could be read, once each."""
+        found = {run.folder: run for cell in self.cells for run in cell.arm.runs}
+        return list(found.values())
+
+
+def experiment_records(runs: Path) -> list[Path]:
+    """Records of the experiments in a folder of runs, in the order of their names."""
+    return sorted((runs / EXPERIMENTS).glob("*.json"))
+
+
+def load_outcome(path: Path) -> Outcome:
+    """Read an experiment's record and its runs, and compare its arms.
+
+    A run that is missing or damaged is told of in ``problems`` and left out.
+
+    Raises:
+        UserError: the record itself is missing or damaged.
+    """
+    record = read_json(path)
+    problems: list[str] = []
+    try:
+        cells = tuple(_read_cell(cell, path.parent.parent, problems) for cell in record["cells"])
+        allowed = factor_fields(record["factor"]) if record["factor"] else frozenset()
+        outcome = Outcome(path.stem, record, cells, (), (), ())
+        comparisons = []
+        for condition in outcome.conditions:
+            fields = allowed | (LENGTH_FIELDS if condition in record["matched"] else frozenset())
+            baseline = outcome.baseline_of(condition).arm
+            comparisons += [
+                compare_arms(cell.arm, baseline, fields, condition, record["margin"])
+                for cell in outcome.arms(condition)
+                if cell.arm.name != outcome.baseline
+            ]
+        outcome = Outcome(path.stem, record, cells, tuple(correct(comparisons)), (), ())
+        expectations = [Expectation(**entry) for entry in record["expectations"]]
+        checked = tuple(check for e in expectations for check in _check(e, outcome))
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    return Outcome(path.stem, record, cells, outcome.comparisons, checked, tuple(problems))
+
+
+def _read_cell(cell: dict[str, Any], runs: Path, problems: list[str]) -> CellResult:
+    found = []
+    for seed, name in cell["runs"].items():
+        where = f"{cell['arm']}" + f" @ {cell['condition']}" * bool(cell["condition"])
+        state, reason = run_state(runs / name)
+        if state == "new":
+            problems.append(f"{where}, seed {seed}: run {name} is missing")
+            continue
+        try:
+            found.append(load_result(runs / name))
+        except UserError as error:
+            # A run that failed before it had a config still has its reason.
+            why = reason if state == "failed" else str(error).replace(f"{runs}/", "")
+            problems.append(f"{where}, seed {seed}: {why}")
+    return CellResult(cell["condition"], Arm(cell["arm"], tuple(found)), from_dict(cell["config"]))
+
+
+def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:
+    """The expectation held against its arm, under every condition that it speaks of."""
+    for cell in outcome.cells:
+        wanted = expectation.condition in (None, cell.condition)
+        if cell.arm.name == expectation.arm and wanted:
+            value = _METRICS[expectation.metric](cell, outcome)
+            yield Checked(expectation, cell.condition, value)
+
+
+def _comparison(cell: CellResult, outcome: Outcome) -> Comparison | None:
+    key = (cell.condition, cell.arm.name)
+    found = (c for c in outcome.comparisons if (c.condition, c.arm) == key)
+    return next((c for c in found if not c.confounds), None)
+
+
+def _loss_difference(cell: CellResult, outcome: Outcome) -> float | None:
+    c = _comparison(cell, outcome)
+    return c.recipes.estimate if c and c.recipes else None
+
+
+def _speed_ratio(cell: CellResult, outcome: Outcome) -> float | None:
+    c = _comparison(cell, outcome)
+    return c.speed.value if c and c.speed and not c.speed_confounds else None
+
+
+def _memory_ratio(cell: CellResult, outcome: Outcome) -> float | None:
+    c = _comparison(cell, outcome)
+    return c.memory.value if c and c.memory and not c.speed_confounds else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _plateau(cell: CellResult, outcome: Outcome) -> float | None:
+    plateaus = []
+    for run in cell.arm.finished:
+        law = fit_power_law(*curve_after_warmup(run))
+        if law:
+            plateaus.append(law.plateau)
+    finite = [p for p in plateaus if math.isfinite(p)]
+    return _mean(finite) if len(finite) == len(plateaus) else math.inf
+
+
+def curve_after_warmup(run: Result) -> tuple[list[int], list[float]]:
+    """Iterations and validation losses of a run's evaluations once its warm-up is over.
+
+    For a run that is nothing but warm-up, those of its second half.
+    """
+    config = run.config
+    start = config.warmup_iters if config.warmup_iters < config.max_iters else config.max_iters / 2
+    rows = [row for row in run.evaluations if row["iteration"] >= start]
+    return [row["iteration"] for row in rows], [row["val_loss"] for row in rows]
+
+
+_METRICS: dict[str, Callable[[CellResult, Outcome], float | None]] = {
+    "loss_difference": _loss_difference,
+    "speed_ratio": _speed_ratio,
+    "memory_ratio": _memory_ratio,
+    "tokens_per_second": lambda cell, _: _mean(
+        [run.summary["tokens_per_second"] for run in cell.arm.finished]
+    ),
+    "val_loss": lambda cell, _: _mean(cell.arm.losses),
+    "plateau_iteration": _plateau,
+}

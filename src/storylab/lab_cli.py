@@ -1,0 +1,386 @@
+"""The verbs about many runs: experiment, compare, noise, list, watch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from storylab.errors import UserError
+from storylab.flags import parse
+
+if TYPE_CHECKING:
+    from storylab.console import ConsoleReporter
+    from storylab.experiments.runner import PlannedRun
+    from storylab.experiments.spec import Experiment
+
+DEFAULT_RUNS_DIR = Path("runs")
+ExperimentFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class ExperimentRunCommand:
+    """Run an experiment file: every arm with every seed, then the comparison and the report.
+
+    What is finished is not run again, and a stopped experiment goes on where it was.
+
+    Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
+    | storylab experiment run mine.toml --seeds 5 --only full --dry_run
+    """
+
+    file: ExperimentFile
+    """Experiment file (TOML)."""
+    scale: str | None = None
+    """One of the file's scales; by default laptop where there is one."""
+    seeds: int | None = None
+    """How many seeds; by default those that the file lists."""
+    only: tuple[str, ...] = ()
+    """Run these arms only."""
+    dry_run: bool = False
+    """Show the plan, with expected time and memory from a short calibration, and stop."""
+    fresh: bool = False
+    """Train anew what is finished; the old runs are set aside, not deleted."""
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    data_dir: Path | None = None
+    """Prepared data set; by default the one that the file's [data] describes."""
+
+
+@dataclass(frozen=True)
+class ExperimentNewCommand:
+    """Write the skeleton of an experiment file, which runs as it is.
+
+    Examples: storylab experiment new mine.toml | storylab experiment new mine.toml --title "Decay"
+    """
+
+    file: ExperimentFile
+    """File to write."""
+    title: str = "My experiment"
+    """Its title."""
+
+
+@dataclass(frozen=True)
+class ExperimentReportCommand:
+    """Write EXPERIMENTS.md, the page index.html and the pictures from the run folders alone.
+
+    Remarks that you write between the markers in EXPERIMENTS.md stay as they are.
+
+    Examples: storylab experiment report | storylab experiment report --runs runs --out docs/results
+    """
+
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    out: Path | None = None
+    """Folder to write; by default RUNS/report."""
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Compare runs: the first one's recipe is the baseline; runs that differ in the seed alone are
+    one arm.
+
+    Examples: storylab compare runs/a runs/b | storylab compare runs/a-s1 runs/a-s2 runs/b-s1 runs/b-s2
+    """
+
+    runs: RunFolders
+    """Run folders, two or more."""
+    margin: float | None = None
+    """The difference in nats that counts as none: asks whether the arms are equivalent."""
+
+
+@dataclass(frozen=True)
+class NoiseCommand:
+    """How much the final loss moves with the seed alone: the floor below which nothing can be told.
+
+    Given a run, from the seeds of its recipe that lie beside it; given an experiment file, its
+    baseline is trained with --seeds seeds first. `storylab compare` finds the floor by itself.
+
+    Examples: storylab noise runs/nano-7df279b362-s1337 | storylab noise mine.toml --seeds 8
+    """
+
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
+    """Run folder or experiment file."""
+    seeds: int = 5
+    """How many seeds of a file's baseline."""
+    scale: str | None = None
+    """One of the file's scales."""
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    data_dir: Path | None = None
+    """Prepared data set; by default the one that the file's [data] describes."""
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """List the runs in a folder.
+
+    Examples: storylab list | storylab list --status finished --contains nano --sort loss
+    """
+
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    status: Literal["any", "finished", "diverged", "failed", "unfinished", "damaged"] = "any"
+    """Only runs in this state."""
+    contains: str = ""
+    """Only runs with this in their name."""
+    sort: Literal["name", "loss", "speed", "started"] = "name"
+    """Order of the table."""
+
+
+@dataclass(frozen=True)
+class WatchCommand:
+    """Watch the experiments in a folder as they run, from another terminal.
+
+    Examples: storylab watch | storylab watch --runs runs --once
+    """
+
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    once: bool = False
+    """Print the table once and stop, as it does where there is no terminal."""
+
+
+def experiment(args: list[str]) -> int:
+    """``storylab experiment run|new|report``."""
+    verbs = {"run": _run, "new": _new, "report": _report}
+    if args and args[0] in ("-h", "--help"):
+        print("usage: storylab experiment run|new|report (each has --help)")
+        return 0
+    if not args or args[0] not in verbs:
+        raise UserError(f"say what to do: storylab experiment {', '.join(verbs)}")
+    return verbs[args[0]](args[1:])
+
+
+def _new(args: list[str]) -> int:
+    command = parse(ExperimentNewCommand, args, "storylab experiment new")
+    from storylab.experiments.spec import skeleton
+    from storylab.files import write_text
+
+    if command.file.exists():
+        raise UserError(f"{command.file} exists already: choose another name")
+    write_text(command.file, skeleton(command.title))
+    print(f"{command.file}: change it, then: storylab experiment run {command.file}")
+    return 0
+
+
+def _run(args: list[str]) -> int:
+    command = parse(ExperimentRunCommand, args, "storylab experiment run")
+    from storylab.experiments.spec import load_experiment
+
+    experiment = load_experiment(command.file, command.scale)
+    seeds = experiment.first_seeds(command.seeds)
+    planned = _plan(experiment, command.data_dir, command.runs, seeds, command.only)
+    if command.dry_run:
+        with _reporter() as reporter:
+            for line in plan_lines(planned, reporter):
+                reporter.line(line)
+        return 0
+    record, states = _train(experiment, planned, command.runs, command.fresh)
+    from storylab.experiments.outcome import load_outcome
+    from storylab.experiments.verdicts import verdict_line
+    from storylab.reporting.report import write_report
+
+    outcome = load_outcome(record)
+    print()
+    for comparison in outcome.comparisons:
+        print(verdict_line(comparison))
+    for problem in outcome.problems:
+        print(f"not in the comparison: {problem}")
+    folder = write_report(command.runs, command.runs / "report")
+    print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    return 0 if "finished" in states else 1
+
+
+def _plan(
+    experiment: Experiment,
+    data_dir: Path | None,
+    runs: Path,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+) -> list[PlannedRun]:
+    """The runs of an experiment, its data set prepared if need be."""
+    from storylab.data.dataset import load_dataset
+    from storylab.data.prepare import prepare
+    from storylab.experiments import runner
+
+    runner.require_runnable(experiment)
+    folder = data_dir or experiment.data.folder
+    if data_dir is None and not folder.exists():
+        from storylab.console import ConsoleReporter
+
+        with ConsoleReporter(count=False) as reporter:
+            reporter.line(f"Preparing {folder}")
+            prepare(experiment.data, reporter.progress)
+    return runner.plan(experiment, load_dataset(folder), runs, seeds, only)
+
+
+def _train(
+    experiment: Experiment, planned: Sequence[PlannedRun], runs: Path, fresh: bool = False
+) -> tuple[Path, list[str]]:
+    """Show the plan, carry it out, and write which runs make up the experiment."""
+    from storylab.experiments import runner
+    from storylab.training.loop import TrainingInterrupted
+
+    try:
+        with _reporter() as reporter:
+            if fresh or any(run.state not in runner.ENDED for run in planned):
+                for line in plan_lines(planned, reporter):
+                    reporter.line(line)
+            record = runner.write_record(experiment, planned, runs)
+            return record, runner.run_experiment(planned, reporter, fresh)
+    except TrainingInterrupted as stop:
+        print(f"storylab: {stop}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stop.signal_number) from None
+
+
+def _reporter() -> ConsoleReporter:
+    from storylab.console import ConsoleReporter
+
+    return ConsoleReporter()
+
+
+def plan_lines(planned: Sequence[PlannedRun], reporter: ConsoleReporter) -> Iterator[str]:
+    """The plan of an experiment: its runs, with what they are expected to take."""
+    from storylab.experiments.runner import ENDED, estimates
+    from storylab.training.lines import duration
+
+    rows, left = [], {}
+    for number, (run, estimate) in enumerate(estimates(planned)):
+        reporter.progress("calibrating", number, len(planned))
+        state = run.state
+        if state not in ENDED:
+            left[run.folder] = estimate.seconds  # a folder counts once, however many cells share it
+        tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
+        rows.append(
+            f"  {run.label:<44} {tokens:>13,} tokens  {duration(estimate.seconds):>12}  "
+            f"{estimate.memory_bytes / 1e9:6.2f} GB  "
+            f"{'measured' if estimate.measured else 'predicted':<9}  {state}"
+        )
+    yield (
+        f"Plan: {len(planned)} runs, about {duration(sum(left.values()))} to go "
+        "(predicted by a calibration of seconds, where no like run is finished)"
+    )
+    yield from rows
+
+
+def _report(args: list[str]) -> int:
+    command = parse(ExperimentReportCommand, args, "storylab experiment report")
+    from storylab.reporting.report import write_report
+
+    folder = write_report(command.runs, command.out or command.runs / "report")
+    print(f"Report: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    return 0
+
+
+def compare(args: list[str]) -> int:
+    """``storylab compare``."""
+    command = parse(CompareCommand, args, "storylab compare")
+    from storylab.experiments.comparison import compare_runs
+    from storylab.experiments.results import load_result
+    from storylab.experiments.verdicts import detail_lines, verdict_line
+
+    if command.margin is not None and not command.margin > 0:
+        raise UserError(f"margin is {command.margin}: it must be above 0")
+    if len(set(command.runs)) < 2:
+        raise UserError("give two runs or more: storylab compare RUN RUN...")
+    comparisons = compare_runs([load_result(folder) for folder in command.runs], command.margin)
+    if not comparisons:
+        raise UserError(
+            "these runs differ in their seeds alone: that is noise, not a comparison; see "
+            f"`storylab noise {command.runs[0]}`"
+        )
+    for comparison in comparisons:
+        print(verdict_line(comparison))
+        for line in detail_lines(comparison):
+            print(f"  {line}")
+    return 0
+
+
+def noise(args: list[str]) -> int:
+    """``storylab noise``."""
+    command = parse(NoiseCommand, args, "storylab noise")
+    from storylab.experiments.comparison import noise_floor
+    from storylab.experiments.results import load_result
+    from storylab.experiments.spec import load_experiment
+    from storylab.experiments.statistics import detectable_difference, deviation_interval
+
+    if command.target.suffix != ".toml":
+        found = {"": load_result(command.target)}
+    else:
+        experiment = load_experiment(command.target, command.scale)
+        seeds = experiment.first_seeds(max(command.seeds, 2))
+        planned = _plan(experiment, command.data_dir, command.runs, seeds, (experiment.baseline,))
+        _train(experiment, planned, command.runs)
+        found = {run.cell.condition: load_result(run.folder) for run in planned}
+    for condition, result in found.items():
+        floor = noise_floor(result)
+        if floor is None:
+            raise UserError(
+                f"{result.folder} has no finished runs of other seeds beside it: train some with "
+                "`storylab noise FILE --seeds 5`"
+            )
+        low, high = deviation_interval(floor.standard_deviation, floor.seeds)
+        print(
+            f"{condition + ': ' if condition else ''}seed noise of {result.config.preset}, "
+            f"{result.summary['tokens']:,} tokens: standard deviation "
+            f"{floor.standard_deviation:.4f} nats (95 % CI {low:.4f} to {high:.4f}; "
+            f"{floor.seeds} seeds)"
+        )
+        spread = 2**0.5 * floor.standard_deviation
+        for pairs in (3, 5, 10):
+            print(f"  {pairs} pairs of seeds could see {detectable_difference(spread, pairs):.4f}")
+    return 0
+
+
+def list_runs(args: list[str]) -> int:
+    """``storylab list``."""
+    command = parse(ListCommand, args, "storylab list")
+    from storylab.console import print_table
+    from storylab.experiments.listing import list_rows
+
+    if not command.runs.is_dir():
+        raise UserError(f"{command.runs} is not a folder: give the one with the runs as --runs")
+    rows = [
+        row
+        for row in list_rows(command.runs)
+        if command.status in ("any", row.state) and command.contains in row.name
+    ]
+    keys: dict[str, Any] = {
+        "name": lambda row: row.name,
+        "loss": lambda row: (row.loss is None, row.loss),
+        "speed": lambda row: -(row.speed or 0.0),
+        "started": lambda row: row.started,
+    }
+    rows.sort(key=keys[command.sort])
+    columns = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
+    print_table(f"{len(rows)} runs in {command.runs}", columns, [row.cells() for row in rows])
+    return 0
+
+
+def watch(args: list[str]) -> int:
+    """``storylab watch``."""
+    command = parse(WatchCommand, args, "storylab watch")
+    from rich.live import Live
+
+    from storylab.console import make_table, print_table
+    from storylab.experiments.listing import WATCH_COLUMNS, watch_rows
+
+    if not command.runs.is_dir():
+        raise UserError(f"{command.runs} is not a folder: give the one with the runs as --runs")
+    if command.once or not sys.stdout.isatty():
+        for title, rows in watch_rows(command.runs):
+            print_table(title, WATCH_COLUMNS, rows)
+        return 0
+    from rich.console import Group
+
+    with Live(auto_refresh=False) as live:
+        while True:
+            tables = [make_table(t, WATCH_COLUMNS, rows) for t, rows in watch_rows(command.runs)]
+            live.update(Group(*tables), refresh=True)
+            time.sleep(2)

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from pathlib import Path
+
+
+def write_report(runs: Path, out: Path) -> Path:
+    return out
