@@ -135,7 +135,9 @@ def _read_cell(cell: dict[str, Any], runs: Path, problems: list[str]) -> CellRes
         where = f"{cell['arm']}" + f" @ {cell['condition']}" * bool(cell["condition"])
         state, reason = run_state(runs / name)
         if state == "new":
-            problems.append(f"{where}, seed {seed}: run {name} is missing")
+            problems.append(
+                f"{where}, seed {seed}: run {name} is missing: not trained yet, or deleted"
+            )
             continue
         try:
             found.append(load_result(runs / name))

@@ -1,7 +1,96 @@
-"""placeholder"""
+"""Writing the report: a pure function of the folder of runs (and of the remarks in an older log)."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+
+import vl_convert
+
+from storylab.errors import UserError
+from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
+from storylab.files import write_error, write_text
+from storylab.reporting import figures
+from storylab.reporting.figures import Spec
+from storylab.reporting.log import Section, markdown, read_remarks
+from storylab.reporting.page import html
+
+LOG_FILE, PAGE_FILE, PICTURES = "EXPERIMENTS.md", "index.html", "pictures"
 
 
 def write_report(runs: Path, out: Path) -> Path:
+    """Write EXPERIMENTS.md, index.html and the pictures of every experiment in ``runs`` to ``out``.
+
+    Raises:
+        UserError: there are no experiments, or the folder cannot be written.
+    """
+    records = experiment_records(runs)
+    if not records:
+        raise UserError(
+            f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
+        )
+    outcomes, problems = [], []
+    for path in records:
+        try:
+            outcomes.append(load_outcome(path))
+        except UserError as error:
+            problems.append(str(error))
+    specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
+    log = out / LOG_FILE
+    try:
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        remarks = read_remarks(log.read_text(encoding="utf-8")) if log.exists() else {}
+        sections = []
+        for outcome in outcomes:
+            pictures = {}
+            for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
+                name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
+                svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
+                write_text(out / name, svg)
+                pictures[caption] = name
+            sections.append(Section(outcome, pictures))
+        write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
+        write_text(out / PAGE_FILE, html(outcomes, specs, problems))
+    except OSError as error:
+        raise write_error(out, error) from error
     return out
+
+
+def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
+    """Every figure that an experiment has the numbers for, by caption; the telling ones first."""
+    made = [
+        ("Final loss against peak learning rate", figures.learning_rates(outcome)),
+        ("Final loss against training time and size", figures.pareto(outcome)),
+        (
+            "Final loss against the baseline: 95 % intervals over the band of seed noise",
+            figures.finals(outcome),
+        ),
+        ("Validation loss: mean and range over seeds", figures.curves(outcome)),
+        (
+            "Difference to the baseline along the run: mean and 95 % band",
+            figures.differences(outcome),
+        ),
+        ("Loss by position in the window", figures.positions(outcome)),
+        ("Speed", figures.speeds(outcome)),
+        ("Memory", figures.memories(outcome)),
+        *(
+            (f"{name.capitalize()}, one seed of every arm", figures.steps(outcome, name))
+            for name in figures.STEP_FIGURES
+        ),
+    ]
+    for caption, spec in made:
+        if spec is not None:
+            yield caption, spec
+
+
+def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, Spec]]:
+    """The figures of the log: those that no one needs to click, under every condition."""
+    for caption, spec in specs.items():
+        if "one seed of every arm" in caption:
+            continue
+        chosen = {p.get("name") for p in spec.get("params", [])}
+        if "condition" not in chosen or len(outcome.conditions) == 1:
+            yield caption, spec
+            continue
+        for condition in outcome.conditions:
+            yield f"{caption} @ {condition}", figures.condition_of(spec, condition)

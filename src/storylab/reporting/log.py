@@ -1,0 +1,381 @@
+"""EXPERIMENTS.md: the log, with the record's structure, made from run folders alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storylab.experiments.comparison import Comparison
+from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.results import Result
+from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
+from storylab.reporting.observations import expectation_text, observations
+from storylab.reporting.series import mean_of
+from storylab.training.lines import duration, printable, summary_lines
+from storylab.training.run_folder import LOG
+
+BEGIN_REMARKS, END_REMARKS = "<!-- remarks: {} -->", "<!-- end of remarks -->"
+REMARKS_HINT = "*Write remarks here; they stay when this file is made again.*"
+MISSING = "not measured"
+
+
+@dataclass(frozen=True)
+class Section:
+    """An experiment's outcome with the files of its pictures, by their captions."""
+
+    outcome: Outcome
+    pictures: Mapping[str, str]
+
+
+def read_remarks(text: str) -> dict[str, str]:
+    """Hand-written remarks of an earlier log, by experiment."""
+    pattern = re.escape(BEGIN_REMARKS).replace(re.escape("{}"), "(.*?)")
+    found = re.findall(f"{pattern}\n(.*?)\n{re.escape(END_REMARKS)}", text, re.DOTALL)
+    return {label: body for label, body in found if body.strip() != REMARKS_HINT}
+
+
+def markdown(
+    sections: Sequence[Section], problems: Sequence[str], remarks: Mapping[str, str], page: str
+) -> str:
+    """The whole log.
+
+    Args:
+        sections: the experiments in order.
+        problems: records that could not be read, a line each.
+        remarks: hand-written remarks to keep, by experiment.
+        page: file name of the page, to link to.
+    """
+    lines = [
+        "# TinyStories training experiments",
+        "",
+        "Made from run folders by `storylab experiment report`; only the remarks are written by hand. "
+        "Losses are nats per token on the whole validation split, under the final weights. Every "
+        "figure is measured in the runs unless it is called predicted; what was not measured is said "
+        "to be missing. Arms of an experiment share initial weights (where shapes allow), data order "
+        "and evaluation windows; intervals are 95 %, over paired seeds unless stated, and verdicts "
+        "are corrected for the number of comparisons in their experiment.",
+        "",
+        f"The same with zoom, hover and every figure: [{page}]({page}).",
+        "",
+        *_overview(sections),
+        "",
+        "## Setup",
+        "",
+        *_setup(sections),
+    ]
+    for problem in problems:
+        lines += ["", f"**Cannot be read:** {problem}"]
+    for section in sections:
+        label = section.outcome.label
+        lines += ["", *_section(section), ""]
+        lines += [BEGIN_REMARKS.format(label), remarks.get(label, REMARKS_HINT), END_REMARKS]
+    lines += ["", "## Conclusions", "", *_conclusions(sections)]
+    kept = [label for label in remarks if label not in {s.outcome.label for s in sections}]
+    for label in kept:
+        lines += ["", f"## Remarks on {label}, which has no record here", ""]
+        lines += [BEGIN_REMARKS.format(label), remarks[label], END_REMARKS]
+    return "\n".join(lines) + "\n"
+
+
+def repeat_command(outcome: Outcome) -> str:
+    """The command that trains the same experiment again."""
+    record = outcome.record
+    seeds = {run.config.seed for run in outcome.runs}
+    scale = f" --scale {record['scale']}" if record["scale"] else ""
+    count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record["seeds"]) else ""
+    return f"storylab experiment run experiments/{record['name']}.toml{scale}{count}"
+
+
+def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row for every arm: loss, difference, speed, memory, time, verdict."""
+    headings = [
+        "arm",
+        "parameters",
+        "tokens",
+        "epochs",
+        "val loss",
+        "difference (95 % CI)",
+        "tok/s",
+        "speed",
+        "memory",
+        "time",
+        "energy",
+        "seeds",
+        "verdict",
+    ]
+    comparisons = {(c.condition, c.arm): c for c in outcome.comparisons}
+    rows = []
+    for cell in outcome.cells:
+        c = comparisons.get((cell.condition, cell.arm.name))
+        rows.append(_row(cell, c))
+    return headings, rows
+
+
+def _row(cell: CellResult, c: Comparison | None) -> list[str]:
+    runs = cell.arm.finished
+    name = f"{cell.arm.name} @ {cell.condition}" if cell.condition else cell.arm.name
+    states = ", ".join(dict.fromkeys(run.state for run in cell.arm.runs if not run.finished))
+    if not runs:
+        # From the verdict's column on there is nothing but how it ended.
+        return [name, *[""] * 10, f"0 of {len(cell.arm.runs)}", states or "no run"]
+    speed, memory = mean_of(cell.arm, "tokens_per_second"), mean_of(cell.arm, "peak_memory_bytes")
+    seconds, energy = mean_of(cell.arm, "training_seconds"), mean_of(cell.arm, "energy_joules")
+    losses = cell.arm.losses
+    spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+    ratio = ""
+    if c and c.speed:
+        ratio = (
+            "confounded" if c.speed_confounds else ratio_text(c.speed, "faster", "slower", "speed")
+        )
+    return [
+        name,
+        f"{runs[0].parameters:,}",
+        f"{runs[0].summary['tokens']:,}",
+        f"{runs[0].summary['epochs']:.2f}",
+        f"{float(np.mean(losses)):.4f}{spread}",
+        _difference(c),
+        f"{speed:,.0f}" if speed else MISSING,
+        ratio or "baseline",
+        f"{memory / 1e9:.2f} GB" if memory else MISSING,
+        duration(seconds) if seconds else MISSING,
+        f"{energy / 3600:.1f} Wh" if energy else MISSING,
+        f"{len(runs)} of {len(cell.arm.runs)}" if states else str(len(runs)),
+        c.verdict if c else "baseline",
+    ]
+
+
+def _difference(c: Comparison | None) -> str:
+    if c is None:
+        return "baseline"
+    if c.confounds or c.recipes is None:
+        return ""
+    r = c.recipes
+    return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f})"
+
+
+def headline(outcome: Outcome) -> str:
+    """An experiment's verdict in one sentence."""
+    if not outcome.comparisons:
+        losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
+        if not losses:
+            return "No finished run yet."
+        spread = (
+            f" ± {np.std(losses, ddof=1):.4f} over {len(losses)} seeds" if len(losses) > 1 else ""
+        )
+        return f"Baseline: validation loss {float(np.mean(losses)):.4f}{spread}."
+    kinds: dict[str, list[str]] = {}
+    for c in outcome.comparisons:
+        where = f" @ {c.condition}" if c.condition else ""
+        difference = f" ({c.recipes.estimate:+.3f})" if c.recipes and not c.confounds else ""
+        kinds.setdefault(c.verdict, []).append(f"{c.arm}{where}{difference}")
+    told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
+    return f"Against {outcome.baseline}, in nats: {told}."
+
+
+def _overview(sections: Sequence[Section]) -> Iterable[str]:
+    yield "| experiment | scale | baseline loss | arms | seeds | verdicts |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for section in sections:
+        o = section.outcome
+        losses = o.baseline_of(o.conditions[0]).arm.losses
+        seeds = {run.config.seed for run in o.runs if run.finished}
+        cells = [
+            f"[{o.record['title']}](#{_anchor(section_title(o))})",
+            o.record["scale"] or "-",
+            f"{float(np.mean(losses)):.4f}" if losses else "none yet",
+            str(len({cell.arm.name for cell in o.cells})),
+            str(len(seeds)),
+            headline(o),
+        ]
+        yield _line(cells)
+
+
+def _setup(sections: Sequence[Section]) -> Iterable[str]:
+    """What the runs say of machine, software, data, model and recipe; each variant once."""
+    runs = {run.folder: run for section in sections for run in section.outcome.runs}
+    if not runs:
+        yield "No runs."
+        return
+    facts: dict[str, list[str]] = {}
+    for run in runs.values():
+        for name, value in _facts(run):
+            values = facts.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+    yield "| what | value |"
+    yield "| --- | --- |"
+    for name, values in facts.items():
+        shown = "; ".join(values[:6]) + (f"; and {len(values) - 6} more" if len(values) > 6 else "")
+        yield _line([name, shown])
+
+
+def _facts(run: Result) -> Iterable[tuple[str, str]]:
+    e, c, data = run.environment, run.config, run.data
+    memory = f", {e['memory_bytes'] / 1e9:.0f} GB" if "memory_bytes" in e else ""
+    yield "machine", f"{e.get('processor')} ({e['cpu']}), {e['cores']} cores{memory}"
+    yield "device", e.get("gpu") or f"{e['device']}, {e['threads']} threads"
+    packages = e["packages"]
+    yield "software", f"storylab {e['storylab']}, torch {packages['torch']}, Python {e['python']}"
+    yield "code", ", ".join(sorted(v[:12] for v in run.code_versions))
+    tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data["tokens"].items())
+    yield (
+        "data",
+        f"{tokens}, {data['tokenizer']['name']} tokenizer of {data['tokenizer']['vocab_size']:,} ids, "
+        f"fingerprint {data['fingerprint'][:12]}",
+    )
+    m = c.model
+    parameters = f", {run.parameters:,} parameters" if run.summary.get("parameters") else ""
+    yield (
+        "models",
+        f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
+        f"key/value heads, hidden {m.n_hidden}{parameters}",
+    )
+    yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration"
+    yield (
+        "optimizer",
+        f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
+        f"clipped at {c.grad_clip:g}",
+    )
+
+
+def section_title(outcome: Outcome) -> str:
+    """``Experiment 4: Sliding-window attention``, the number from the file's name."""
+    number = re.match(r"0*(\d+)-", outcome.record["name"])
+    kind = f"Experiment {number[1]}" if number else "Experiment"
+    return f"{kind}: {outcome.record['title']}"
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _section(section: Section) -> Iterable[str]:
+    o, record = section.outcome, section.outcome.record
+    runs = o.runs
+    dates = sorted(str(run.environment["started"])[:10] for run in runs)
+    span = dates[0] if dates and dates[0] == dates[-1] else " to ".join(dates[:1] + dates[-1:])
+    yield f"## {section_title(o)}"
+    yield ""
+    yield f"**{headline(o)}**"
+    yield ""
+    yield f"- Date: {span or 'not run yet'}"
+    yield f"- Purpose: {record['purpose']}"
+    if record["hypothesis"]:
+        yield f"- Hypothesis: {record['hypothesis']}"
+    if record["note"]:
+        yield f"- Scale: {record['scale'] or 'as in the file'}. {record['note']}"
+    yield f"- Factor: {record['factor'] or 'none'}; baseline: {o.baseline}"
+    yield f"- Config of the baseline: {_config_line(o.baseline_of(o.conditions[0]))}"
+    yield f"- Repeat: `{repeat_command(o)}`"
+    for problem in o.problems:
+        yield f"- **Not in the comparison:** {problem}"
+    pictures = list(section.pictures.items())
+    for caption, file in pictures[:1]:
+        yield ""
+        yield f"![{caption}]({file})"
+    yield ""
+    headings, rows = table_rows(o)
+    yield _line(headings)
+    yield _line(["---"] * len(headings))
+    yield from (_line(row) for row in rows)
+    yield ""
+    yield "Figures in this table are measured; ± is the standard deviation over seeds."
+    yield ""
+    yield from _stories(o)
+    yield ""
+    yield "**Key observations**"
+    yield ""
+    yield from (f"- {text}" for text in observations(o))
+    yield from _folded("Every comparison in full", _comparison_lines(o))
+    if len(pictures) > 1:
+        lines = [part for caption, file in pictures[1:] for part in (f"![{caption}]({file})", "")]
+        yield from _folded("More figures", lines, code=False)
+    yield from _folded("Training lines and results of the baseline, first seed", _training_lines(o))
+
+
+def _config_line(cell: CellResult) -> str:
+    c = cell.config
+    return (
+        f"`--preset {c.preset} --dtype {c.dtype} --max_iters {c.max_iters} --batch_size {c.batch_size} "
+        f"--gradient_accumulation_steps {c.gradient_accumulation_steps} --block_size {c.block_size} "
+        f"--learning_rate {c.learning_rate:g} --min_lr {c.min_lr:g} --warmup_iters {c.warmup_iters} "
+        f"--schedule {c.schedule} --attention {c.model.attention}`"
+    )
+
+
+def _stories(o: Outcome) -> Iterable[str]:
+    """The same prompt and sampling seed, the baseline beside the arm that differs most from it."""
+    condition = o.conditions[-1]
+    baseline = o.baseline_of(condition).arm
+    others = [cell.arm for cell in o.arms(condition) if cell.arm.name != o.baseline]
+    ready = [arm for arm in others if arm.finished]
+    if not baseline.finished:
+        return
+    chosen = [baseline]
+    if ready:
+        least = float(np.mean(baseline.losses))
+        chosen.append(max(ready, key=lambda arm: abs(float(np.mean(arm.losses)) - least)))
+    where = f" @ {condition}" if condition else ""
+    yield "**Generation sample**, the same prompt and sampling seed:"
+    for arm in chosen:
+        run = arm.finished[0]
+        sample = run.summary["samples"][0]
+        yield ""
+        yield f"> *{arm.name}{where}, seed {run.config.seed}:* {_quoted(sample['text'])}"
+
+
+def _quoted(text: str, most: int = 420) -> str:
+    """A story as one line of a quotation, shortened, with nothing that markdown would obey."""
+    line = " ".join(printable(text).split())
+    line = line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", line)
+
+
+def _comparison_lines(o: Outcome) -> list[str]:
+    lines = []
+    for c in o.comparisons:
+        lines += [verdict_line(c), *(f"  {line}" for line in detail_lines(c)), ""]
+    return lines[:-1]
+
+
+def _training_lines(o: Outcome) -> list[str]:
+    arm = o.baseline_of(o.conditions[0]).arm
+    run = arm.finished[0] if arm.finished else arm.runs[0] if arm.runs else None
+    if run is None:
+        return []
+    path = run.folder / LOG
+    if not path.exists():
+        return [f"{LOG} is missing"]
+    text = printable(path.read_text(encoding="utf-8", errors="replace"))
+    lines = text.partition("\nResults\n")[0].strip().splitlines()
+    if run.finished:
+        lines += ["", *(printable(line) for line in summary_lines(run.summary))]
+    return lines
+
+
+def _folded(summary: str, lines: Sequence[str], code: bool = True) -> Iterable[str]:
+    if not lines:
+        return
+    yield ""
+    yield f"<details><summary>{summary}</summary>"
+    yield ""
+    fence = ["```text"], ["```"]
+    yield from fence[0] if code else []
+    yield from lines
+    yield from fence[1] if code else []
+    yield ""
+    yield "</details>"
+
+
+def _conclusions(sections: Sequence[Section]) -> Iterable[str]:
+    for section in sections:
+        o = section.outcome
+        yield f"- **{o.record['title']}.** {headline(o)}"
+        yield from (f"  - {expectation_text(check)}" for check in o.expectations)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

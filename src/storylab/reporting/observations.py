@@ -1,0 +1,321 @@
+"""Key observations: statements computed from the runs, each with its numbers.
+
+A figure is measured unless the sentence says that it is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+
+import numpy as np
+
+from storylab.experiments.curves import fit_power_law, parabola_minimum, pareto_front
+from storylab.experiments.factors import windows
+from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
+from storylab.experiments.results import Result
+from storylab.experiments.spec import METRICS
+from storylab.experiments.statistics import mean_interval
+from storylab.reporting.series import mean_of
+from storylab.training.lines import duration
+
+# A spike: a value over its neighbours' median by this many of their median absolute deviations
+# (scaled to a normal distribution's standard deviation), and by at least this share of it.
+SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.1, 21
+# A size counts as good as the best if its loss is within this many nats of it.
+GOOD_ENOUGH = 0.02
+
+
+def observations(outcome: Outcome) -> list[str]:
+    """What an experiment's runs show, a sentence or two each."""
+    found: list[str] = []
+    told = set()
+    for condition in outcome.conditions:
+        cell = outcome.baseline_of(condition)
+        if cell.arm.finished and cell.arm.finished[0].folder not in told:
+            told.add(cell.arm.finished[0].folder)
+            found += _of_run(cell.arm.finished[0], _name(cell))
+    found += _BY_FACTOR.get(outcome.factor, lambda outcome: [])(outcome)
+    found += _failures(outcome)
+    return [*found, *(expectation_text(check) for check in outcome.expectations)]
+
+
+def expectation_text(check: Checked) -> str:
+    """An expectation, the number it was held against, and by how much it was met or missed."""
+    e = check.expectation
+    where = f" @ {check.condition}" if check.condition else ""
+    title = f"Hypothesis ({e.arm}{where}): {e.text}"
+    if check.value is None:
+        return f"{title} - not measured."
+    if math.isinf(check.value):
+        return f"{title} - not met: none was seen."
+    bound = e.at_least if e.at_least is not None else e.at_most
+    assert bound is not None
+    told = METRICS[e.metric]
+    by = f"{check.value - bound:+.4g}"
+    return (
+        f"{title} - {'met' if check.met else 'not met'}: {told} is {check.value:.4g} against "
+        f"{bound:g} ({by})."
+    )
+
+
+def spikes(values: Sequence[float]) -> list[int]:
+    """Indices of values that stand out above the neighbours around them."""
+    found = []
+    half = SPIKE_WINDOW // 2
+    for i, value in enumerate(values):
+        near = [*values[max(0, i - half) : i], *values[i + 1 : i + 1 + half]]
+        if len(near) < half:
+            continue
+        middle = median(near)
+        deviation = 1.4826 * median(abs(v - middle) for v in near)
+        reach = max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * abs(middle))
+        if value > middle + reach:
+            found.append(i)
+    return found
+
+
+def _of_run(run: Result, name: str) -> Iterable[str]:
+    """Convergence, train/validation gap, throughput, spikes and clipping of one run."""
+    evaluations, iterations = run.evaluations, run.iterations
+    title = f"{name}, seed {run.config.seed}"
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        text = (
+            f"{title}: validation loss fell from {first['val_loss']:.3f} at iteration "
+            f"{first['iteration']} to {last['val_loss']:.3f} at {last['iteration']}"
+        )
+        if len(evaluations) > 1:
+            before = evaluations[-2]
+            rate = (before["val_loss"] - last["val_loss"]) / (
+                last["iteration"] - before["iteration"]
+            )
+            text += f", still by {100 * rate:.3f} nats per 100 iterations at the end"
+        gap = last["val_loss"] - last["train_loss"]
+        yield (
+            f"{text}. Validation minus train loss is {gap:+.3f} nats at the end, after "
+            f"{run.summary['epochs']:.2f} epochs."
+        )
+    speeds = [row["tokens_per_second"] for row in iterations[1:]] or [
+        row["tokens_per_second"] for row in iterations
+    ]
+    low, middle, high = np.percentile(speeds, [5, 50, 95])
+    yield (
+        f"{title}: throughput {middle:,.0f} tok/s (median; 90 % of iterations within {low:,.0f} to "
+        f"{high:,.0f}, a spread of {(high - low) / middle:.0%})."
+    )
+    losses = spikes([row["loss"] for row in iterations])
+    norms = spikes([row["grad_norm"] for row in iterations])
+    clipped = float(np.mean([row["clipped"] for row in iterations]))
+    yield (
+        f"{title}: {_counted(losses, 'loss spike')} and {_counted(norms, 'gradient-norm spike')} in "
+        f"{len(iterations):,} iterations; the gradient was clipped in {clipped:.0%} of them."
+    )
+
+
+def _counted(indices: Sequence[int], what: str) -> str:
+    if not indices:
+        return f"no {what}"
+    shown = ", ".join(str(i) for i in indices[:3]) + (", ..." if len(indices) > 3 else "")
+    return f"{len(indices)} {what}{'s' * (len(indices) > 1)} (iteration {shown})"
+
+
+def _failures(outcome: Outcome) -> Iterable[str]:
+    for cell in outcome.cells:
+        lost = [run for run in cell.arm.runs if not run.finished]
+        if lost:
+            reason = f": {lost[0].reason}" if lost[0].reason else ""
+            states = ", ".join(dict.fromkeys(run.state for run in lost))
+            yield f"{_name(cell)}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
+        split = {
+            run.config.batch_size
+            for run in cell.arm.runs
+            if run.config.batch_size != cell.config.batch_size
+        }
+        if split:
+            yield (
+                f"{_name(cell)}: micro-batches of {min(split)} sequences instead of "
+                f"{cell.config.batch_size}, after running out of memory; the same tokens an iteration."
+            )
+
+
+def _of_windows(outcome: Outcome) -> Iterable[str]:
+    """Windows in effect, and at which lengths they pay."""
+    for cell in outcome.cells:
+        if cell.arm.name == outcome.baseline:
+            continue
+        model, block = cell.config.model, cell.config.block_size
+        reach = model.receptive_field
+        shown = ", ".join("full" if w is None else str(w) for w in windows(cell.config))
+        yield (
+            f"{_name(cell)}: windows by layer {shown}; receptive field "
+            f"{block if reach is None else min(reach, block)} of {block} positions."
+        )
+    for condition in outcome.conditions:
+        tables = {
+            cell.arm.name: np.mean([r.position_losses for r in cell.arm.finished], axis=0)
+            for cell in outcome.arms(condition)
+            if cell.arm.finished and all(len(r.position_losses) for r in cell.arm.finished)
+        }
+        full = tables.get(outcome.baseline)
+        for name, table in tables.items():
+            if full is None or name == outcome.baseline or len(table) != len(full):
+                continue
+            half = len(table) // 2
+            early, late = (
+                float((table - full)[part].mean()) for part in (slice(half), slice(half, None))
+            )
+            where = f" @ {condition}" if condition else ""
+            yield (
+                f"{name}{where}: against {outcome.baseline} the targets in the first half of the "
+                f"window differ by {early:+.4f} nats, those in the second half by {late:+.4f}."
+            )
+
+
+def _of_sizes(outcome: Outcome) -> Iterable[str]:
+    """The Pareto front, and the best trade by criteria that are named."""
+    cells = [cell for cell in outcome.cells if cell.arm.finished]
+    losses = [float(np.mean(cell.arm.losses)) for cell in cells]
+    seconds = [mean_of(cell.arm, "training_seconds") or 0.0 for cell in cells]
+    front = [cells[i] for i in pareto_front(seconds, losses)]
+    if not front:
+        return
+    yield (
+        "No other arm has both less training time and a lower loss than: "
+        + "; ".join(
+            f"{_name(c)} ({duration(mean_of(c.arm, 'training_seconds') or 0.0)}, "
+            f"{float(np.mean(c.arm.losses)):.3f})"
+            for c in front
+        )
+        + "."
+    )
+    for condition in outcome.conditions:
+        arms = [cell for cell in outcome.arms(condition) if cell.arm.finished]
+        if not arms:
+            continue
+        best = min(arms, key=lambda cell: float(np.mean(cell.arm.losses)))
+        least = float(np.mean(best.arm.losses))
+        near = [c for c in arms if float(np.mean(c.arm.losses)) <= least + GOOD_ENOUGH]
+        small = min(near, key=lambda cell: cell.arm.finished[0].parameters)
+        where = f" at {condition}" if condition else ""
+        yield (
+            f"Lowest loss{where}: {best.arm.name} ({least:.3f}). Best trade by the criterion "
+            f'"smallest within {GOOD_ENOUGH} nats of the lowest": {small.arm.name} '
+            f"({small.arm.finished[0].parameters:,} parameters, {float(np.mean(small.arm.losses)):.3f})."
+        )
+
+
+def _of_length(outcome: Outcome) -> Iterable[str]:
+    """Whether the loss plateaus: a fitted curve with its interval over seeds."""
+    for cell in outcome.cells:
+        if not cell.arm.finished:
+            continue
+        laws = [fit_power_law(*curve_after_warmup(run)) for run in cell.arm.finished]
+        fitted = [law for law in laws if law]
+        run = cell.arm.finished[0]
+        if len(fitted) < len(laws):
+            points = len(curve_after_warmup(run)[0])
+            yield f"{_name(cell)}: {points} evaluations after the warm-up carry no fitted curve."
+            continue
+        gains = [law.doubling_gain(run.config.max_iters) for law in fitted]
+        plateaus = [law.plateau for law in fitted]
+        gaps = [
+            e[-1]["val_loss"] - e[-1]["train_loss"]
+            for r in cell.arm.finished
+            if (e := r.evaluations)
+        ]
+        finite = [p for p in plateaus if math.isfinite(p)]
+        plateau = (
+            f"a plateau (a doubling brings less than 0.01 nats) is predicted at iteration "
+            f"{float(np.mean(finite)):,.0f}{_span(finite, ',.0f')}"
+            if len(finite) == len(plateaus)
+            else "no plateau is predicted"
+        )
+        reached = all(p <= run.config.max_iters for p in plateaus)
+        yield (
+            f"{_name(cell)}: {'the loss has reached a plateau' if reached else 'no plateau yet'}. "
+            f"A power law fitted to each seed's curve after the warm-up goes on to a floor of "
+            f"{float(np.mean([law.floor for law in fitted])):.3f}"
+            f"{_span([law.floor for law in fitted], '.3f')} nats; another doubling is predicted to "
+            f"bring {float(np.mean(gains)):.3f}{_span(gains, '.3f')} nats; {plateau}. "
+            f"{run.summary['epochs']:.2f} epochs were seen; validation minus train loss at the end "
+            f"is {float(np.mean(gaps)):+.3f}{_span(gaps, '+.3f')} nats."
+        )
+
+
+def _of_learning_rates(outcome: Outcome) -> Iterable[str]:
+    """Where the optimum of the peak learning rate lies, among arms that differ in it alone."""
+    base = outcome.cells[0].config if outcome.cells else None
+    if base is None:
+        return
+    base = outcome.baseline_of(outcome.conditions[0]).config
+    grid = [
+        cell
+        for cell in outcome.cells
+        if cell.config.schedule == base.schedule
+        and cell.config.warmup_iters == base.warmup_iters
+        and cell.arm.runs
+    ]
+    if len({cell.config.learning_rate for cell in grid}) < 3:
+        return
+    rates = [cell.config.learning_rate for cell in grid]
+    losses = [
+        float(np.mean(cell.arm.losses))
+        if len(cell.arm.finished) == len(cell.arm.runs)
+        else math.inf
+        for cell in grid
+    ]
+    if not any(map(math.isfinite, losses)):
+        return
+    best = int(np.argmin(losses))
+    text = f"Of the peaks tried, {rates[best]:g} has the lowest loss ({losses[best]:.3f})"
+    seeds = {run.seeds for cell in grid for run in cell.arm.finished}
+    optima = []
+    for seed in sorted(seeds):
+        of_seed = [
+            next((r.loss for r in cell.arm.finished if r.seeds == seed), math.inf) for cell in grid
+        ]
+        optima.append(parabola_minimum(rates, of_seed))
+    found = [math.log(o) for o in optima if o]
+    if found and len(found) == len(optima):
+        interval = mean_interval(found)
+        span = (
+            f" (95 % CI {math.exp(interval.low):.2g} to {math.exp(interval.high):.2g})"
+            if interval
+            else ""
+        )
+        text += (
+            f"; a parabola through it and its neighbours puts the optimum at "
+            f"{math.exp(float(np.mean(found))):.2g}{span}"
+        )
+    else:
+        text += (
+            "; it is at an end of the grid or beside a diverged run, so the optimum may lie beyond"
+        )
+    yield text + "."
+    top = max((r for r, x in zip(rates, losses, strict=True) if math.isfinite(x)), default=None)
+    gone = [r for r, x in zip(rates, losses, strict=True) if not math.isfinite(x)]
+    if gone:
+        yield f"Diverged at a peak of {min(gone):g}; the highest that trained to its end is {top:g}."
+    else:
+        yield f"No peak up to {max(rates):g} made the loss non-finite."
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    interval = mean_interval(values)
+    if interval is None:
+        return ""
+    return f" (95 % CI {format(interval.low, form)} to {format(interval.high, form)})"
+
+
+def _name(cell: CellResult) -> str:
+    return f"{cell.arm.name} @ {cell.condition}" if cell.condition else cell.arm.name
+
+
+_BY_FACTOR: dict[str, Callable[[Outcome], Iterable[str]]] = {
+    "attention": _of_windows,
+    "size": _of_sizes,
+    "length": _of_length,
+    "learning_rate": _of_learning_rates,
+}

@@ -1,0 +1,107 @@
+"""index.html: one self-contained page, with everything that the log has and figures to play with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import vl_convert
+
+from storylab.experiments.outcome import Outcome
+from storylab.experiments.verdicts import detail_lines, verdict_line
+from storylab.reporting.figures import AXES, COLOURS, Spec
+from storylab.reporting.log import headline, repeat_command, section_title, table_rows
+from storylab.reporting.observations import observations
+from storylab.reporting.series import curve_rows, flat_config
+from storylab.training.lines import printable
+
+
+def html(
+    outcomes: Sequence[Outcome],
+    figures: Mapping[str, Mapping[str, Spec]],
+    problems: Sequence[str],
+) -> str:
+    """The whole page; ``figures`` has each experiment's specifications by caption."""
+    content = {
+        "overview": {
+            "headings": ["experiment", "scale", "baseline loss", "verdicts"],
+            "rows": [_overview_row(outcome) for outcome in outcomes],
+        },
+        "problems": list(problems),
+        "sections": [_section(outcome, figures[outcome.label]) for outcome in outcomes],
+    }
+    # "<" is escaped so that no text can end the script element that the data lies in.
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    template = resources.files("storylab.reporting").joinpath("page.html").read_text("utf-8")
+    page = template.replace("@DATA@", data.replace("<", "\\u003c"))
+    return page.replace(
+        "@BUNDLE@", vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    )
+
+
+def _overview_row(outcome: Outcome) -> list[Any]:
+    losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
+    return [
+        {"text": section_title(outcome), "href": f"#{outcome.label}"},
+        outcome.record["scale"] or "-",
+        f"{float(np.mean(losses)):.4f}" if losses else "",
+        headline(outcome),
+    ]
+
+
+def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
+    record = outcome.record
+    headings, rows = table_rows(outcome)
+    arms = list(dict.fromkeys(cell.arm.name for cell in outcome.cells))
+    facts = [
+        ["Purpose", record["purpose"]],
+        ["Hypothesis", record["hypothesis"]],
+        ["Scale", record["note"]],
+        ["Factor", f"{record['factor'] or 'none'}; baseline: {outcome.baseline}"],
+    ]
+    return {
+        "label": outcome.label,
+        "title": section_title(outcome),
+        "headline": headline(outcome),
+        "facts": [fact for fact in facts if fact[1]],
+        "repeat": repeat_command(outcome),
+        "problems": list(outcome.problems),
+        "conditions": list(outcome.conditions),
+        "axes": _measured_axes(outcome),
+        "arms": [
+            {"name": name, "colour": COLOURS[i % len(COLOURS)]} for i, name in enumerate(arms)
+        ],
+        "figures": [[caption, spec] for caption, spec in figures.items()],
+        "table": {"headings": headings, "rows": rows},
+        "observations": observations(outcome),
+        "verdicts": [" | ".join((verdict_line(c), *detail_lines(c))) for c in outcome.comparisons],
+        "samples": _samples(outcome),
+        "configs": [{"name": _name(cell), "config": flat_config(cell)} for cell in outcome.cells],
+    }
+
+
+def _measured_axes(outcome: Outcome) -> dict[str, str]:
+    """What curves can be drawn against: not what this machine could not measure."""
+    rows = curve_rows(outcome)
+    return {key: title for key, title in AXES.items() if any(row[key] is not None for row in rows)}
+
+
+def _samples(outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{_name(cell)}, seed {cell.arm.finished[0].config.seed}",
+            "samples": [
+                {"prompt": s["prompt"], "text": printable(s["text"])}
+                for s in cell.arm.finished[0].summary["samples"]
+            ],
+        }
+        for cell in outcome.cells
+        if cell.arm.finished
+    ]
+
+
+def _name(cell: Any) -> str:
+    return f"{cell.arm.name} @ {cell.condition}" if cell.condition else str(cell.arm.name)

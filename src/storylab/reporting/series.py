@@ -1,0 +1,201 @@
+"""The rows behind the figures: plain dictionaries, computed from an experiment's runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from storylab.experiments.comparison import Arm
+from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.results import Result
+from storylab.experiments.statistics import mean_interval
+
+Row = dict[str, Any]
+# Points that a curve is thinned to: more than a page's width shows, few enough for its size.
+MOST_POINTS = 100
+DIGITS = 5
+
+
+def rounded(value: float | None) -> float | None:
+    """``value`` to five significant digits; None for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
+
+
+def curve_rows(outcome: Outcome) -> list[Row]:
+    """Validation loss of every arm along its run: the mean over seeds and their range."""
+    rows = []
+    for cell in outcome.cells:
+        for evaluations in _by_iteration(cell.arm.runs):
+            losses = [e["val_loss"] for e in evaluations]
+            energies = [e["energy_joules"] for e in evaluations]
+            rows.append(
+                {
+                    "condition": cell.condition,
+                    "arm": cell.arm.name,
+                    "iterations": evaluations[0]["iteration"],
+                    "tokens": evaluations[0]["tokens"],
+                    "seconds": rounded(float(np.mean([e["seconds"] for e in evaluations]))),
+                    "joules": None if None in energies else rounded(float(np.mean(energies))),
+                    "loss": rounded(float(np.mean(losses))),
+                    "low": rounded(min(losses)),
+                    "high": rounded(max(losses)),
+                    "seeds": len(losses),
+                }
+            )
+    return rows
+
+
+def difference_rows(outcome: Outcome) -> list[Row]:
+    """Arm minus baseline along the run, paired by seed, with the 95 % interval over seeds."""
+    rows = []
+    for condition in outcome.conditions:
+        baseline = {r.seeds: r for r in outcome.baseline_of(condition).arm.runs}
+        for cell in outcome.arms(condition):
+            if cell.arm.name == outcome.baseline:
+                continue
+            pairs = [(run, baseline[run.seeds]) for run in cell.arm.runs if run.seeds in baseline]
+            rows += [
+                {"condition": condition, "arm": cell.arm.name, **row} for row in _differences(pairs)
+            ]
+    return rows
+
+
+def _differences(pairs: Sequence[tuple[Result, Result]]) -> Iterable[Row]:
+    found: dict[int, list[float]] = {}
+    for a, b in pairs:
+        theirs = {e["iteration"]: e["val_loss"] for e in b.evaluations}
+        for e in a.evaluations:
+            if e["iteration"] in theirs:
+                found.setdefault(e["iteration"], []).append(e["val_loss"] - theirs[e["iteration"]])
+    for iteration, values in sorted(found.items()):
+        interval = mean_interval(values)
+        yield {
+            "iterations": iteration,
+            "difference": rounded(float(np.mean(values))),
+            "low": rounded(interval.low) if interval else None,
+            "high": rounded(interval.high) if interval else None,
+        }
+
+
+def final_rows(outcome: Outcome) -> list[Row]:
+    """Final loss of every arm minus the baseline's, with its interval and the seeds' noise."""
+    rows = []
+    for c in outcome.comparisons:
+        if c.recipes is None or c.confounds:
+            continue
+        rows.append(
+            {
+                "condition": c.condition,
+                "arm": c.arm,
+                "difference": rounded(c.recipes.estimate),
+                "low": rounded(c.recipes.low),
+                "high": rounded(c.recipes.high),
+                "noise": rounded(c.noise.standard_deviation) if c.noise else None,
+                "verdict": c.verdict,
+            }
+        )
+    return rows
+
+
+def run_rows(outcome: Outcome) -> list[Row]:
+    """Every run: its final loss, speed, memory, time and size."""
+    rows = []
+    for cell in outcome.cells:
+        for run in cell.arm.runs:
+            summary = run.summary
+            rows.append(
+                {
+                    "condition": cell.condition,
+                    "arm": cell.arm.name,
+                    "seed": run.config.seed,
+                    "state": run.state,
+                    "loss": rounded(run.loss),
+                    "speed": rounded(summary.get("tokens_per_second")),
+                    "memory": rounded(summary.get("peak_memory_bytes", math.nan) / 1e9),
+                    "seconds": rounded(summary.get("training_seconds")),
+                    "parameters": summary.get("parameters"),
+                    "learning_rate": run.config.learning_rate,
+                }
+            )
+    return rows
+
+
+def step_rows(outcome: Outcome) -> list[Row]:
+    """Training loss, gradient norm, learning rate and speed of one seed of every arm, thinned."""
+    rows = []
+    for cell in outcome.cells:
+        if not cell.arm.runs:
+            continue
+        iterations = cell.arm.runs[0].iterations
+        size = max(1, math.ceil(len(iterations) / MOST_POINTS))
+        for first in range(0, len(iterations), size):
+            part = iterations[first : first + size]
+            row: Row = {
+                "condition": cell.condition,
+                "arm": cell.arm.name,
+                "iterations": part[-1]["iteration"],
+            }
+            for name, key in (
+                ("training loss", "loss"),
+                ("gradient norm", "grad_norm"),
+                ("learning rate", "learning_rate"),
+                ("tokens a second", "tokens_per_second"),
+            ):
+                row[name] = rounded(float(np.mean([entry[key] for entry in part])))
+            rows.append(row)
+    return rows
+
+
+def position_rows(outcome: Outcome) -> list[Row]:
+    """Loss of the targets at each position of the window, the mean over seeds, thinned."""
+    rows = []
+    for cell in outcome.cells:
+        tables = [run.position_losses for run in cell.arm.finished if len(run.position_losses)]
+        if not tables or len({len(table) for table in tables}) > 1:
+            continue
+        mean = np.mean(tables, axis=0)
+        edges = np.unique(np.geomspace(1, len(mean), 33).round().astype(int))
+        for first, end in zip(np.concatenate(([0], edges[:-1])), edges, strict=True):
+            rows.append(
+                {
+                    "condition": cell.condition,
+                    "arm": cell.arm.name,
+                    "position": int(end),
+                    "loss": rounded(float(mean[first:end].mean())),
+                }
+            )
+    return rows
+
+
+def _by_iteration(runs: Sequence[Result]) -> Iterable[list[Row]]:
+    """Evaluations of the same iteration, over the runs that came as far."""
+    found: dict[int, list[Row]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            found.setdefault(evaluation["iteration"], []).append(evaluation)
+    for iteration in sorted(found):
+        yield found[iteration]
+
+
+def mean_of(arm: Arm, key: str) -> float | None:
+    """Mean over an arm's finished runs of a number in their summaries; None if one lacks it."""
+    values = [run.summary[key] for run in arm.finished]
+    if not values or any(value is None for value in values):
+        return None
+    return float(np.mean(values))
+
+
+def flat_config(cell: CellResult) -> Row:
+    """The config of an arm as text, a field a line, without what only places the run."""
+    from storylab.config import PRESENTATION_FIELDS, to_dict
+    from storylab.experiments.factors import SEED_FIELDS
+
+    values = to_dict(cell.arm.runs[0].config if cell.arm.runs else cell.config)
+    values.update(values.pop("model"))
+    hidden = {*PRESENTATION_FIELDS, *SEED_FIELDS}
+    return {key: str(value) for key, value in values.items() if key not in hidden}
