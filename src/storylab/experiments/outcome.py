@@ -108,8 +108,10 @@ def load_outcome(path: Path) -> Outcome:
     """
     record = read_json(path)
     problems: list[str] = []
+    missing: list[str] = []
     try:
-        cells = tuple(_read_cell(cell, path.parent.parent, problems) for cell in record["cells"])
+        runs = path.parent.parent
+        cells = tuple(_read_cell(cell, runs, problems, missing) for cell in record["cells"])
         allowed = factor_fields(record["factor"]) if record["factor"] else frozenset()
         outcome = Outcome(path.stem, record, cells, (), (), ())
         comparisons = []
@@ -126,18 +128,23 @@ def load_outcome(path: Path) -> Outcome:
         checked = tuple(check for e in expectations for check in _check(e, outcome))
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    if missing:
+        problems.append(
+            f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
+        )
     return Outcome(path.stem, record, cells, outcome.comparisons, checked, tuple(problems))
 
 
-def _read_cell(cell: dict[str, Any], runs: Path, problems: list[str]) -> CellResult:
+def _read_cell(
+    cell: dict[str, Any], runs: Path, problems: list[str], missing: list[str]
+) -> CellResult:
+    """A cell with the runs that can be read; the others are told of in ``problems``."""
     found = []
     for seed, name in cell["runs"].items():
         where = f"{cell['arm']}" + f" @ {cell['condition']}" * bool(cell["condition"])
         state, reason = run_state(runs / name)
         if state == "new":
-            problems.append(
-                f"{where}, seed {seed}: run {name} is missing: not trained yet, or deleted"
-            )
+            missing.append(f"{where}, seed {seed} ({name})")
             continue
         try:
             found.append(load_result(runs / name))

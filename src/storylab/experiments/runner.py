@@ -362,7 +362,7 @@ class _Child:
             )
             assert child.stdin is not None and child.stdout is not None
             end: dict[str, Any] | None = None
-            with self._passing_signals_to(child):
+            with child, self._passing_signals_to(child):
                 child.stdin.write(self.request)
                 child.stdin.close()
                 for line in child.stdout:

@@ -227,11 +227,11 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
         f"fingerprint {data['fingerprint'][:12]}",
     )
     m = c.model
-    parameters = f", {run.parameters:,} parameters" if run.summary.get("parameters") else ""
+    parameters = m.parameter_count(data["tokenizer"]["vocab_size"])
     yield (
         "models",
         f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
-        f"key/value heads, hidden {m.n_hidden}{parameters}",
+        f"key/value heads, hidden {m.n_hidden}, {parameters:,} parameters",
     )
     yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration"
     yield (

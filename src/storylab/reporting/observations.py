@@ -52,11 +52,10 @@ def expectation_text(check: Checked) -> str:
         return f"{title} - not met: none was seen."
     bound = e.at_least if e.at_least is not None else e.at_most
     assert bound is not None
-    told = METRICS[e.metric]
-    by = f"{check.value - bound:+.4g}"
+    sign = "at least" if e.at_least is not None else "at most"
     return (
-        f"{title} - {'met' if check.met else 'not met'}: {told} is {check.value:.4g} against "
-        f"{bound:g} ({by})."
+        f"{title} - {'met' if check.met else 'not met'}: {METRICS[e.metric]}: {check.value:.4g}, "
+        f"expected {sign} {bound:g} ({check.value - bound:+.4g})."
     )
 
 

@@ -1,0 +1,461 @@
+"""Experiments: read from data with every mistake named, run once, resumed, and kept when they fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storylab.cli import main
+from storylab.config import ModelConfig, TrainConfig, preset_config
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments import runner, worker
+from storylab.experiments.factors import changed_fields, factor_fields, infer_factor
+from storylab.experiments.outcome import load_outcome
+from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
+from storylab.experiments.spec import Experiment, flops_per_token, load_experiment, skeleton
+from storylab.training.run_folder import Run
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
+
+TEN_LINES = """
+title = "Two rates"
+purpose = "Which is better?"
+factor = "learning_rate"
+baseline = "low"
+seeds = [1, 2]
+[config]
+{config}
+[arms]
+low = {{ learning_rate = 1e-3 }}
+high = {{ learning_rate = 1e-2 }}
+"""
+TINY_CONFIG = """
+preset = "nano"
+n_layer = 1
+n_head = 1
+n_kv_head = 1
+n_embd = 16
+n_hidden = 16
+dtype = "float32"
+max_iters = 6
+batch_size = 4
+gradient_accumulation_steps = 1
+block_size = 16
+warmup_iters = 2
+eval_interval = 3
+eval_iters = 1
+device = "cpu"
+"""
+
+
+def write(path: Path, text: str = TEN_LINES.format(config=TINY_CONFIG)) -> Path:
+    path.write_text(text)
+    return path
+
+
+def fails(path: Path, text: str, scale: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(write(path, text), scale)
+    return str(caught.value)
+
+
+class Watcher:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+    def overall(self, name: str, done: float, total: float) -> None: ...
+
+
+# The file
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("scale", ["record", "laptop"])
+def test_the_shipped_experiments_load_at_both_scales(path: Path, scale: str) -> None:
+    experiment = load_experiment(path, scale)
+    assert experiment.hypothesis
+    if not experiment.waits_for:
+        assert experiment.cells and experiment.note
+
+
+def test_there_are_the_records_seven() -> None:
+    assert [path.name[:2] for path in SHIPPED] == [f"0{i}" for i in range(1, 8)]
+
+
+def test_the_first_experiment_at_record_scale_is_the_record() -> None:
+    (cell,) = load_experiment(SHIPPED[0], "record").cells
+    assert changed_fields(cell.config, TrainConfig()) == {}
+
+
+@pytest.mark.parametrize("name", ["02-fp8", "03-nvfp4"])
+def test_an_experiment_that_cannot_run_yet_says_so(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["experiment", "run", str(ROOT / f"experiments/{name}.toml")]) == 2
+    assert "cannot run yet: it waits for an" in capsys.readouterr().err
+
+
+def test_the_skeleton_is_an_experiment(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    assert main(["experiment", "new", str(path), "--title", 'A "quoted" title']) == 0
+    assert path.read_text() == skeleton('A "quoted" title')
+    experiment = load_experiment(path)
+    assert experiment.arms == ("1e-3", "3e-3") and experiment.title == "A 'quoted' title"
+    assert main(["experiment", "new", str(path)]) == 2
+
+
+def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path / "a.toml"))
+    assert experiment.first_seeds(4) == (1, 2, 3, 4)
+    assert experiment.cell("", "high").config.learning_rate == 1e-2
+    assert experiment.cell("", "high").config.model.n_embd == 16
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "Two rates"', 'titel = "x"', "perhaps you meant 'title'"),
+        ("learning_rate = 1e-2 }", "learning_rat = 1e-2 }", "--learning_rate.*in arm 'high'"),
+        ("learning_rate = 1e-2 }", 'learning_rate = "fast" }', "fast.*in arm 'high'"),
+        ("learning_rate = 1e-2 }", "learning_rate = 1e-3 }", "arm 'high' changes nothing"),
+        ("1e-2 }", "1e-2, beta1 = 0.8 }", "changes beta1 besides the factor 'learning_rate'"),
+        ("1e-2 }", "1e-2, seed = 3 }", "seed is not an arm's to set"),
+        ('factor = "learning_rate"', 'factor = "learning_rat"', "perhaps you meant learning_rate"),
+        ('baseline = "low"', 'baseline = "lo"', "not one of the arms: low, high"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "a seed counts once"),
+        ("seeds = [1, 2]", "seeds = []", "whole numbers"),
+        ("seeds = [1, 2]", "margin = 0", "above 0"),
+        ("[arms]", "[arms", "not valid TOML"),
+        ("learning_rate = 1e-2 }", "learning_rate = [1, 2] }", "single value"),
+        ("n_layer = 1", "n_layer = 0", "n_layer is 0"),
+        ("[config]", "[[expect]]\ntext = 'x'\n[config]", "needs text, metric, arm"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_before_any_time_is_spent(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    assert old in text
+    path = tmp_path / "a.toml"
+    with pytest.raises(UserError, match=message):
+        load_experiment(write(path, text.replace(old, new)))
+
+
+def test_other_names_for_the_same_course_change_nothing(tmp_path: Path) -> None:
+    """Within a run that is all warm-up, cosine and linear are one and the same."""
+    text = TEN_LINES.format(config=TINY_CONFIG.replace("warmup_iters = 2", "warmup_iters = 6"))
+    text = text.replace("high = { learning_rate = 1e-2 }", 'high = { schedule = "linear" }')
+    text = text.replace("low = { learning_rate = 1e-3 }", "low = { }")
+    assert "changes nothing" in fails(tmp_path / "a.toml", text)
+
+
+def test_a_window_that_no_sequence_fills_changes_nothing(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG).replace('"learning_rate"', '"attention"')
+    text = text.replace("learning_rate = 1e-3", 'attention = "full"')
+    window = text.replace("learning_rate = 1e-2", 'attention = "window:16"')
+    assert "changes nothing" in fails(tmp_path / "a.toml", window)
+    load_experiment(write(tmp_path / "b.toml", window.replace("window:16", "window:15")))
+
+
+def test_an_unknown_scale_is_named(tmp_path: Path) -> None:
+    assert "it has laptop" in fails(
+        tmp_path / "a.toml", TEN_LINES.format(config=TINY_CONFIG) + "\n[scales.laptop]\n", "big"
+    )
+
+
+def test_equal_compute_is_equal_in_floating_point_operations() -> None:
+    experiment = load_experiment(ROOT / "experiments/05-model-sizes.toml", "laptop")
+    budgets = []
+    for arm in experiment.arms:
+        config = experiment.cell("equal compute", arm).config
+        tokens = (config.max_iters + 1) * config.tokens_per_iteration
+        budgets.append(tokens * flops_per_token(config, 4096))
+    assert max(budgets) / min(budgets) < 1.02
+
+
+def test_training_flops_are_those_that_torch_counts() -> None:
+    """torch counts every product whole, so a causal model's attention twice what it needs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from storylab.model.transformer import Transformer
+
+    config = dataclasses.replace(
+        preset_config("nano"), model=ModelConfig(3, 2, 1, 128, 288), block_size=64
+    )
+    model = Transformer(config.model, 4096)
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    ours = flops_per_token(config, 4096)
+    causal = 12 * 128 * 3 * (64 + 1) / 2
+    assert ours - causal == pytest.approx(6 * (config.model.parameter_count(4096) - 7 * 128))
+    # The backward pass of the lean blocks redoes elementwise work and no product that counts.
+    assert counter.get_total_flops() / 128 == pytest.approx(ours + causal, rel=0.15)
+
+
+# Factors
+
+
+def test_a_factor_covers_its_fields() -> None:
+    assert "n_embd" in factor_fields("size") and factor_fields("beta1") == {"beta1"}
+    for name in ("seed", "out_dir", "nonsense"):
+        with pytest.raises(UserError):
+            factor_fields(name)
+
+
+def test_the_split_into_micro_batches_is_no_difference() -> None:
+    a = TrainConfig()
+    b = dataclasses.replace(a, batch_size=32, gradient_accumulation_steps=32)
+    assert changed_fields(a, b) == {}
+    assert set(changed_fields(a, dataclasses.replace(a, batch_size=32))) == {"batch_size"}
+    assert set(changed_fields(a, preset_config("50m"))) == {
+        "preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
+    }  # fmt: skip
+
+
+def test_the_factor_of_two_configs_is_found_if_there_is_one() -> None:
+    assert infer_factor({"beta1"}) == "beta1"
+    assert infer_factor({"max_iters", "warmup_iters"}) == "length"
+    assert infer_factor({"learning_rate", "min_lr"}) == "learning_rate"
+    assert infer_factor({"beta1", "block_size"}) is None
+    assert infer_factor(set()) is None
+
+
+def test_a_recipe_is_its_config_and_data_and_nothing_else() -> None:
+    base = TrainConfig(device="cpu", data_seed=1)
+    digest = recipe_digest(base, "f")
+    assert digest == recipe_digest(
+        dataclasses.replace(base, seed=5, data_seed=5, out_dir=Path("x"), log_interval=3), "f"
+    )
+    split = dataclasses.replace(base, batch_size=32, gradient_accumulation_steps=32)
+    assert digest == recipe_digest(split, "f")
+    assert digest != recipe_digest(base, "g")
+    assert digest != recipe_digest(dataclasses.replace(base, beta1=0.8), "f")
+
+
+# Running
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return load_experiment(write(tmp_path / "tiny.toml"))
+
+
+@pytest.fixture
+def planned(experiment: Experiment, dataset: Dataset, tmp_path: Path) -> list[PlannedRun]:
+    return plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Serve requests in this process, which is quicker; returns the actions as they come."""
+    actions: list[str] = []
+
+    class Child:
+        def __init__(self, action: str, config: TrainConfig) -> None:
+            self.action, self.config = action, config
+
+        def serve(self, tell: Any) -> tuple[str, str]:
+            actions.append(self.action)
+            return serve(self.action, self.config)
+
+    monkeypatch.setattr(runner, "_Child", Child)
+    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    return actions
+
+
+def serve(action: str, config: TrainConfig) -> tuple[str, str]:
+    worker.work(action, config)
+    return worker.DONE, ""
+
+
+def test_an_experiment_runs_once_in_processes_of_its_own(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = Watcher()
+    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert "val loss" in watcher.lines[0]
+    before = {run.folder: (run.folder / "metrics.jsonl").read_bytes() for run in planned}
+    monkeypatch.setattr(runner, "_Child", None)  # nothing may be trained again
+    watcher = Watcher()
+    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert all("trained before" in line for line in watcher.lines)
+    assert {run.folder: (run.folder / "metrics.jsonl").read_bytes() for run in planned} == before
+
+
+def test_arms_share_initial_weights_and_data_order(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    run_experiment(planned, Watcher())
+    a, b = (Run(run.folder).environment for run in planned)
+    assert a["initial_weights_sha256"] == b["initial_weights_sha256"]
+    assert a["first_batch_sha256"] == b["first_batch_sha256"]
+
+
+def test_runs_by_other_code_are_shown_and_trained_anew_on_demand(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actions = in_process(monkeypatch)
+    run_experiment(planned, Watcher())
+    environment = planned[0].folder / "environment.json"
+    values = json.loads(environment.read_text()) | {"code_sha256": "other"}
+    environment.write_text(json.dumps(values))
+    watcher = Watcher()
+    run_experiment(planned, watcher)
+    assert "by another version of the code" in watcher.lines[0]
+    assert len(actions) == 2
+    run_experiment(planned, Watcher(), fresh=True)
+    assert len(actions) == 4
+    aside = planned[0].folder.with_name(planned[0].folder.name + ".old1")
+    assert (aside / "summary.json").exists()  # set aside, not deleted
+
+
+def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
+    experiment: Experiment, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(experiment, dataset, tmp_path / "runs")
+    outcomes = iter([(worker.FAILED, "a bug"), (worker.OUT_OF_MEMORY, "no room")])
+    sizes: list[int] = []
+
+    class Child:
+        def __init__(self, action: str, config: TrainConfig) -> None:
+            self.config = config
+            sizes.append(config.batch_size)
+
+        def serve(self, tell: Any) -> tuple[str, str]:
+            try:
+                return next(outcomes)
+            except StopIteration:
+                return serve("train", self.config)
+
+    monkeypatch.setattr(runner, "_Child", Child)
+    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    watcher = Watcher()
+    states = run_experiment(planned, watcher)
+    assert states == ["failed", "finished", "finished", "finished"]
+    assert sizes == [4, 4, 2, 4, 4]
+    assert "micro-batches of 2 sequences, 2 of them an iteration" in "".join(watcher.lines)
+    assert runner.run_state(planned[0].folder) == ("failed", "failed: a bug")
+    # The run that was cut finer is the run that was asked for, and says how it was cut.
+    assert Run(planned[1].folder).config.batch_size == 2
+    assert run_experiment(planned, Watcher())[0] == "finished"  # what failed is tried again
+
+
+def test_a_learning_rate_that_explodes_is_a_result(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG + "grad_clip = 0.0\n")
+    text = text.replace("learning_rate = 1e-2", "learning_rate = 1e30")
+    experiment = load_experiment(write(tmp_path / "wild.toml", text))
+    planned = plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
+    states = run_experiment(planned, Watcher())
+    assert states == ["finished", "diverged"]
+    record = runner.write_record(experiment, planned, tmp_path / "runs")
+    (comparison,) = load_outcome(record).comparisons
+    assert comparison.verdict == "can't tell"
+    assert "high, seed 1: diverged" in comparison.failures[0]
+
+
+def test_running_out_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert worker.out_of_memory(caught.value)
+    assert worker.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not worker.out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """SIGTERM to the experiment saves the run at hand; the same command ends with the same bits."""
+    config = TINY_CONFIG.replace("max_iters = 6", "max_iters = 400")
+    path = write(tmp_path / "long.toml", TEN_LINES.format(config=config))
+    command = [sys.executable, "-m", "storylab", "experiment", "run", str(path), "--seeds", "1"]
+    command += ["--data_dir", str(dataset.folder), "--only", "low"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(runs: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, "--runs", runs],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def metrics(runs: str) -> list[dict[str, Any]]:
+        (folder,) = (tmp_path / runs).glob("nano-*")
+        return Run(folder).metrics
+
+    first = start("stopped")
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if list((tmp_path / "stopped").glob("nano-*/metrics.jsonl")) and len(metrics("stopped")) > 5:
+            break
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM, err
+    assert "goes on from there" in err
+    assert len(metrics("stopped")) < 400
+    for runs in ("stopped", "whole"):
+        again = start(runs)
+        out, err = again.communicate(timeout=300)
+        assert again.returncode == 0, err
+        assert "EXPERIMENTS.md" in out
+    losses = [
+        [row["loss"] for row in metrics(runs) if row["kind"] == "iteration"]
+        for runs in ("stopped", "whole")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 401
+
+
+def test_the_plan_is_shown_without_training(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.toml")
+    args = ["experiment", "run", str(path), "--runs", str(tmp_path / "runs"), "--dry_run"]
+    assert main([*args, "--data_dir", str(dataset.folder), "--only", "high"]) == 0
+    out = capsys.readouterr().out
+    assert "Plan: 2 runs" in out and "predicted" in out and "448 tokens" in out
+    assert not list((tmp_path / "runs").glob("nano-*"))
+    assert main([*args, "--data_dir", str(dataset.folder), "--only", "highest"]) == 2
+
+
+def test_a_calibration_foretells_memory_and_time(
+    planned: list[PlannedRun], tiny_config: Callable[..., TrainConfig]
+) -> None:
+    measured = worker.measure(planned[0].config)
+    assert measured["iteration_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
+
+
+def test_an_arm_left_out_stays_in_the_record(
+    experiment: Experiment, dataset: Dataset, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runner.write_record(experiment, plan(experiment, dataset, runs), runs)
+    fewer = plan(experiment, dataset, runs, seeds=(1,))
+    path = runner.write_record(experiment, fewer, runs)
+    cells = json.loads(path.read_text())["cells"]
+    assert [sorted(cell["runs"]) for cell in cells] == [["1", "2"], ["1", "2"]]
