@@ -131,7 +131,8 @@ def load_result(folder: Path) -> Result:
                 )
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, UserError):
-            raise
+            named = str(folder) in str(error)
+            raise error if named else UserError(f"{folder}: {error}") from error
         raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from error
     return result
 

@@ -1,0 +1,372 @@
+"""Comparisons: what counts as one, what makes it void, and the words for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import TINY
+from storylab.cli import main
+from storylab.config import TrainConfig
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments.comparison import (
+    BETTER,
+    CANT_TELL,
+    CONFOUNDED,
+    EQUIVALENT,
+    NO_DIFFERENCE,
+    WORSE,
+    Arm,
+    Comparison,
+    Noise,
+    compare_arms,
+    compare_runs,
+    correct,
+    group_runs,
+    noise_floor,
+)
+from storylab.experiments.results import Result, load_result
+from storylab.experiments.verdicts import detail_lines, verdict_line
+from storylab.training.loop import train
+
+RATES = frozenset({"learning_rate"})
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two learning rates with two seeds: low-s1, low-s2, high-s1, high-s2."""
+    root = tmp_path_factory.mktemp("compared")
+    for name, rate in (("low", 1e-3), ("high", 1e-2)):
+        for seed in (1, 2):
+            train(
+                TrainConfig(
+                    model=TINY,
+                    data_dir=dataset.folder,
+                    out_dir=root / f"{name}-s{seed}",
+                    dtype="float32",
+                    max_iters=8,
+                    batch_size=4,
+                    gradient_accumulation_steps=2,
+                    block_size=16,
+                    learning_rate=rate,
+                    warmup_iters=2,
+                    eval_interval=2,
+                    eval_iters=1,
+                    seed=seed,
+                    device="cpu",
+                )
+            )
+    return root
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def low(trained: Path) -> Result:
+    return load_result(trained / "low-s1")
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def made(result: Result, losses: list[float], name: str = "arm", **config: Any) -> Arm:
+    """An arm whose runs, seeds 1 on, have these losses: every story's loss per token is the same."""
+    runs = []
+    for seed, loss in enumerate(losses, start=1):
+        stories = result.story_losses.copy()
+        stories[:, 0] = loss * stories[:, 1]
+        validation = result.summary["validation"] | {"loss": loss}
+        runs.append(
+            dataclasses.replace(
+                result,
+                config=dataclasses.replace(result.config, seed=seed, data_seed=seed, **config),
+                summary=result.summary | {"validation": validation},
+                story_losses=stories,
+            )
+        )
+    return Arm(name, tuple(runs))
+
+
+def compared(low: Result, arm: list[float], baseline: list[float], **options: Any) -> Comparison:
+    return compare_arms(
+        made(low, arm, "arm", learning_rate=0.5), made(low, baseline, "base"), RATES, **options
+    )
+
+
+def test_a_difference_of_the_recipes_is_paired_by_seed(low: Result) -> None:
+    base = [3.50, 3.40, 3.60]
+    c = compared(low, [x - 0.1 + e for x, e in zip(base, (0.001, 0, -0.001), strict=True)], base)
+    assert c.verdict == BETTER and c.pairs == 3 and c.paired
+    assert c.recipes is not None and c.recipes.estimate == pytest.approx(-0.1)
+    # The seeds' own spread, a hundred times that of the differences, is out of it.
+    assert c.recipes.high < -0.09
+    assert c.stories is not None and c.stories.n == len(low.story_losses)
+    line = verdict_line(c)
+    assert "arm vs base: val loss -0.1" in line and "3 paired seeds" in line and ": better" in line
+    assert "1x seed noise" in line
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "verdict"),
+    [
+        ([0.05, 0.051, 0.049], None, WORSE),
+        ([0.001, -0.001, 0.0005], 0.02, EQUIVALENT),
+        ([0.03, -0.03, 0.01], 0.02, NO_DIFFERENCE),
+        ([0.03, -0.03, 0.01], None, NO_DIFFERENCE),
+        ([0.001, 0.0011, 0.0009], 0.02, EQUIVALENT),  # different, but not by what matters
+    ],
+)
+def test_the_verdicts(
+    low: Result, differences: list[float], margin: float | None, verdict: str
+) -> None:
+    base = [3.5, 3.4, 3.6]
+    c = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base, margin=margin)
+    assert c.verdict == verdict
+    if verdict == NO_DIFFERENCE:
+        assert "could have seen" in verdict_line(c) and "would decide" in verdict_line(c)
+    if verdict == EQUIVALENT:
+        assert "equivalent within 0.02 nats" in verdict_line(c)
+
+
+def test_one_seed_cannot_tell_without_a_noise_floor(low: Result, tmp_path: Path) -> None:
+    low = dataclasses.replace(low, folder=tmp_path / "alone-s1")
+    c = compared(low, [3.4], [3.5])
+    assert c.verdict == CANT_TELL and c.stories is not None
+    assert "no noise floor is known" in verdict_line(c)
+    floor = Noise(0.002, 5)
+    assert compared(low, [3.4], [3.5], noise=floor).verdict == BETTER
+    assert compared(low, [3.499], [3.5], noise=floor).verdict == NO_DIFFERENCE
+    assert "noise of 5 seeds" in verdict_line(compared(low, [3.4], [3.5], noise=floor))
+
+
+def test_arms_without_a_common_seed_are_compared_unpaired(low: Result) -> None:
+    arm = made(low, [3.40, 3.41, 3.42], learning_rate=0.5)
+    shifted = tuple(
+        dataclasses.replace(
+            run, config=dataclasses.replace(run.config, seed=9 + i, data_seed=9 + i)
+        )
+        for i, run in enumerate(arm.runs)
+    )
+    c = compare_arms(Arm("arm", shifted), made(low, [3.5, 3.51, 3.52], "base"), RATES)
+    assert not c.paired and c.verdict == BETTER
+    assert "3 unpaired seeds" in verdict_line(c)
+
+
+def test_many_arms_are_corrected_for_their_number(low: Result) -> None:
+    base = [3.5, 3.4, 3.6]
+    differences = [0.0101, 0.0049, 0.0070]  # p about 0.04 on its own
+    one = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base)
+    assert one.verdict == WORSE
+    many = correct([one, *(compared(low, [3.51, 3.39, 3.6], base) for _ in range(4))])
+    assert many[0].verdict == NO_DIFFERENCE and many[0].family == 5
+    assert "corrected for 5 comparisons" in verdict_line(many[0])
+
+
+# Confounds
+
+
+def void(runs: Path, changes: Callable[[Path], None]) -> tuple[str, ...]:
+    """Confounds of high against low after ``changes`` to the folder of high-s1."""
+    changes(runs / "high-s1")
+    a, b = load_result(runs / "high-s1"), load_result(runs / "low-s1")
+    c = compare_arms(Arm("high", (a,)), Arm("low", (b,)), RATES)
+    assert (c.verdict == CONFOUNDED) == bool(c.confounds)
+    if c.confounds:
+        assert "confounded, no winner is given" in verdict_line(c) and c.stories is None
+        assert "better" not in verdict_line(c) and "worse" not in verdict_line(c)
+    return c.confounds
+
+
+def test_runs_that_differ_in_the_factor_alone_are_not_confounded(runs: Path) -> None:
+    assert void(runs, lambda folder: None) == ()
+
+
+def test_a_change_beside_the_factor_is_named(runs: Path) -> None:
+    (text,) = void(runs, lambda folder: change(folder, "config.json", beta1=0.5))
+    assert text == "beta1: 0.5 against 0.9"
+
+
+def test_another_batch_is_named(runs: Path) -> None:
+    texts = void(runs, lambda folder: change(folder, "config.json", batch_size=8))
+    assert "batch_size: 8 against 4" in texts
+
+
+def test_other_data_are_named(runs: Path) -> None:
+    (text,) = void(runs, lambda folder: change(folder, "data.json", fingerprint="0" * 64))
+    assert "data: fingerprint 000000000000 against" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("initial_weights_sha256", "initial weights"),
+        ("first_batch_sha256", "data order"),
+        ("code_sha256", "code: 2 versions"),
+    ],
+)
+def test_hashes_that_should_be_shared_are_compared(runs: Path, key: str, message: str) -> None:
+    (text,) = void(runs, lambda folder: change(folder, "environment.json", **{key: "0" * 64}))
+    assert message in text
+
+
+def test_a_resume_by_other_code_is_another_version(runs: Path) -> None:
+    resumed = [{"code_sha256": "1" * 64}]
+    (text,) = void(runs, lambda folder: change(folder, "environment.json", resumed=resumed))
+    assert "code: 2 versions" in text
+
+
+def test_another_torch_is_named(runs: Path) -> None:
+    packages = json.loads((runs / "low-s1/environment.json").read_text())["packages"]
+    texts = void(
+        runs,
+        lambda folder: change(folder, "environment.json", packages=packages | {"torch": "1.0"}),
+    )
+    assert texts[0].startswith("torch: 1.0 against")
+
+
+def test_other_stories_are_another_evaluation(runs: Path) -> None:
+    def shift_tokens(folder: Path) -> None:
+        table = np.load(folder / "story_losses.npy")
+        table[0, 1] += 1
+        table[1, 1] -= 1
+        np.save(folder / "story_losses.npy", table)
+
+    assert void(runs, shift_tokens) == ("evaluation: other stories or tokens",)
+
+
+def test_other_hardware_voids_speed_but_not_the_loss(runs: Path) -> None:
+    change(runs / "high-s1", "environment.json", processor="Abacus", threads=96)
+    a, b = load_result(runs / "high-s1"), load_result(runs / "low-s1")
+    c = compare_arms(Arm("high", (a,)), Arm("low", (b,)), RATES)
+    assert not c.confounds and c.equal_time is None
+    assert "speed is not comparable (processor: Abacus against" in verdict_line(c)
+
+
+def test_two_factors_at_once_are_confounded(runs: Path) -> None:
+    change(runs / "high-s1", "config.json", weight_decay=0.5)
+    (c,) = compare_runs([load_result(runs / "low-s1"), load_result(runs / "high-s1")])
+    assert c.verdict == CONFOUNDED and len(c.confounds) == 2
+
+
+# Runs on disk
+
+
+def test_runs_of_a_recipe_are_one_arm(trained: Path) -> None:
+    names = ("low-s1", "high-s1", "high-s2", "low-s2")
+    arms = group_runs([load_result(trained / name) for name in names])
+    assert [(arm.name, len(arm.runs)) for arm in arms] == [("low-s1", 2), ("learning_rate 0.01", 2)]
+
+
+def test_the_noise_floor_is_that_of_the_seeds_beside_a_run(trained: Path) -> None:
+    floor = noise_floor(load_result(trained / "low-s1"))
+    losses = [load_result(trained / f"low-s{seed}").loss for seed in (1, 2)]
+    assert floor is not None and floor.seeds == 2
+    assert floor.standard_deviation == pytest.approx(np.std(losses, ddof=1))
+
+
+def test_equal_time_is_read_off_both_curves(trained: Path) -> None:
+    (c,) = compare_runs([load_result(trained / f"{n}-s1") for n in ("low", "high")])
+    assert c.equal_time is not None and 0 < c.equal_time.progress <= 1
+
+
+def test_a_run_is_no_confound_for_itself(low: Result) -> None:
+    c = compare_arms(made(low, [3.5, 3.4]), made(low, [3.5, 3.4], "base"), frozenset())
+    assert c.verdict == NO_DIFFERENCE and c.recipes is not None and c.recipes.p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("story_losses.npy", b"junk"),
+        ("summary.json", b"{"),
+        ("config.json", b"[]"),
+        ("environment.json", b"{}"),
+        ("metrics.jsonl", b""),
+        ("summary.json", b'{"status": "finished"}'),
+    ],
+)
+def test_a_damaged_run_is_told_of(runs: Path, file: str, damage: bytes) -> None:
+    (runs / "low-s1" / file).write_bytes(damage)
+    with pytest.raises(UserError, match="low-s1"):
+        load_result(runs / "low-s1")
+
+
+def test_losses_that_are_not_those_of_the_summary_are_damage(runs: Path) -> None:
+    table = np.load(runs / "low-s1/story_losses.npy")
+    table[3, 0] *= 1.01
+    np.save(runs / "low-s1/story_losses.npy", table)
+    with pytest.raises(UserError, match="not that of its summary"):
+        load_result(runs / "low-s1")
+
+
+# The command line
+
+
+def test_compare_prints_the_verdict_and_what_stands_behind_it(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(trained / name) for name in ("low-s1", "low-s2", "high-s1", "high-s2")]
+    assert main(["compare", *folders, "--margin", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("learning_rate 0.01 vs low-s1: val loss ")
+    assert "these models on stories like these" in out and "2 paired seeds" in out
+    assert "energy: not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["low-s1"], "two runs or more"),
+        (["low-s1", "low-s2"], "differ in their seeds alone"),
+        (["low-s1", "nowhere"], "is not a run folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    trained: Path, capsys: pytest.CaptureFixture[str], names: list[str], message: str
+) -> None:
+    assert main(["compare", *(str(trained / name) for name in names)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_noise_is_printed_with_its_interval(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["noise", str(trained / "low-s1")]) == 0
+    out = capsys.readouterr().out
+    assert "standard deviation" in out and "2 seeds" in out and "5 pairs of seeds could see" in out
+
+
+def test_list_shows_sorts_and_filters(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "high-s2/summary.json").unlink()
+    (runs / "low-s2/summary.json").write_text("{")
+    assert main(["list", "--runs", str(runs), "--sort", "loss"]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs" in out and "unfinished" in out and "damaged" in out
+    assert out.index("high-s1") < out.index("low-s1")
+    assert main(["list", "--runs", str(runs), "--status", "finished", "--contains", "low"]) == 0
+    out = capsys.readouterr().out
+    assert "1 runs" in out and "low-s1" in out and "high" not in out
+    assert main(["list", "--runs", str(runs / "nowhere")]) == 2
+
+
+def test_detail_lines_name_what_is_behind_a_verdict(low: Result) -> None:
+    lines = detail_lines(compared(low, [3.4, 3.5, 3.6], [3.41, 3.49, 3.62], margin=0.02))
+    text = "\n".join(lines)
+    for part in ("recipes:", "equivalence within 0.02", "seed noise of base", "speed:", "memory:"):
+        assert part in text
