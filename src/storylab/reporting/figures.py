@@ -49,7 +49,7 @@ def curves(outcome: Outcome) -> Spec | None:
     tooltip = ["arm:N", "iterations:Q", "tokens:Q", "seconds:Q", "loss:Q", "low:Q", "high:Q"]
     lines = base.mark_line(strokeWidth=2)
     points = base.mark_point(filled=True, size=30, opacity=0.9).encode(tooltip=tooltip)
-    return _done(band + (lines + points).add_params(alt.selection_interval(bind="scales")))
+    return _done(band + _zoomed(lines) + points)
 
 
 def differences(outcome: Outcome) -> Spec | None:
@@ -67,7 +67,7 @@ def differences(outcome: Outcome) -> Spec | None:
         .mark_rule(strokeDash=[4, 4], color="#888")
         .encode(y="zero:Q")
     )
-    return _done(band + zero + lines.add_params(alt.selection_interval(bind="scales")))
+    return _done(band + zero + _zoomed(lines))
 
 
 def finals(outcome: Outcome) -> Spec | None:
@@ -135,7 +135,7 @@ def steps(outcome: Outcome, name: str) -> Spec | None:
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     chart = _along(outcome, kept, axis=False).encode(y=alt.Y(f"{name}:Q", title=name, scale=scale))
     lines = chart.mark_line(strokeWidth=1.5).encode(tooltip=["arm:N", "iterations:Q", f"{name}:Q"])
-    return _done(lines.add_params(alt.selection_interval(bind="scales")), height=220)
+    return _done(_zoomed(lines), height=220)
 
 
 def pareto(outcome: Outcome) -> Spec | None:
@@ -221,7 +221,7 @@ def positions(outcome: Outcome) -> Spec | None:
             tooltip=["arm:N", "position:Q", "loss:Q"],
         )
     )
-    return _done(chart.add_params(alt.selection_interval(bind="scales")))
+    return _done(_zoomed(chart))
 
 
 def _along(
@@ -250,6 +250,12 @@ def _along(
         .transform_calculate(along="datum[axis]")
         .encode(x=alt.X("along:Q", title="", scale=scale), color=_colour(outcome))
     )
+
+
+def _zoomed(chart: Any) -> Any:
+    """A chart to drag and zoom. Its names are given: altair would count them up over a process."""
+    zoom = alt.selection_interval(name="zoom", bind="scales")
+    return chart.properties(name="curves").add_params(zoom)
 
 
 def _colour(outcome: Outcome) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def write_report(runs: Path, out: Path) -> Path:
             for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
                 name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
                 svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
-                write_text(out / name, svg)
+                write_text(out / name, _renumbered(svg))
                 pictures[caption] = name
             sections.append(Section(outcome, pictures))
         write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
@@ -54,6 +55,12 @@ def write_report(runs: Path, out: Path) -> Path:
     except OSError as error:
         raise write_error(out, error) from error
     return out
+
+
+def _renumbered(svg: str) -> str:
+    """The picture with its clip paths counted from 0; vl-convert counts them over a process."""
+    numbers: dict[str, int] = {}
+    return re.sub(r"\bclip(\d+)", lambda m: f"clip{numbers.setdefault(m[1], len(numbers))}", svg)
 
 
 def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
