@@ -14,6 +14,7 @@ import pytest
 from storylab.cli import TrainCommand
 from storylab.data import builtin
 from storylab.data.sources import HUB_DATASETS
+from storylab.experiments.spec import KEYS, load_experiment
 from storylab.flags import default_for, parse
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,8 @@ ELSEWHERE = {
     "storylab prepare",
     "storylab prepare --source tinystories-v2 --tokenizer bpe:4096",
     "python train_tinystories.py --dtype bfloat16 --max_iters 1000",
+    # Half an hour; test_experiments.py loads the file and runs smaller ones.
+    "storylab experiment run experiments/04-sliding-window.toml --scale laptop",
 }
 SHORTER = {"--max_iters": "20", "--eval_interval": "10"}
 
@@ -68,13 +71,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_readme_command(command: str, place: Path) -> None:
     """In the README's order: later commands use what earlier ones made."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if command.startswith("storylab experiment run"):
+        small = (place / "mine.toml").read_text().replace("max_iters = 300", "max_iters = 20")
+        (place / "mine.toml").write_text(small)
     result = subprocess.run(shortened(command), cwd=place, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_readme_python(place: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    subprocess.run([sys.executable, "-c", code], cwd=place, check=True)
+    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        subprocess.run([sys.executable, "-c", code], cwd=place, check=True)
+
+
+def test_the_readmes_experiment_loads(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "a.toml").write_text(text)
+    assert load_experiment(tmp_path / "a.toml").arms == ("0.1", "0")
+    keys = re.findall(r"^\| `(?:\[+)?(\w+)", TEXT.partition("| key | meaning |")[2], re.MULTILINE)
+    for key in KEYS - {"config", "hypothesis", "purpose", "note", "waits_for"}:
+        assert key in keys, key
 
 
 def test_the_commands_that_run_elsewhere_are_in_the_readme() -> None:
