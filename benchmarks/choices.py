@@ -1,9 +1,9 @@
 """Time the alternatives behind three choices on this CPU: the head's loss, attention, and what to keep.
 
-    python benchmarks/choices.py
+    python benchmarks/choices.py [--part head|attention|model]
 
 Shapes are those of the 113M model at 32 x 128 tokens: head 768 to 50,257, attention 12 query and 3
-key/value heads of 64, in bfloat16 under autocast, forward and backward; "model" is the whole model,
+key/value heads of 64, whole or in a window of 64, in bfloat16 under autocast, forward and backward; "model" is the whole model,
 redoing elementwise work in the backward pass (lean) or keeping everything for it. Every alternative
 runs in a process of its own, in turns (A B C C B A ...); reported are medians over processes, and peak
 memory.
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 
 POSITIONS, WIDTH, VOCAB = 4096, 768, 50257
+WINDOW = 64
+ATTENTIONS = ("products", "flash", "window as a band", "window as a mask on products")
 
 
 def head(kind: str) -> Callable[[], float]:
@@ -60,17 +62,26 @@ def head(kind: str) -> Callable[[], float]:
 def attention(kind: str, length: int) -> Callable[[], float]:
     import torch
 
-    import storylab.model.attention
+    from storylab.model import attention as module
 
-    storylab.model.attention.MAX_PRODUCT_LENGTH = 0 if kind == "flash" else 1 << 20
+    module.MAX_PRODUCT_LENGTH = 0 if "flash" in kind else 1 << 20
     shape = (POSITIONS // length, 12, length, 64)
     query = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     keys = (POSITIONS // length, 3, length, 64)
     key = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
     value = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
 
+    mask = module._mask(length, length, WINDOW, query.device)
+
+    def attend() -> torch.Tensor:
+        if kind == "window as a band":
+            return module._banded_attention(query, key, value, WINDOW)
+        if kind == "window as a mask on products":
+            return module._product_attention(query, key, value, mask)
+        return module.causal_attention(query, key, value)
+
     def run() -> float:
-        out = storylab.model.attention.causal_attention(query, key, value)
+        out = attend()
         out.sum().backward()
         return out[0, 0, 0, 0].item()
 
@@ -118,6 +129,7 @@ def measure(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", choices=("head", "attention", "model"))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -125,9 +137,10 @@ def main() -> None:
         return
     heads = [f"head:{kind}" for kind in ("ours", "all logits", "torch chunked")]
     lengths = (128, 256, 512, 1024)
-    attentions = [f"attention:{k}:{n}" for n in lengths for k in ("products", "flash")]
+    attentions = [f"attention:{kind}:{n}" for n in lengths for kind in ATTENTIONS]
     models = ["model:lean", "model:keep all"]
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in heads + attentions + models}
+    names = [name for name in heads + attentions + models if name.startswith(args.part or "")]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(args.repeats):
         for name in list(rows)[:: 1 if turn % 2 == 0 else -1]:
             command = [sys.executable, __file__, "--only", name]

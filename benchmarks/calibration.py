@@ -1,0 +1,112 @@
+"""Do the intervals hold what they promise on real runs?
+
+    storylab experiment run benchmarks/calibration.toml --seeds 40 --runs calibration-runs
+    python benchmarks/calibration.py calibration-runs
+
+Equal recipes: many runs of one recipe with different seeds, dealt at random into two arms of a few
+runs each. Whatever the two arms differ in is noise, so at most 5 % of the verdicts may be "better" or
+"worse". Unequal recipes: an arm whose true difference is known, closely, from all its seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from storylab.experiments.comparison import BETTER, WORSE, Arm, Noise, compare_arms, noise_of
+from storylab.experiments.outcome import experiment_records, load_outcome
+from storylab.experiments.results import Result
+from storylab.experiments.statistics import mean_interval, power, story_interval
+
+DRAWS = 2000
+FOUND = (BETTER, WORSE)
+
+
+def with_seed(run: Result, seed: int) -> Result:
+    """The run under another seed's name, so that two runs of different seeds make a pair."""
+    config = dataclasses.replace(run.config, seed=seed, data_seed=seed)
+    # Their weights and first batches do differ: here that is the noise to be measured.
+    environment = run.environment | {"initial_weights_sha256": "", "first_batch_sha256": ""}
+    return dataclasses.replace(run, config=config, environment=environment)
+
+
+def false_positives(runs: list[Result], size: int, paired: bool, rng: np.random.Generator) -> float:
+    """Share of comparisons between two arms of the same recipe that name a winner."""
+    wrong = 0
+    for _ in range(DRAWS):
+        chosen = [runs[i] for i in rng.permutation(len(runs))[: 2 * size]]
+        if paired:
+            chosen = [with_seed(run, i % size) for i, run in enumerate(chosen)]
+        a, b = Arm("a", tuple(chosen[:size])), Arm("b", tuple(chosen[size:]))
+        wrong += compare_arms(a, b, frozenset()).verdict in FOUND
+    return wrong / DRAWS
+
+
+def false_positives_of_one_pair(runs: list[Result], floor: int, rng: np.random.Generator) -> float:
+    """The same for one pair of runs, with a noise floor from ``floor`` other seeds."""
+    wrong = 0
+    for _ in range(DRAWS):
+        chosen = [runs[i] for i in rng.permutation(len(runs))[: 2 + floor]]
+        a, b, *others = (with_seed(run, 0) for run in chosen)
+        noise: Noise | None = noise_of([run.loss for run in others])
+        comparison = compare_arms(Arm("a", (a,)), Arm("b", (b,)), frozenset(), noise=noise)
+        wrong += comparison.verdict in FOUND
+    return wrong / DRAWS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, help="the folder given as --runs")
+    (record,) = experiment_records(parser.parse_args().runs)
+    outcome = load_outcome(record)
+    base, arm = (list(cell.arm.finished) for cell in outcome.cells)
+    rng = np.random.default_rng(0)
+    losses = np.array([run.loss for run in base])
+    print(
+        f"{len(base)} seeds of one recipe: loss {losses.mean():.4f}, deviation {losses.std(ddof=1):.4f}"
+    )
+    half = len(base) // 2
+    differences = losses[:half] - losses[half : 2 * half]
+    interval = mean_interval(list(differences))
+    assert interval is not None
+    print(
+        f"{half} pairs of different seeds at once: {interval.estimate:+.4f} nats "
+        f"({interval.low:+.4f} to {interval.high:+.4f}), p {interval.p:.2f}"
+    )
+    print(f"winners named between equal recipes, {DRAWS} random draws (at most 5 % is promised):")
+    for size in (2, 3, 5):
+        for paired in (True, False):
+            share = false_positives(base, size, paired, rng)
+            print(f"  {size} runs an arm, {'paired' if paired else 'unpaired'}: {share:.1%}")
+    share = false_positives_of_one_pair(base, 5, rng)
+    print(f"  one pair, noise floor of 5 other seeds: {share:.1%}")
+    apart = 0
+    for a, b in zip(base[:half], base[half:], strict=False):
+        stories = story_interval(a.story_losses[:, 0], b.story_losses[:, 0], a.story_losses[:, 1])
+        apart += stories is not None and stories.p < 0.05
+    print(
+        f"pairs whose two models differ on the stories (the other question): {apart} of {half}; "
+        "no verdict is made from it"
+    )
+    theirs = {run.seeds: run.loss for run in base}
+    paired_differences = [run.loss - theirs[run.seeds] for run in arm if run.seeds in theirs]
+    truth, spread = float(np.mean(paired_differences)), float(np.std(paired_differences, ddof=1))
+    print(
+        f"a true difference of {truth:+.4f} nats (mean of {len(paired_differences)} pairs, deviation "
+        f"{spread:.4f}):"
+    )
+    for size in (2, 3, 5, 8):
+        draws = [rng.choice(paired_differences, size, replace=False) for _ in range(DRAWS)]
+        intervals = [mean_interval(list(draw)) for draw in draws]
+        found = np.mean([i.p < 0.05 for i in intervals if i])
+        print(
+            f"  {size} pairs of seeds: found in {found:.0%} of draws, stated power "
+            f"{power(truth, spread, size):.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
