@@ -3,10 +3,10 @@
     python benchmarks/choices.py [--part head|attention|model]
 
 Shapes are those of the 113M model at 32 x 128 tokens: head 768 to 50,257, attention 12 query and 3
-key/value heads of 64, whole or in a window of 64, in bfloat16 under autocast, forward and backward; "model" is the whole model,
-redoing elementwise work in the backward pass (lean) or keeping everything for it. Every alternative
-runs in a process of its own, in turns (A B C C B A ...); reported are medians over processes, and peak
-memory.
+key/value heads of 64, whole or in a window of 64, in bfloat16 under autocast, forward and backward;
+"model" is the whole model, redoing elementwise work in the backward pass (lean) or keeping everything
+for it. Every alternative runs in a process of its own, in turns (A B C C B A ...); reported are medians
+over processes, and peak memory.
 """
 
 from __future__ import annotations
