@@ -105,7 +105,8 @@ def _of_run(run: Result, name: str) -> Iterable[str]:
         f"{high:,.0f}, a spread of {(high - low) / middle:.0%})."
     )
     losses = spikes([row["loss"] for row in iterations])
-    norms = spikes([row["grad_norm"] for row in iterations])
+    # A float16 step that was skipped has no gradient norm.
+    norms = spikes([row["grad_norm"] or 0.0 for row in iterations])
     clipped = float(np.mean([row["clipped"] for row in iterations]))
     yield (
         f"{title}: {_counted(losses, 'loss spike')} and {_counted(norms, 'gradient-norm spike')} in "

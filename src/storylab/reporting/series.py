@@ -146,7 +146,9 @@ def step_rows(outcome: Outcome) -> list[Row]:
                 ("learning rate", "learning_rate"),
                 ("tokens a second", "tokens_per_second"),
             ):
-                row[name] = rounded(float(np.mean([entry[key] for entry in part])))
+                # A float16 step that was skipped has no gradient norm.
+                values = [entry[key] for entry in part if entry[key] is not None]
+                row[name] = rounded(float(np.mean(values))) if values else None
             rows.append(row)
     return rows
 
