@@ -7,6 +7,7 @@ same initial weights and data order in both arms). The verdict answers the secon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -15,15 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from storylab.errors import UserError
 from storylab.experiments import statistics
-from storylab.experiments.factors import SPLIT_FIELDS, changed_fields, infer_factor
-from storylab.experiments.results import Result, load_results
+from storylab.experiments.factors import changed_fields, infer_factor, unexplained
+from storylab.experiments.results import Result, load_result
 from storylab.experiments.statistics import ALPHA, Interval
+from storylab.training.run_folder import CONFIG, Run
 
 BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
 NO_DIFFERENCE, CANT_TELL, CONFOUNDED = "no difference seen", "can't tell", "confounded"
-# Fields of a config that may differ where the fields on the left do, as they follow from them.
-FOLLOWS = {"block_size": SPLIT_FIELDS}
+DIVERGED = "diverged"
+# Mean and median speed further apart than this tell of other work on the machine.
+UNSTEADY = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Noise:
 class EqualTime:
     """Difference of validation loss after the training seconds that the faster arm took in all.
 
-    Read off both curves: ``progress`` is the share of its schedule that the slower arm had done by
-    then, so its learning rate had not come down as far.
+    Read off both curves, of the estimate on a few fixed windows: ``progress`` is the share of its
+    schedule that the slower arm had done by then, so its learning rate had not come down as far.
     """
 
     difference: float
@@ -98,16 +102,24 @@ class Comparison:
     energy: Ratio | None
     equal_time: EqualTime | None
     failures: tuple[str, ...]
+    diverged: int = 0
+    """Runs of the arm that diverged."""
+    baseline_diverged: int = 0
     adjusted_p: float | None = None
     adjusted_equivalence_p: float | None = None
     family: int = 1
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``equivalent``, ``no difference seen``, ``can't tell`` or
-        ``confounded``; corrected for the number of comparisons made together."""
+        """``better``, ``worse``, ``equivalent``, ``no difference seen``, ``can't tell``,
+        ``diverged`` or ``confounded``; corrected for the number of comparisons made together."""
         if self.confounds:
             return CONFOUNDED
+        # Whatever the runs that are left say, they are a choice of the lucky ones.
+        if self.diverged and not self.baseline_diverged:
+            return DIVERGED
+        if self.baseline_diverged:
+            return CANT_TELL
         if self.recipes is None or self.adjusted_p is None:
             return CANT_TELL
         equivalence = self.adjusted_equivalence_p
@@ -125,21 +137,30 @@ class Comparison:
         return self.recipes.standard_error * math.sqrt(self.recipes.n)
 
     @property
+    def alpha(self) -> float:
+        """Level that a single comparison must reach at worst, for the number made together."""
+        return ALPHA / self.family
+
+    @property
     def detectable(self) -> float | None:
         """The true difference that this many pairs would find with a chance of 80 %."""
-        if self.recipes is None or self.recipes.n < 2 or self.spread is None:
+        if self.recipes is None or self.spread is None:
             return None
-        return statistics.detectable_difference(self.spread, self.recipes.n)
+        if self.recipes.n < 2:
+            return statistics.detectable_by_noise(self.recipes, self.alpha)
+        return statistics.detectable_difference(self.spread, self.recipes.n, self.alpha)
 
     @property
     def seeds_needed(self) -> int | None:
-        """Pairs that would find a difference as large as the one seen (80 % power), or the margin."""
+        """Pairs that would find a difference as large as the one seen, with a chance of 80 %."""
         if self.spread is None:
             return None
         difference = self.recipes.estimate if self.recipes else None
         if difference is None and self.stories is not None:
             difference = self.stories.estimate
-        return statistics.seeds_needed(difference, self.spread) if difference else None
+        if not difference:
+            return None
+        return statistics.seeds_needed(difference, self.spread, self.alpha)
 
 
 @dataclass
@@ -176,24 +197,24 @@ def compare_arms(
     paired = bool(found.pairs)
     if not paired and ours and theirs:
         found.pairs = list(zip(arm.finished, baseline.finished, strict=False))
-    for pair in found.pairs:
+    # Without pairs every run of the one stands against every run of the other.
+    met = found.pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
+    for pair in met:
         found.confounds |= dict.fromkeys(_confounds(*pair, allowed, paired))
         found.speed_confounds |= dict.fromkeys(_speed_confounds(*pair))
     if noise is None:
-        noise = noise_of(baseline.losses)
+        noise = noise_of(baseline.finished)
     if noise is None and baseline.finished:
         noise = noise_floor(baseline.finished[0])
     recipes, from_noise = None, False
     if paired:
         recipes = statistics.mean_interval([a.loss - b.loss for a, b in found.pairs])
-        if recipes is None and noise is not None:
-            difference = found.pairs[0][0].loss - found.pairs[0][1].loss
-            recipes = statistics.noise_interval(
-                difference, noise.standard_deviation, noise.seeds - 1
-            )
-            from_noise = True
     elif found.pairs:
         recipes = statistics.unpaired_interval(arm.losses, baseline.losses)
+    if recipes is None and noise is not None and len(found.pairs) == 1:
+        difference = found.pairs[0][0].loss - found.pairs[0][1].loss
+        recipes = statistics.noise_interval(difference, noise.standard_deviation, noise.seeds - 1)
+        from_noise = True
     comparison = Comparison(
         arm=arm.name,
         baseline=baseline.name,
@@ -208,9 +229,9 @@ def compare_arms(
         stories=_story_interval(found.pairs) if not found.confounds else None,
         noise=noise,
         margin=margin,
-        speed=_ratio(found.pairs, "tokens_per_second"),
-        memory=_ratio(found.pairs, "peak_memory_bytes"),
-        energy=_ratio(found.pairs, "energy_joules"),
+        speed=_ratio([(a.speed, b.speed) for a, b in found.pairs]),
+        memory=_ratio([(a.training_memory, b.training_memory) for a, b in found.pairs]),
+        energy=_ratio([tuple(r.summary["energy_joules"] for r in pair) for pair in found.pairs]),
         equal_time=None if found.speed_confounds else _equal_time(arm, baseline, found.pairs),
         failures=tuple(
             f"{side.name}, seed {run.config.seed}: {run.state}"
@@ -219,6 +240,8 @@ def compare_arms(
             for run in side.runs
             if not run.finished
         ),
+        diverged=sum(run.state == "diverged" for run in arm.runs),
+        baseline_diverged=sum(run.state == "diverged" for run in baseline.runs),
     )
     return correct([comparison])[0]
 
@@ -240,21 +263,25 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [dataclasses.replace(c, **by_id.get(id(c), nothing)) for c in comparisons]
 
 
-def noise_of(losses: Sequence[float]) -> Noise | None:
-    """Spread of final losses of one recipe over its seeds; None for fewer than two."""
-    if len(losses) < 2:
+def noise_of(runs: Iterable[Result]) -> Noise | None:
+    """Spread of final losses of one recipe over its seeds; None for fewer than two seeds, and where
+    all are the same to the bit, as nothing is known then."""
+    losses = list({run.seeds: run.loss for run in runs if run.finished}.values())
+    if len(losses) < 2 or len(set(losses)) < 2:
         return None
     return Noise(float(np.std(losses, ddof=1)), len(losses))
 
 
 def noise_floor(result: Result) -> Noise | None:
-    """Spread of the final loss over the seeds of a run's recipe that lie beside it."""
-    stem, mark, _ = result.folder.name.rpartition("-s")
-    if not mark:
-        return None
-    siblings, _ = load_results(sorted(result.folder.parent.glob(f"{stem}-s*")))
-    alike = [run for run in siblings if not changed_fields(run.config, result.config)]
-    return noise_of([run.loss for run in alike if run.finished])
+    """Spread of the final loss over the seeds of a run's recipe, data and code that lie beside it."""
+    alike = [result]
+    for folder in sorted(p.parent for p in result.folder.parent.glob(f"*/{CONFIG}")):
+        run = Run(folder)
+        with contextlib.suppress(UserError, KeyError, TypeError, OSError):
+            same = not changed_fields(run.config, result.config)
+            if same and run.data["fingerprint"] == result.data["fingerprint"]:
+                alike.append(load_result(folder))
+    return noise_of(run for run in alike if run.code_versions == result.code_versions)
 
 
 def group_runs(results: Iterable[Result]) -> list[Arm]:
@@ -264,7 +291,8 @@ def group_runs(results: Iterable[Result]) -> list[Arm]:
         for group in groups:
             same_data = group[0].data["fingerprint"] == result.data["fingerprint"]
             if same_data and not changed_fields(group[0].config, result.config):
-                group.append(result)
+                if result.seeds not in {run.seeds for run in group}:
+                    group.append(result)
                 break
         else:
             groups.append([result])
@@ -272,7 +300,7 @@ def group_runs(results: Iterable[Result]) -> list[Arm]:
 
 
 def compare_runs(results: Sequence[Result], margin: float | None = None) -> list[Comparison]:
-    """Hold the arms that ``results`` make up against the first of them.
+    """Hold the arms that ``results`` make up against the first of them; a seed counts once.
 
     What the arms differ in is the factor if one factor covers it; else they are confounded.
     """
@@ -297,10 +325,8 @@ def _arm_name(group: Sequence[Result], first: Sequence[Result]) -> str:
 def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> Iterable[str]:
     """Everything but the factor in which two runs differ and that can move the loss."""
     changed = changed_fields(a.config, b.config)
-    follow = {name for key, names in FOLLOWS.items() if key in allowed for name in names}
-    for name, (ours, theirs) in changed.items():
-        if name not in allowed | follow:
-            yield f"{name}: {ours} against {theirs}"
+    for name, (one, other) in unexplained(a.config, b.config, allowed).items():
+        yield f"{name}: {one} against {other}"
     if a.data["fingerprint"] != b.data["fingerprint"]:
         yield (
             f"data: fingerprint {a.data['fingerprint'][:12]} against {b.data['fingerprint'][:12]}"
@@ -321,18 +347,24 @@ def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> I
     if len(versions) > 1:
         yield f"code: {len(versions)} versions ({', '.join(sorted(v[:8] for v in versions))})"
     for package in ("torch", "numpy"):
-        one, other = (e["packages"].get(package) for e in (ours, theirs))
-        if one != other:
-            yield f"{package}: {one} against {other}"
+        found = [{stage["packages"].get(package) for stage in run.stages} for run in (a, b)]
+        if len(found[0] | found[1]) > 1:
+            yield f"{package}: {_set_text(found[0])} against {_set_text(found[1])}"
 
 
 def _speed_confounds(a: Result, b: Result) -> Iterable[str]:
     """What makes two runs' speeds, memory and energy no matter of the factor."""
     for key in ("processor", "cpu", "cores", "threads", "gpu", "device", "platform"):
-        if _differ(a.environment, b.environment, key):
-            yield f"{key}: {a.environment.get(key)} against {b.environment.get(key)}"
+        # Device and GPU are noted at the start only: a resume keeps the device.
+        found = [{s[key] for s in run.stages if key in s} for run in (a, b)]
+        if len(found[0] | found[1]) > 1:
+            yield f"{key}: {_set_text(found[0])} against {_set_text(found[1])}"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
         yield f"micro-batch: {a.config.batch_size} against {b.config.batch_size} sequences"
+
+
+def _set_text(values: set[Any]) -> str:
+    return " and ".join(sorted(map(str, values)))
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
@@ -345,12 +377,24 @@ def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]) -> I
         resumed = sum(bool(run.environment.get("resumed")) for run in side.runs)
         if resumed:
             yield f"{resumed} of {len(side.runs)} runs of {side.name} were resumed"
+    for side in (arm, baseline):
+        unsteady = [run for run in side.finished if _unsteady(run)]
+        if unsteady:
+            yield (
+                f"speed of {side.name}: in {len(unsteady)} of {len(side.finished)} runs mean and "
+                "median differ by over 5 %, so the machine did other work; medians are compared"
+            )
     lost = len(arm.runs) - len(arm.finished)
     if lost and arm.finished:
         yield (
             f"{lost} of {len(arm.runs)} runs of {arm.name} did not finish: the difference is that of "
             "those that did"
         )
+
+
+def _unsteady(run: Result) -> bool:
+    mean = run.summary["tokens_per_second"]
+    return run.speed is not None and abs(run.speed / mean - 1) > UNSTEADY
 
 
 def _story_interval(pairs: Sequence[tuple[Result, Result]]) -> Interval | None:
@@ -362,8 +406,7 @@ def _story_interval(pairs: Sequence[tuple[Result, Result]]) -> Interval | None:
     return statistics.story_interval(arm, baseline, pairs[0][0].story_losses[:, 1])
 
 
-def _ratio(pairs: Sequence[tuple[Result, Result]], key: str) -> Ratio | None:
-    values = [(a.summary[key], b.summary[key]) for a, b in pairs]
+def _ratio(values: Sequence[tuple[Any, ...]]) -> Ratio | None:
     if not values or not all(x and y for x, y in values):
         return None
     return Ratio(*statistics.ratio_interval([x for x, _ in values], [y for _, y in values]))

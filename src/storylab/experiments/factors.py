@@ -61,6 +61,23 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
     return {k: v for k, v in changed.items() if k not in SEED_FIELDS}
 
 
+def unexplained(
+    a: TrainConfig, b: TrainConfig, allowed: frozenset[str]
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between two runs besides the ``allowed`` fields, as name -> (a's, b's).
+
+    Another length of the sequences changes how many fit into a batch of as many tokens; a batch of
+    other tokens it does not explain.
+    """
+    changed = {k: v for k, v in changed_fields(a, b).items() if k not in allowed}
+    if "block_size" in allowed and not SPLIT_FIELDS & allowed:
+        tokens = (a.tokens_per_iteration, b.tokens_per_iteration)
+        changed = {k: v for k, v in changed.items() if k not in SPLIT_FIELDS}
+        if tokens[0] != tokens[1]:
+            changed["tokens an iteration"] = tokens
+    return changed
+
+
 def learning_rates(config: TrainConfig) -> list[float]:
     """Learning rate of every iteration: what peak, warm-up and schedule come to."""
     return [learning_rate(config, iteration) for iteration in range(config.max_iters + 1)]

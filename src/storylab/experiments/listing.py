@@ -88,6 +88,13 @@ def watch_rows(runs: Path) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
 
 
 def _watch_row(folder: Path, label: str) -> tuple[str, ...]:
+    try:
+        return _known_row(folder, label)
+    except (UserError, KeyError, TypeError, AttributeError, OSError):
+        return (label, "damaged", "", "", "", "", "")
+
+
+def _known_row(folder: Path, label: str) -> tuple[str, ...]:
     state, _ = run_state(folder)
     if state == "new":
         return (label, "waiting", "", "", "", "", "")

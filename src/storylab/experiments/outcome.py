@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from storylab.experiments.factors import LENGTH_FIELDS, factor_fields
 from storylab.experiments.results import Result, load_result
 from storylab.experiments.runner import EXPERIMENTS, run_state
 from storylab.experiments.spec import Expectation
+from storylab.experiments.statistics import mean_interval
 from storylab.files import read_json
 
 
@@ -42,14 +43,31 @@ class Checked:
     expectation: Expectation
     condition: str
     value: float | None
+    low: float | None = None
+    """Lower end of the number's 95 % interval, where it has one."""
+    high: float | None = None
 
     @property
     def met(self) -> bool | None:
-        """Whether the number is within the bounds, or None without a number."""
+        """Whether the number is within the bounds; None without one, or if its interval has a bound
+        inside it."""
         if self.value is None:
             return None
+        if self.low is not None and self.high is not None:
+            bounds = (self.expectation.at_least, self.expectation.at_most)
+            if any(b is not None and self.low <= b <= self.high for b in bounds):
+                return None
+        return self.missed_bound is None
+
+    @property
+    def missed_bound(self) -> float | None:
+        """The bound that the number is beyond, or None."""
         low, high = self.expectation.at_least, self.expectation.at_most
-        return (low is None or self.value >= low) and (high is None or self.value <= high)
+        if self.value is not None and low is not None and self.value < low:
+            return low
+        if self.value is not None and high is not None and self.value > high:
+            return high
+        return None
 
 
 @dataclass(frozen=True)
@@ -160,8 +178,7 @@ def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:
     for cell in outcome.cells:
         wanted = expectation.condition in (None, cell.condition)
         if cell.arm.name == expectation.arm and wanted:
-            value = _METRICS[expectation.metric](cell, outcome)
-            yield Checked(expectation, cell.condition, value)
+            yield Checked(expectation, cell.condition, *_METRICS[expectation.metric](cell, outcome))
 
 
 def _comparison(cell: CellResult, outcome: Outcome) -> Comparison | None:
@@ -170,53 +187,61 @@ def _comparison(cell: CellResult, outcome: Outcome) -> Comparison | None:
     return next((c for c in found if not c.confounds), None)
 
 
-def _loss_difference(cell: CellResult, outcome: Outcome) -> float | None:
+# A number with the ends of its interval, each None where it is not known.
+Measured = tuple[float | None, float | None, float | None]
+_UNKNOWN: Measured = (None, None, None)
+
+
+def _loss_difference(cell: CellResult, outcome: Outcome) -> Measured:
     c = _comparison(cell, outcome)
-    return c.recipes.estimate if c and c.recipes else None
+    if c is None or c.recipes is None:
+        return _UNKNOWN
+    return c.recipes.estimate, c.recipes.low, c.recipes.high
 
 
-def _speed_ratio(cell: CellResult, outcome: Outcome) -> float | None:
-    c = _comparison(cell, outcome)
-    return c.speed.value if c and c.speed and not c.speed_confounds else None
+def _ratio(name: str) -> Callable[[CellResult, Outcome], Measured]:
+    def measured(cell: CellResult, outcome: Outcome) -> Measured:
+        c = _comparison(cell, outcome)
+        ratio = getattr(c, name) if c and not c.speed_confounds else None
+        return (ratio.value, ratio.low, ratio.high) if ratio else _UNKNOWN
+
+    return measured
 
 
-def _memory_ratio(cell: CellResult, outcome: Outcome) -> float | None:
-    c = _comparison(cell, outcome)
-    return c.memory.value if c and c.memory and not c.speed_confounds else None
+def _mean(values: Sequence[float | None]) -> Measured:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return _UNKNOWN
+    interval = mean_interval(known)
+    mean = float(np.mean(known))
+    return (mean, interval.low, interval.high) if interval else (mean, None, None)
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _plateau(cell: CellResult, outcome: Outcome) -> float | None:
+def _plateau(cell: CellResult, outcome: Outcome) -> Measured:
     plateaus = []
     for run in cell.arm.finished:
         law = fit_power_law(*curve_after_warmup(run))
         if law:
             plateaus.append(law.plateau)
-    finite = [p for p in plateaus if math.isfinite(p)]
-    return _mean(finite) if len(finite) == len(plateaus) else math.inf
+    if not plateaus or all(map(math.isfinite, plateaus)):
+        return _mean(plateaus)
+    return math.inf, None, None
 
 
 def curve_after_warmup(run: Result) -> tuple[list[int], list[float]]:
-    """Iterations and validation losses of a run's evaluations once its warm-up is over.
-
-    For a run that is nothing but warm-up, those of its second half.
-    """
-    config = run.config
-    start = config.warmup_iters if config.warmup_iters < config.max_iters else config.max_iters / 2
-    rows = [row for row in run.evaluations if row["iteration"] >= start]
+    """Iterations and validation losses of a run's evaluations once its warm-up is over: none for a
+    run that is nothing but warm-up."""
+    rows = [row for row in run.evaluations if row["iteration"] >= run.config.warmup_iters]
+    if run.config.warmup_iters >= run.config.max_iters:
+        rows = []
     return [row["iteration"] for row in rows], [row["val_loss"] for row in rows]
 
 
-_METRICS: dict[str, Callable[[CellResult, Outcome], float | None]] = {
+_METRICS: dict[str, Callable[[CellResult, Outcome], Measured]] = {
     "loss_difference": _loss_difference,
-    "speed_ratio": _speed_ratio,
-    "memory_ratio": _memory_ratio,
-    "tokens_per_second": lambda cell, _: _mean(
-        [run.summary["tokens_per_second"] for run in cell.arm.finished]
-    ),
+    "speed_ratio": _ratio("speed"),
+    "memory_ratio": _ratio("memory"),
+    "tokens_per_second": lambda cell, _: _mean([run.speed for run in cell.arm.finished]),
     "val_loss": lambda cell, _: _mean(cell.arm.losses),
     "plateau_iteration": _plateau,
 }

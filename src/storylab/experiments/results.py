@@ -49,10 +49,31 @@ class Result:
         return self.config.seed, self.config.resolved_data_seed
 
     @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The environment it was started in, and those it was resumed in."""
+        return [self.environment, *self.environment.get("resumed", [])]
+
+    @property
     def code_versions(self) -> set[str]:
         """Versions of the code that it was trained by, more than one if it was resumed by another."""
-        stages = [self.environment, *self.environment.get("resumed", [])]
-        return {stage["code_sha256"] for stage in stages}
+        return {stage["code_sha256"] for stage in self.stages}
+
+    @cached_property
+    def speed(self) -> float | None:
+        """Tokens a second of the median iteration, which a burst of other work on the machine
+        leaves alone; the first one, which warms up, is left out."""
+        seconds = [row["step_seconds"] for row in self.iterations[1:] or self.iterations]
+        if not seconds:
+            return None
+        return self.config.tokens_per_iteration / float(np.median(seconds))
+
+    @cached_property
+    def training_memory(self) -> int | None:
+        """Peak memory in bytes of training steps: before the first evaluation, whose batches are of
+        another size than training's."""
+        first = min((e["iteration"] for e in self.evaluations), default=None)
+        rows = [r for r in self.iterations if first is None or r["iteration"] < first]
+        return rows[-1]["peak_memory_bytes"] if rows else None
 
     @property
     def parameters(self) -> int:
@@ -92,7 +113,7 @@ class Result:
         """Mean nats of the targets at each position of a window; empty if there are none."""
         try:
             return np.load(self.folder / POSITION_LOSSES, allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return np.empty(0)
 
 
@@ -123,13 +144,21 @@ def load_result(folder: Path) -> Result:
         # Everything a comparison will ask of it, now rather than in the middle of a report.
         _ = result.evaluations, result.code_versions, result.data["fingerprint"]
         if state == "finished":
-            _ = result.parameters, summary["tokens_per_second"], summary["peak_memory_bytes"]
+            _ = result.parameters, result.speed, result.training_memory
             if len(result.iterations) != summary["iterations"]:
                 raise UserError(
                     f"{folder} is damaged: it has metrics of {len(result.iterations)} of its "
                     f"{summary['iterations']} iterations"
                 )
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        EOFError,
+    ) as error:
         if isinstance(error, UserError):
             named = str(folder) in str(error)
             raise error if named else UserError(f"{folder}: {error}") from error

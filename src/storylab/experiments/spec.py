@@ -17,7 +17,13 @@ from typing import Any
 from storylab.config import TrainConfig, check_seed
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
-from storylab.experiments.factors import FACTORS, LENGTH_FIELDS, changed_fields, factor_fields
+from storylab.experiments.factors import (
+    FACTORS,
+    LENGTH_FIELDS,
+    changed_fields,
+    factor_fields,
+    unexplained,
+)
 from storylab.flags import default_for, parse
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
@@ -29,12 +35,17 @@ METRICS = {
     "memory_ratio": "peak memory over the baseline's",
     "tokens_per_second": "tokens a second",
     "val_loss": "loss on the whole validation split, in nats",
-    "plateau_iteration": "iteration from which another doubling brings less than 0.01 nats",
+    "plateau_iteration": "predicted iteration from which a doubling brings less than 0.01 nats",
 }
 DEFAULT_SEEDS = (1337, 1338, 1339)
 ONLY_CONDITION = ""
 # Fields that say where the run lies or are the runner's to set.
-FORBIDDEN = {"out_dir", "seed", "data_seed"}
+FORBIDDEN = {
+    "out_dir": "--runs says where runs go",
+    "seed": "use seeds = [...]",
+    "data_seed": "use seeds = [...]",
+    "data_dir": "use [data], or --data_dir",
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class _Reader:
                 scale = "laptop" if "laptop" in scales else next(iter(scales))
         elif scale not in scales:
             raise UserError(f"there is no scale '{scale}': it has {_listed(scales) or 'none'}")
-        chosen = scales.get(scale, {})
+        chosen = _table(scales, scale) if scale in scales else {}
         _known(chosen, set(SCALED), f"scale '{scale}'")
         self.config = _table(table, "config") | _table(chosen, "config")
         self.table = table | chosen
@@ -168,9 +179,9 @@ class _Reader:
         if arms and baseline not in arms:
             raise UserError(f"the baseline '{baseline}' is not one of the arms: {_listed(arms)}")
         factor = _typed(table, "factor", str, "")
-        if len(arms) > 1:
-            if not factor:
-                raise UserError("it needs a factor: what its arms differ in")
+        if len(arms) > 1 and not factor:
+            raise UserError("it needs a factor: what its arms differ in")
+        if factor:
             factor_fields(factor)
         experiment = Experiment(
             name=self.name,
@@ -199,16 +210,15 @@ class _Reader:
 
     def _data(self) -> PrepareConfig:
         values = _table(self.table, "data")
-        allowed = {"source", "tokenizer", "builtin_stories"}
+        allowed = {"source", "tokenizer", "builtin_stories", "train", "validation", "out"}
         _known(values, allowed, "[data]")
         return parse(PrepareConfig, _flags(values), "", advice="in [data]")
 
     def _config(self, changes: Mapping[str, Any], place: str) -> TrainConfig:
         values = self.config | dict(changes)
-        if taken := FORBIDDEN & set(values):
-            raise UserError(f"{place}: {_listed(taken)} is not an arm's to set (use seeds = [...])")
-        data_dir = {} if "data_dir" in values else {"data_dir": str(self._data().folder)}
-        flags = _flags(data_dir | values)
+        for name in FORBIDDEN.keys() & values.keys():
+            raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
+        flags = _flags({"data_dir": str(self._data().folder)} | values)
         return parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
 
 
@@ -223,7 +233,8 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
         ratio = flops_per_token(base, vocab_size) / flops_per_token(cell.config, vocab_size)
         ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
         updates = max(1, round((base.max_iters + 1) * ratio))
-        warmup = round(cell.config.warmup_iters * updates / (base.max_iters + 1))
+        stretch = (updates - 1) / max(base.max_iters, 1)
+        warmup = round(cell.config.warmup_iters * stretch)
         config = dataclasses.replace(cell.config, max_iters=updates - 1, warmup_iters=warmup)
         yield dataclasses.replace(cell, config=config)
 
@@ -257,13 +268,12 @@ def _check_arms(experiment: Experiment) -> None:
         for i, arm in enumerate(experiment.arms):
             for other in experiment.arms[:i]:
                 a, b = (experiment.cell(condition, name).config for name in (other, arm))
-                changed = changed_fields(a, b)
-                if not changed:
+                if not changed_fields(a, b):
                     raise UserError(
                         f"arm '{arm}' changes nothing{where}: all that decides its result is as in "
                         f"'{other}'"
                     )
-                if extra := set(changed) - allowed:
+                if extra := set(unexplained(a, b, allowed)):
                     raise UserError(
                         f"arm '{arm}' changes {_listed(extra)}{where} besides the factor "
                         f"'{experiment.factor}': one factor at a time, or name a factor that "
@@ -284,7 +294,7 @@ def _expectations(
         if missing or not {"at_least", "at_most"} & set(entry):
             raise UserError("[[expect]] needs text, metric, arm, and at_least or at_most")
         for key, choices in (("metric", METRICS), ("arm", arms), ("condition", conditions)):
-            if key in entry and entry[key] not in choices:
+            if key in entry and (not isinstance(entry[key], str) or entry[key] not in choices):
                 raise UserError(f"[[expect]] {key} '{entry[key]}': use one of {_listed(choices)}")
         for key in ("at_least", "at_most"):
             if isinstance(entry.get(key, 0), bool) or not isinstance(
@@ -328,6 +338,8 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
             flags.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, str | int | float):
             flags += [f"--{key}", str(value)]
+        elif isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            flags += [f"--{key}", *value]
         else:
             raise UserError(f"{key} must be a single value, not a {type(value).__name__}")
     return flags

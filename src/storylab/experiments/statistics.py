@@ -143,16 +143,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def power(difference: float, spread: float, n: int) -> float:
-    """Chance that a paired t-test with ``n`` pairs finds a true ``difference``.
+def power(difference: float, spread: float, n: int, alpha: float = ALPHA) -> float:
+    """Chance that a paired t-test with ``n`` pairs at level ``alpha`` finds a true ``difference``.
 
     ``spread`` is the standard deviation of the pairs' differences.
     """
     if n < 2:
         return 0.0
     if spread == 0:
-        return 1.0 if difference else ALPHA
-    critical = float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+        return 1.0 if difference else alpha
+    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
     shift = abs(difference) / spread * math.sqrt(n)
     # The noncentral t distribution as a mean over the spread that the pairs may show; scipy's own
     # loses its digits for two pairs.
@@ -161,26 +161,34 @@ def power(difference: float, spread: float, n: int) -> float:
     return float((stats.norm.cdf(shift - reach) + stats.norm.cdf(-shift - reach)).mean())
 
 
-def detectable_difference(spread: float, n: int) -> float:
+def detectable_difference(spread: float, n: int, alpha: float = ALPHA) -> float:
     """The true difference that ``n`` pairs would find with a chance of 80 %; infinite for one."""
     if n < 2:
         return math.inf
     if spread == 0:
         return 0.0
-    unit = optimize.brentq(lambda d: power(d, 1.0, n) - POWER, 1e-6, 200.0)
+    unit = optimize.brentq(lambda d: power(d, 1.0, n, alpha) - POWER, 1e-6, 2000.0)
     return float(unit) * spread
 
 
-def seeds_needed(difference: float, spread: float) -> int | None:
+def detectable_by_noise(interval: Interval, alpha: float = ALPHA) -> float:
+    """The true difference that one pair with a noise floor would find with a chance of 80 %."""
+    reach = stats.t.ppf(1 - alpha / 2, interval.df) + stats.t.ppf(POWER, interval.df)
+    return float(reach) * interval.standard_error
+
+
+def seeds_needed(difference: float, spread: float, alpha: float = ALPHA) -> int | None:
     """Pairs of seeds that find a true ``difference`` with a chance of 80 %; None if over 1,000."""
     if difference == 0:
         return None
     low, high = 2, MOST_SEEDS
-    if power(difference, spread, high) < POWER:
+    if power(difference, spread, high, alpha) < POWER:
         return None
     while low < high:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if power(difference, spread, middle) >= POWER else (middle + 1, high)
+            (low, middle)
+            if power(difference, spread, middle, alpha) >= POWER
+            else (middle + 1, high)
         )
     return low

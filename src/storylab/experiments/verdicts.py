@@ -7,6 +7,7 @@ import math
 from storylab.experiments.comparison import (
     CANT_TELL,
     CONFOUNDED,
+    DIVERGED,
     EQUIVALENT,
     NO_DIFFERENCE,
     Comparison,
@@ -30,6 +31,8 @@ def interval_text(interval: Interval) -> str:
 def verdict_line(c: Comparison) -> str:
     """The comparison in one line and few words."""
     title = f"{c.arm} vs {c.baseline}" + (f" @ {c.condition}" if c.condition else "")
+    if c.verdict == DIVERGED:
+        return f"{title}: {DIVERGED}, so worse: {'; '.join(c.failures)}"
     if not c.pairs:
         why = "; ".join(c.failures) or "there are no finished runs of both"
         return f"{title}: {CANT_TELL}: {why}"
@@ -43,6 +46,10 @@ def _loss_part(c: Comparison) -> str:
     stories = f"{c.stories.n:,} stories" if c.stories else "no stories"
     if c.recipes is None:
         difference = f"val loss {nats(c.stories.estimate)} nats" if c.stories else "no loss"
+        if c.noise is not None:
+            return (
+                f"{difference} ({stories}): {CANT_TELL}, as an arm has one run and no common seed"
+            )
         needed = c.seeds_needed
         more = f"; about {needed} paired seeds would decide" if needed else ""
         return (
@@ -51,10 +58,13 @@ def _loss_part(c: Comparison) -> str:
         )
     if c.from_noise:
         assert c.noise is not None
-        base = f"1 pair and the noise of {c.noise.seeds} seeds"
+        kind = "1 pair" if c.paired else "1 unpaired pair"
+        base = f"{kind} and the noise of {c.noise.seeds} seeds"
     else:
         base = f"{c.pairs} paired seeds" if c.paired else f"{c.pairs} unpaired seeds"
     text = f"val loss {interval_text(c.recipes)}; {base}, {stories}): {c.verdict}"
+    if c.baseline_diverged:
+        text += f", as {c.baseline_diverged} runs of the baseline diverged"
     if c.verdict == EQUIVALENT:
         text += f" within {c.margin:g} nats"
     elif c.verdict == NO_DIFFERENCE:
@@ -85,23 +95,32 @@ def _speed_parts(c: Comparison) -> list[str]:
     if c.equal_time and c.speed and abs(math.log(c.speed.value)) > 0.02:
         difference = c.equal_time.difference
         word = "better" if difference < 0 else "worse"
-        sure = c.equal_time.low is not None and c.equal_time.low * (c.equal_time.high or 0) > 0
-        doubt = "" if sure else " (interval spans 0)"
+        low, high = c.equal_time.low, c.equal_time.high
+        doubt = ""
+        if low is None or high is None:
+            doubt = " (one pair)"
+        elif low <= 0 <= high:
+            doubt = " (interval spans 0)"
         parts.append(f"at equal time: {word} by {abs(difference):.3f}{doubt}")
     return parts
 
 
 def ratio_text(ratio: Ratio, more: str, less: str, what: str) -> str:
-    """``1.31x faster (1.28 to 1.34)``; a ratio whose interval spans 1 is told as such."""
+    """``1.31x faster (1.28 to 1.34)``; the same only if the whole interval is within 2 % of 1."""
     low, high = ratio.low, ratio.high
-    if low is not None and high is not None and low <= 1 <= high:
+    if low is not None and high is not None and low >= 0.98 and high <= 1.02:
         return f"same {what} ({low:.2f}x to {high:.2f}x)"
+    if low is None and abs(ratio.value - 1) < 0.005:
+        return f"same {what} (one pair)"
+    unclear = ""
+    if low is not None and high is not None and low <= 1 <= high:
+        unclear = ": can't tell"
     word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
     if low is None or high is None:
         return f"{value:.2f}x {word} (one pair)"
     if ratio.value < 1:
         low, high = 1 / high, 1 / low
-    return f"{value:.2f}x {word} ({low:.2f} to {high:.2f})"
+    return f"{value:.2f}x {word} ({low:.2f} to {high:.2f}{unclear})"
 
 
 def detail_lines(c: Comparison) -> list[str]:
@@ -130,7 +149,7 @@ def detail_lines(c: Comparison) -> list[str]:
     if not c.speed_confounds:
         for ratio, what, more, less in (
             (c.speed, "speed", "faster", "slower"),
-            (c.memory, "memory", "more memory", "less memory"),
+            (c.memory, "memory of training", "more memory", "less memory"),
             (c.energy, "energy", "more energy", "less energy"),
         ):
             lines.append(
@@ -142,7 +161,8 @@ def detail_lines(c: Comparison) -> list[str]:
         e = c.equal_time
         spread = f" (95 % CI {e.low:+.3f} to {e.high:+.3f})" if e.low is not None else ""
         lines.append(
-            f"at equal training time: {e.difference:+.3f} nats{spread}, read off the curves; "
+            f"at equal training time: {e.difference:+.3f} nats{spread}, read off the curves of the "
+            f"estimates during training; "
             f"{e.slower} had done {e.progress:.0%} of its schedule by then"
         )
     lines += [f"differs: {text}" for text in (*c.confounds, *c.speed_confounds)]

@@ -33,8 +33,11 @@ class Section:
 def read_remarks(text: str) -> dict[str, str]:
     """Hand-written remarks of an earlier log, by experiment."""
     pattern = re.escape(BEGIN_REMARKS).replace(re.escape("{}"), "(.*?)")
-    found = re.findall(f"{pattern}\n(.*?)\n{re.escape(END_REMARKS)}", text, re.DOTALL)
-    return {label: body for label, body in found if body.strip() != REMARKS_HINT}
+    # No marker within: one that lost its end must not swallow the sections after it.
+    body = r"((?:(?!<!-- (?:remarks:|end of remarks)).*\n)*?)"
+    found = re.findall(f"{pattern}\n{body}{re.escape(END_REMARKS)}", text)
+    remarks = {label: body.strip("\n") for label, body in found}
+    return {k: v for k, v in remarks.items() if v.strip() and v.strip() != REMARKS_HINT}
 
 
 def markdown(
