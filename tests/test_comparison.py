@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,14 @@ from storylab.experiments.comparison import (
     BETTER,
     CANT_TELL,
     CONFOUNDED,
+    DIVERGED,
     EQUIVALENT,
     NO_DIFFERENCE,
     WORSE,
     Arm,
     Comparison,
     Noise,
+    Ratio,
     compare_arms,
     compare_runs,
     correct,
@@ -34,7 +37,7 @@ from storylab.experiments.comparison import (
     noise_floor,
 )
 from storylab.experiments.results import Result, load_result
-from storylab.experiments.verdicts import detail_lines, verdict_line
+from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
 from storylab.training.loop import train
 
 RATES = frozenset({"learning_rate"})
@@ -167,6 +170,68 @@ def test_arms_without_a_common_seed_are_compared_unpaired(low: Result) -> None:
     assert "3 unpaired seeds" in verdict_line(c)
 
 
+def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Result) -> None:
+    base = made(low, [3.5, 3.4, 3.6], "base")
+    arm = made(low, [3.1, 3.0, 3.2], "arm", learning_rate=0.5)
+    lost = dataclasses.replace(arm.runs[2], state="diverged", reason="loss is nan")
+    c = compare_arms(Arm("arm", (*arm.runs[:2], lost)), base, RATES)
+    assert c.verdict == DIVERGED
+    assert "diverged, so worse: arm, seed 3: diverged (loss is nan)" in verdict_line(c)
+    back = compare_arms(base, Arm("arm", (*arm.runs[:2], lost)), RATES)
+    assert back.verdict == CANT_TELL and "runs of the baseline diverged" in verdict_line(back)
+
+
+def test_a_seed_counts_once(runs: Path, low: Result) -> None:
+    """A copy of a run, or one set aside, is no second measurement."""
+    shutil.copytree(runs / "low-s1", runs / "low-s1.old1")
+    shutil.rmtree(runs / "low-s2")
+    assert noise_floor(load_result(runs / "low-s1")) is None
+    folders = [runs / "low-s1", runs / "low-s1.old1", runs / "high-s1"]
+    (c,) = compare_runs([load_result(folder) for folder in folders])
+    assert c.verdict == CANT_TELL
+
+
+def test_the_noise_of_other_code_or_data_is_not_this_noise(runs: Path) -> None:
+    change(runs / "low-s2", "environment.json", code_sha256="0")
+    assert noise_floor(load_result(runs / "low-s1")) is None
+
+
+def test_a_ratio_is_the_same_only_if_its_interval_says_so() -> None:
+    words = ("faster", "slower", "speed")
+    assert ratio_text(Ratio(1.0, 0.99, 1.01), *words) == "same speed (0.99x to 1.01x)"
+    assert ratio_text(Ratio(2.7, 0.64, 11.85), *words) == "2.70x faster (0.64 to 11.85: can't tell)"
+    assert ratio_text(Ratio(0.5, 0.4, 0.625), *words) == "2.00x slower (1.60 to 2.50)"
+    assert ratio_text(Ratio(1.31, None, None), *words) == "1.31x faster (one pair)"
+    assert ratio_text(Ratio(1.001, None, None), *words) == "same speed (one pair)"
+
+
+def test_memory_is_that_of_training_and_speed_that_of_the_median(runs: Path) -> None:
+    path = runs / "low-s1/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "iteration":
+            # The first evaluation is before iteration 2; iteration 5 met other work.
+            row["peak_memory_bytes"] = 100 if row["iteration"] < 2 else 900
+            row["step_seconds"] = 50.0 if row["iteration"] == 5 else 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = load_result(runs / "low-s1")
+    assert result.training_memory == 100
+    assert result.speed == 4 * 2 * 16 / 0.5
+
+
+def test_hardware_of_a_resume_counts(runs: Path) -> None:
+    stage = json.loads((runs / "high-s1/environment.json").read_text())
+    other = stage | {"threads": 64, "packages": stage["packages"] | {"torch": "2.0"}}
+    change(runs / "high-s1", "environment.json", resumed=[other])
+    c = compare_arms(
+        Arm("high", (load_result(runs / "high-s1"),)),
+        Arm("low", (load_result(runs / "low-s1"),)),
+        RATES,
+    )
+    assert any(re.match(r"torch: 2\.0 and 2\.", text) for text in c.confounds)
+    assert any(text.startswith("threads: ") for text in c.speed_confounds)
+
+
 def test_many_arms_are_corrected_for_their_number(low: Result) -> None:
     base = [3.5, 3.4, 3.6]
     differences = [0.0101, 0.0049, 0.0070]  # p about 0.04 on its own
@@ -225,7 +290,8 @@ def test_hashes_that_should_be_shared_are_compared(runs: Path, key: str, message
 
 
 def test_a_resume_by_other_code_is_another_version(runs: Path) -> None:
-    resumed = [{"code_sha256": "1" * 64}]
+    stage = json.loads((runs / "high-s1/environment.json").read_text())
+    resumed = [stage | {"code_sha256": "1" * 64}]
     (text,) = void(runs, lambda folder: change(folder, "environment.json", resumed=resumed))
     assert "code: 2 versions" in text
 
@@ -368,5 +434,5 @@ def test_list_shows_sorts_and_filters(runs: Path, capsys: pytest.CaptureFixture[
 def test_detail_lines_name_what_is_behind_a_verdict(low: Result) -> None:
     lines = detail_lines(compared(low, [3.4, 3.5, 3.6], [3.41, 3.49, 3.62], margin=0.02))
     text = "\n".join(lines)
-    for part in ("recipes:", "equivalence within 0.02", "seed noise of base", "speed:", "memory:"):
+    for part in ("recipes:", "equivalence within 0.02", "seed noise of base", "speed:", "memory of training:"):
         assert part in text

@@ -18,13 +18,15 @@ import torch
 
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
+from storylab.console import ConsoleReporter
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import runner, worker
-from storylab.experiments.factors import changed_fields, factor_fields, infer_factor
+from storylab.experiments.factors import changed_fields, factor_fields, infer_factor, learning_rates
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
 from storylab.experiments.spec import Experiment, flops_per_token, load_experiment, skeleton
+from storylab.lab_cli import plan_lines
 from storylab.training.run_folder import Run
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +150,13 @@ def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
         ("[arms]", "[arms", "not valid TOML"),
         ("learning_rate = 1e-2 }", "learning_rate = [1, 2] }", "single value"),
         ("n_layer = 1", "n_layer = 0", "n_layer is 0"),
+        ("n_layer = 1", 'n_layer = 1\ndata_dir = "x"', "use \\[data\\], or --data_dir"),
+        ("[arms]", "[scales]\nlaptop = 3\n[arms]", "laptop must be a dict"),
+        (
+            "[arms]",
+            "[[expect]]\ntext = 'x'\nmetric = ['val_loss']\narm = 'low'\nat_most = 1\n[arms]",
+            "metric .* use one of",
+        ),
         ("[config]", "[[expect]]\ntext = 'x'\n[config]", "needs text, metric, arm"),
     ],
 )
@@ -177,6 +186,23 @@ def test_a_window_that_no_sequence_fills_changes_nothing(tmp_path: Path) -> None
     load_experiment(write(tmp_path / "b.toml", window.replace("window:16", "window:15")))
 
 
+def test_lengths_are_compared_at_as_many_tokens_an_iteration(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG).replace('"learning_rate"', '"block_size"')
+    text = text.replace("learning_rate = 1e-3", "block_size = 16")
+    equal = text.replace("learning_rate = 1e-2", "block_size = 32, batch_size = 2")
+    load_experiment(write(tmp_path / "a.toml", equal))
+    more = text.replace("learning_rate = 1e-2", "block_size = 32")
+    assert "changes tokens an iteration besides the factor" in fails(tmp_path / "b.toml", more)
+
+
+def test_local_stories_are_named_in_the_file(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    data = '[data]\ntrain = ["a.txt", "b.txt"]\nvalidation = ["c.txt"]\nout = "d"\n[config]'
+    experiment = load_experiment(write(tmp_path / "a.toml", text.replace("[config]", data)))
+    assert experiment.data.train == (Path("a.txt"), Path("b.txt"))
+    assert experiment.cells[0].config.data_dir == Path("d")
+
+
 def test_an_unknown_scale_is_named(tmp_path: Path) -> None:
     assert "it has laptop" in fails(
         tmp_path / "a.toml", TEN_LINES.format(config=TINY_CONFIG) + "\n[scales.laptop]\n", "big"
@@ -190,6 +216,8 @@ def test_equal_compute_is_equal_in_floating_point_operations() -> None:
         config = experiment.cell("equal compute", arm).config
         tokens = (config.max_iters + 1) * config.tokens_per_iteration
         budgets.append(tokens * flops_per_token(config, 4096))
+        # The course of the learning rate is stretched as a whole: it ends where the baseline's does.
+        assert learning_rates(config)[-1] == pytest.approx(2e-3)
     assert max(budgets) / min(budgets) < 1.02
 
 
@@ -370,9 +398,9 @@ def test_a_learning_rate_that_explodes_is_a_result(
     planned = plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
     states = run_experiment(planned, Watcher())
     assert states == ["finished", "diverged"]
-    record = runner.write_record(experiment, planned, tmp_path / "runs")
+    record = runner.write_record(experiment, dataset, planned, tmp_path / "runs")
     (comparison,) = load_outcome(record).comparisons
-    assert comparison.verdict == "can't tell"
+    assert comparison.verdict == "diverged"
     assert "high, seed 1: diverged" in comparison.failures[0]
 
 
@@ -453,12 +481,79 @@ def test_a_calibration_foretells_memory_and_time(
     assert measured["iteration_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
 
 
-def test_an_arm_left_out_stays_in_the_record(
+def test_a_calibration_that_fails_stops_nothing(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Child:
+        def __init__(self, action: str, config: TrainConfig) -> None: ...
+
+        def serve(self, tell: Any) -> tuple[str, str]:
+            return worker.OUT_OF_MEMORY, "no room"
+
+    monkeypatch.setattr(runner, "_Child", Child)
+    assert [estimate for _, estimate in runner.estimates(planned)] == [None, None]
+    lines = list(plan_lines(planned, ConsoleReporter()))
+    assert "cannot be calibrated" in lines[1]
+
+
+def test_what_a_call_leaves_out_stays_in_the_record(
     experiment: Experiment, dataset: Dataset, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    runner.write_record(experiment, plan(experiment, dataset, runs), runs)
-    fewer = plan(experiment, dataset, runs, seeds=(1,))
-    path = runner.write_record(experiment, fewer, runs)
-    cells = json.loads(path.read_text())["cells"]
-    assert [sorted(cell["runs"]) for cell in cells] == [["1", "2"], ["1", "2"]]
+
+    def record(**options: Any) -> list[list[str]]:
+        planned = plan(experiment, dataset, runs, **options)
+        path = runner.write_record(experiment, dataset, planned, runs)
+        assert load_outcome(path).comparisons  # it can be read, whatever it has
+        return [sorted(cell["runs"]) for cell in json.loads(path.read_text())["cells"]]
+
+    assert record(only=("high",), seeds=(1,)) == [[], ["1"]]
+    assert record() == [["1", "2"], ["1", "2"]]
+    assert record(seeds=(1,)) == [["1", "2"], ["1", "2"]]
+    assert record(only=("low",), seeds=(1, 2, 3)) == [["1", "2", "3"], ["1", "2"]]
+
+
+def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    class Child:
+        def __init__(self, action: str, config: TrainConfig) -> None:
+            self.config = config
+            sizes.append(config.batch_size)
+
+        def serve(self, tell: Any) -> tuple[str, str]:
+            result = serve("train", self.config)
+            if len(sizes) < 3:
+                (planned[0].folder / runner.SUMMARY).unlink()
+                return worker.KILLED, "killed"
+            return result
+
+    monkeypatch.setattr(runner, "_Child", Child)
+    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    run_experiment(planned[:1], Watcher())
+    assert sizes == [4, 4, 2]
+    assert (planned[0].folder / runner.SPLIT_NOTE).exists()
+
+
+def test_two_experiments_do_not_train_a_run_twice(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process holds the run's name, this one waits, then takes what came of it."""
+    actions = in_process(monkeypatch)
+    run_experiment(planned[:1], Watcher())
+    lock = planned[0].folder.parent / runner.LOCKS / planned[0].folder.name
+    script = (
+        "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); "
+        "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(3)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        watcher = Watcher()
+        assert run_experiment(planned[:1], watcher) == ["finished"]
+    assert "waiting for that" in watcher.lines[0] and "trained before" in watcher.lines[1]
+    assert actions == ["train"]

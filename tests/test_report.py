@@ -105,7 +105,7 @@ def pool(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     worker.work("train", run.config)
                 except worker.TrainingDiverged:
                     assert run.state == "diverged"
-        write_record(experiment, planned, root / "runs")
+        write_record(experiment, dataset, planned, root / "runs")
     silent.undo()
     return root / "runs"
 
@@ -145,7 +145,7 @@ def test_the_log_has_the_records_structure(report: Path) -> None:
         "- Date: 20",
         "- Purpose: To test the report.",
         "- Config of the baseline: `--preset nano",
-        "- Repeat: `storylab experiment run experiments/04-windows.toml`",
+        "- Repeat: `storylab experiment run 04-windows.toml`",
         "**Generation sample**",
         "**Key observations**",
         "iter 16:",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +17,7 @@ from storylab.flags import parse
 
 if TYPE_CHECKING:
     from storylab.console import ConsoleReporter
+    from storylab.data.dataset import Dataset
     from storylab.experiments.runner import PlannedRun
     from storylab.experiments.spec import Experiment
 
@@ -175,13 +177,13 @@ def _run(args: list[str]) -> int:
 
     experiment = load_experiment(command.file, command.scale)
     seeds = experiment.first_seeds(command.seeds)
-    planned = _plan(experiment, command.data_dir, command.runs, seeds, command.only)
+    dataset, planned = _plan(experiment, command.data_dir, command.runs, seeds, command.only)
     if command.dry_run:
-        with _reporter() as reporter:
+        with _interruptible(), _reporter() as reporter:
             for line in plan_lines(planned, reporter):
                 reporter.line(line)
         return 0
-    record, states = _train(experiment, planned, command.runs, command.fresh)
+    record, states = _train(experiment, dataset, planned, command.runs, command.fresh)
     from storylab.experiments.outcome import load_outcome
     from storylab.experiments.verdicts import verdict_line
     from storylab.reporting.report import write_report
@@ -203,39 +205,52 @@ def _plan(
     runs: Path,
     seeds: Sequence[int],
     only: Sequence[str] = (),
-) -> list[PlannedRun]:
-    """The runs of an experiment, its data set prepared if need be."""
+) -> tuple[Dataset, list[PlannedRun]]:
+    """The runs of an experiment with its data set, prepared if need be."""
+    from storylab.console import ConsoleReporter
     from storylab.data.dataset import load_dataset
     from storylab.data.prepare import prepare
     from storylab.experiments import runner
 
     runner.require_runnable(experiment)
-    folder = data_dir or experiment.data.folder
-    if data_dir is None and not folder.exists():
-        from storylab.console import ConsoleReporter
-
+    if data_dir is not None:
+        dataset = load_dataset(data_dir)
+    else:
         with ConsoleReporter(count=False) as reporter:
-            reporter.line(f"Preparing {folder}")
-            prepare(experiment.data, reporter.progress)
-    return runner.plan(experiment, load_dataset(folder), runs, seeds, only)
+            if not experiment.data.folder.exists():
+                reporter.line(f"Preparing {experiment.data.folder}")
+            dataset = prepare(experiment.data, reporter.progress)
+    return dataset, runner.plan(experiment, dataset, runs, seeds, only)
 
 
 def _train(
-    experiment: Experiment, planned: Sequence[PlannedRun], runs: Path, fresh: bool = False
+    experiment: Experiment,
+    dataset: Dataset,
+    planned: Sequence[PlannedRun],
+    runs: Path,
+    fresh: bool = False,
 ) -> tuple[Path, list[str]]:
     """Show the plan, carry it out, and write which runs make up the experiment."""
     from storylab.experiments import runner
+
+    with _interruptible(fresh), _reporter() as reporter:
+        if fresh or any(run.state not in runner.ENDED for run in planned):
+            for line in plan_lines(planned, reporter):
+                reporter.line(line)
+        record = runner.write_record(experiment, dataset, planned, runs)
+        return record, runner.run_experiment(planned, reporter, fresh)
+
+
+@contextmanager
+def _interruptible(fresh: bool = False) -> Iterator[None]:
+    """Leave with one line and the signal's exit code when a signal stops the work."""
     from storylab.training.loop import TrainingInterrupted
 
     try:
-        with _reporter() as reporter:
-            if fresh or any(run.state not in runner.ENDED for run in planned):
-                for line in plan_lines(planned, reporter):
-                    reporter.line(line)
-            record = runner.write_record(experiment, planned, runs)
-            return record, runner.run_experiment(planned, reporter, fresh)
+        yield
     except TrainingInterrupted as stop:
-        print(f"storylab: {stop}; the same command goes on from there", file=sys.stderr)
+        same = "the same command without --fresh" if fresh else "the same command"
+        print(f"storylab: {stop}; {same} goes on from there", file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from None
 
 
@@ -254,14 +269,15 @@ def plan_lines(planned: Sequence[PlannedRun], reporter: ConsoleReporter) -> Iter
     for number, (run, estimate) in enumerate(estimates(planned)):
         reporter.progress("calibrating", number, len(planned))
         state = run.state
-        if state not in ENDED:
-            left[run.folder] = estimate.seconds  # a folder counts once, however many cells share it
+        told = f"{'cannot be calibrated':>35}"
+        if estimate is not None:
+            if state not in ENDED:
+                left[run.folder] = estimate.seconds  # once, however many cells share the run
+            kind = "measured" if estimate.measured else "predicted"
+            memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
+            told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
         tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
-        rows.append(
-            f"  {run.label:<44} {tokens:>13,} tokens  {duration(estimate.seconds):>12}  "
-            f"{estimate.memory_bytes / 1e9:6.2f} GB  "
-            f"{'measured' if estimate.measured else 'predicted':<9}  {state}"
-        )
+        rows.append(f"  {run.label:<44} {tokens:>13,} tokens  {told}  {state}")
     yield (
         f"Plan: {len(planned)} runs, about {duration(sum(left.values()))} to go "
         "(predicted by a calibration of seconds, where no like run is finished)"
@@ -315,8 +331,9 @@ def noise(args: list[str]) -> int:
     else:
         experiment = load_experiment(command.target, command.scale)
         seeds = experiment.first_seeds(max(command.seeds, 2))
-        planned = _plan(experiment, command.data_dir, command.runs, seeds, (experiment.baseline,))
-        _train(experiment, planned, command.runs)
+        only = (experiment.baseline,)
+        dataset, planned = _plan(experiment, command.data_dir, command.runs, seeds, only)
+        _train(experiment, dataset, planned, command.runs)
         found = {run.cell.condition: load_result(run.folder) for run in planned}
     for condition, result in found.items():
         floor = noise_floor(result)

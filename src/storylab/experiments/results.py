@@ -143,6 +143,7 @@ def load_result(folder: Path) -> Result:
         )
         # Everything a comparison will ask of it, now rather than in the middle of a report.
         _ = result.evaluations, result.code_versions, result.data["fingerprint"]
+        _ = [stage["packages"]["torch"] for stage in result.stages]
         if state == "finished":
             _ = result.parameters, result.speed, result.training_memory
             if len(result.iterations) != summary["iterations"]:

@@ -23,8 +23,15 @@ from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS
 from storylab.experiments.spec import Cell, Experiment
-from storylab.experiments.worker import DIVERGED, DONE, FAILED, INTERRUPTED, OUT_OF_MEMORY
-from storylab.files import held, read_json, write_json
+from storylab.experiments.worker import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    KILLED,
+    OUT_OF_MEMORY,
+)
+from storylab.files import exclusive, held, read_json, write_json
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
 from storylab.training.run_folder import CONFIG, SUMMARY, Run, code_sha256
 
@@ -32,6 +39,9 @@ ENDED = ("finished", "diverged")
 FAILURE = "failure.json"
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
+LOCKS = ".locks"
+# Beside a run that had to be cut finer than it was asked for: why.
+SPLIT_NOTE = "split.json"
 
 
 class Watcher(Reporter, Protocol):
@@ -120,6 +130,22 @@ def require_runnable(experiment: Experiment) -> None:
         raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
 
 
+def resolved_cells(experiment: Experiment, dataset: Dataset) -> list[tuple[Cell, str]]:
+    """Every cell with device and data filled in, and the name that its runs' folders begin with.
+
+    Raises:
+        UserError: the experiment cannot run yet, or this machine lacks the device or precision.
+    """
+    require_runnable(experiment)
+    cells = []
+    for cell in experiment.cells:
+        dataset.require_window(cell.config.block_size)
+        config, _ = resolve_device(dataclasses.replace(cell.config, data_dir=dataset.folder))
+        name = f"{config.preset}-{recipe_digest(config, dataset.fingerprint)}"
+        cells.append((dataclasses.replace(cell, config=config), name))
+    return cells
+
+
 def plan(
     experiment: Experiment,
     dataset: Dataset,
@@ -128,74 +154,71 @@ def plan(
     only: Sequence[str] = (),
 ) -> list[PlannedRun]:
     """The runs of an experiment in the order in which they are trained: seed by seed, so that every
-    arm has a result early and a machine that slows down does so for all arms alike.
+    arm has a result early.
 
     Raises:
         UserError: the experiment cannot run yet, ``only`` names no arm, or this machine has not
             got the device or precision.
     """
-    require_runnable(experiment)
     if unknown := set(only) - set(experiment.arms):
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
-    planned = []
-    for cell in experiment.cells:
-        if only and cell.arm not in only:
-            continue
-        dataset.require_window(cell.config.block_size)
-        config, _ = resolve_device(dataclasses.replace(cell.config, data_dir=dataset.folder))
-        digest = recipe_digest(config, dataset.fingerprint)
-        resolved = dataclasses.replace(cell, config=config)
-        planned.append((resolved, f"{config.preset}-{digest}"))
+    cells = resolved_cells(experiment, dataset)
     return [
         PlannedRun(cell, seed, runs / f"{name}-s{seed}")
         for seed in seeds or experiment.seeds
-        for cell, name in planned
+        for cell, name in cells
+        if not only or cell.arm in only
     ]
 
 
-def write_record(experiment: Experiment, planned: Sequence[PlannedRun], runs: Path) -> Path:
+def write_record(
+    experiment: Experiment, dataset: Dataset, planned: Sequence[PlannedRun], runs: Path
+) -> Path:
     """Write which runs make up the experiment, for the comparison and the report to read.
 
-    Runs of arms and seeds that this call leaves out, but an earlier one had, stay listed.
+    Runs that this call leaves out, but an earlier one had, stay listed while their arm is what it was.
     """
     path = runs / EXPERIMENTS / f"{experiment.label}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(experiment)
     del values["data"], values["cells"]
-    rows = {(r.cell.condition, r.cell.arm, r.seed): r.folder.name for r in planned}
-    if path.exists():
-        with contextlib.suppress(UserError, KeyError, TypeError):
-            for cell in read_json(path)["cells"]:
-                for seed, folder in cell["runs"].items():
-                    key = (cell["condition"], cell["arm"], int(seed))
-                    stem = folder.rpartition("-s")[0]
-                    # Only while the arm still is what it was then.
-                    if any(
-                        k[:2] == key[:2] and f.rpartition("-s")[0] == stem for k, f in rows.items()
-                    ):
-                        rows.setdefault(key, folder)
-    values["cells"] = [
-        {
-            "condition": cell.condition,
-            "arm": cell.arm,
-            "config": configs.to_dict(cell.config),
-            "runs": {
-                str(key[2]): folder
-                for key, folder in sorted(rows.items(), key=lambda row: row[0][2])
-                if key[:2] == (cell.condition, cell.arm)
-            },
+    before = _recorded_runs(path)
+    values["cells"] = []
+    for cell, name in resolved_cells(experiment, dataset):
+        key = (cell.condition, cell.arm)
+        seeds = {run.seed for run in planned if (run.cell.condition, run.cell.arm) == key}
+        seeds |= {
+            seed for seed, folder in before.get(key, {}).items() if folder == f"{name}-s{seed}"
         }
-        for cell in {(r.cell.condition, r.cell.arm): r.cell for r in planned}.values()
-    ]
+        values["cells"].append(
+            {
+                "condition": cell.condition,
+                "arm": cell.arm,
+                "config": configs.to_dict(cell.config),
+                "runs": {str(seed): f"{name}-s{seed}" for seed in sorted(seeds)},
+            }
+        )
     write_json(path, values)
     return path
 
 
-def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estimate]]:
-    """What each run will take: from a finished run of the same cell, or a calibration of seconds."""
-    known: dict[tuple[str, str], Estimate] = {}
+def _recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
+    """Folders by seed of every cell of an earlier record; nothing where there is none to be read."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    if path.exists():
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError, AttributeError):
+            for cell in read_json(path)["cells"]:
+                runs = {int(seed): str(folder) for seed, folder in cell["runs"].items()}
+                found[cell["condition"], cell["arm"]] = runs
+    return found
+
+
+def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estimate | None]]:
+    """What each run will take: from a finished run of the same cell, or a calibration of seconds;
+    None where the calibration failed."""
+    known: dict[tuple[str, str], Estimate | None] = {}
     for run in planned:
         key = (run.cell.condition, run.cell.arm)
         if key not in known:
@@ -213,15 +236,13 @@ def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
     return None
 
 
-def _calibrated_estimate(run: PlannedRun) -> Estimate:
+def _calibrated_estimate(run: PlannedRun) -> Estimate | None:
     config = run.config
     answers: list[dict[str, Any]] = []
-    outcome, reason = _Child("measure", config).serve(answers.append)
-    if outcome == OUT_OF_MEMORY:
-        return Estimate(float("nan"), float("inf"), measured=False)
+    _Child("measure", config).serve(answers.append)
     measured = next((a for a in answers if a["event"] == "measured"), None)
     if measured is None:
-        raise UserError(f"{run.label}: {reason}")
+        return None  # training will find out why, and keep it as the arm's result
     evaluations = config.max_iters // config.eval_interval + bool(
         config.max_iters % config.eval_interval
     )
@@ -248,24 +269,43 @@ def run_experiment(
     for number, run in enumerate(planned, start=1):
         name = f"[{number}/{len(planned)}] {run.label}"
         watcher.overall(name, done, total)
-        again = fresh and run.folder not in seen
-        if again and run.folder.exists() and not held(run.folder):
-            set_aside(run.folder)
-        seen.add(run.folder)
-        if run.folder.exists() and held(run.folder):
-            watcher.line(f"{name}: another process is training it; waiting for that")
-            while held(run.folder):
-                time.sleep(POLL_SECONDS)
-        if run.state in ENDED:
-            note = ", by another version of the code" if run.other_code else ""
-            watcher.line(f"{name}: {outcome_line(run)} (trained before{note}: {run.folder})")
-        else:
-            _train(run, name, watcher, done, total)
-            watcher.line(f"{name}: {outcome_line(run)}")
+        with _alone(run, name, watcher):
+            if fresh and run.folder not in seen and run.folder.exists():
+                set_aside(run.folder)
+            seen.add(run.folder)
+            if run.state in ENDED:
+                note = ", by another version of the code" if run.other_code else ""
+                where = f"trained before{note}: {run.folder}"
+                watcher.line(f"{name}: {outcome_line(run)} ({where})")
+            else:
+                if run.state == "unfinished" and run.other_code:
+                    watcher.line(f"{name}: begun by another version of the code; going on with it")
+                _train(run, name, watcher, done, total)
+                watcher.line(f"{name}: {outcome_line(run)}")
         states.append(run.state)
         done += _tokens(run)
     watcher.overall("done", total, total)
     return states
+
+
+@contextlib.contextmanager
+def _alone(run: PlannedRun, name: str, watcher: Watcher) -> Iterator[None]:
+    """Hold the run's name, so that experiments that share it do not train it twice at once."""
+    lock = run.folder.parent / LOCKS / run.folder.name
+    lock.mkdir(parents=True, exist_ok=True)
+    if held(lock) or (run.folder.exists() and held(run.folder)):
+        watcher.line(f"{name}: another process is training it; waiting for that")
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(lock))
+            except UserError:
+                time.sleep(POLL_SECONDS)
+                continue
+            while run.folder.exists() and held(run.folder):
+                time.sleep(POLL_SECONDS)
+            yield
+            return
 
 
 def _tokens(run: PlannedRun) -> int:
@@ -286,14 +326,22 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
                 share = event["done"] / event["total"]
                 watcher.overall(name, done + share * _tokens(run), total)
 
+    killed = False
     while True:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         outcome, reason = _Child("train", config).serve(tell)
         if outcome == INTERRUPTED:
             raise TrainingInterrupted(reason, signal.SIGTERM)
         if outcome in (DONE, DIVERGED):
+            if config.batch_size != run.config.batch_size:
+                note = {"asked": run.config.batch_size, "trained": config.batch_size}
+                write_json(run.folder / SPLIT_NOTE, note)
             return
-        if outcome == OUT_OF_MEMORY and config.batch_size % 2 == 0:
+        if outcome == KILLED and not killed and Run(run.folder).checkpoint("last").exists():
+            killed = True  # whoever did it may have meant the process, not the run
+            watcher.line(f"{name}: {reason}; going on from its checkpoint")
+            continue
+        if outcome in (OUT_OF_MEMORY, KILLED) and config.batch_size % 2 == 0:
             if (run.folder / CONFIG).exists():
                 config = Run(run.folder).config
                 set_aside(run.folder)
@@ -304,8 +352,8 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
                 out_dir=run.folder,
             )
             watcher.line(
-                f"{name}: out of memory; again with micro-batches of {config.batch_size} sequences, "
-                f"{config.gradient_accumulation_steps} of them an iteration (the same tokens)"
+                f"{name}: {reason or outcome}; again with micro-batches of {config.batch_size} "
+                f"sequences, {config.gradient_accumulation_steps} of them an iteration (the same tokens)"
             )
             continue
         run.folder.mkdir(parents=True, exist_ok=True)

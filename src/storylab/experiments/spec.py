@@ -79,6 +79,7 @@ class Experiment:
     """
 
     name: str
+    file: str
     scale: str
     title: str
     purpose: str
@@ -138,7 +139,7 @@ def load_experiment(path: Path, scale: str | None = None) -> Experiment:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     try:
-        return _Reader(table, path.stem, scale).experiment()
+        return _Reader(table, path, scale).experiment()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -146,7 +147,7 @@ def load_experiment(path: Path, scale: str | None = None) -> Experiment:
 class _Reader:
     """Turns a parsed file into an :class:`Experiment`, with errors that name the place."""
 
-    def __init__(self, table: dict[str, Any], name: str, scale: str | None) -> None:
+    def __init__(self, table: dict[str, Any], path: Path, scale: str | None) -> None:
         _known(table, KEYS, "the file")
         scales = _table(table, "scales")
         if scale is None:
@@ -159,7 +160,9 @@ class _Reader:
         _known(chosen, set(SCALED), f"scale '{scale}'")
         self.config = _table(table, "config") | _table(chosen, "config")
         self.table = table | chosen
-        self.name, self.scale = name, scale
+        self.name, self.scale = path.stem, scale
+        # For the command that repeats it; an absolute path is this machine's alone.
+        self.file = path.name if path.is_absolute() else path.as_posix()
 
     def experiment(self) -> Experiment:
         table = self.table
@@ -185,6 +188,7 @@ class _Reader:
             factor_fields(factor)
         experiment = Experiment(
             name=self.name,
+            file=self.file,
             scale=self.scale,
             **texts,
             factor=factor,

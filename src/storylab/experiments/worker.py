@@ -34,7 +34,7 @@ from storylab.training.telemetry import peak_memory_bytes
 
 # Outcomes of a request.
 DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted"
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, KILLED = "out of memory", "killed"
 # Micro-batches and repetitions that a calibration times.
 CALIBRATION_BATCHES, CALIBRATION_REPEATS = 2, 3
 

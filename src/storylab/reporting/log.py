@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storylab.experiments.comparison import Comparison
+from storylab.experiments.comparison import DIVERGED, Comparison
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
-from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
+from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
 from storylab.reporting.observations import expectation_text, observations
-from storylab.reporting.series import mean_of
+from storylab.reporting.series import mean_of, training_seconds
 from storylab.training.lines import duration, printable, summary_lines
 from storylab.training.run_folder import LOG
 
@@ -55,11 +55,12 @@ def markdown(
         "# TinyStories training experiments",
         "",
         "Made from run folders by `storylab experiment report`; only the remarks are written by hand. "
-        "Losses are nats per token on the whole validation split, under the final weights. Every "
-        "figure is measured in the runs unless it is called predicted; what was not measured is said "
-        "to be missing. Arms of an experiment share initial weights (where shapes allow), data order "
-        "and evaluation windows; intervals are 95 %, over paired seeds unless stated, and verdicts "
-        "are corrected for the number of comparisons in their experiment.",
+        "Final losses are nats per token on the whole validation split, under the final weights; "
+        "losses along a run are its estimates on a few fixed windows. Every figure is measured in the "
+        "runs unless it is called predicted; what was not measured is said to be missing. Arms of an "
+        "experiment share initial weights (where shapes allow), data order and evaluation windows; "
+        "intervals are 95 %, over paired seeds unless stated, and verdicts are corrected for the number "
+        "of comparisons in their experiment.",
         "",
         f"The same with zoom, hover and every figure: [{page}]({page}).",
         "",
@@ -89,7 +90,7 @@ def repeat_command(outcome: Outcome) -> str:
     seeds = {run.config.seed for run in outcome.runs}
     scale = f" --scale {record['scale']}" if record["scale"] else ""
     count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record["seeds"]) else ""
-    return f"storylab experiment run experiments/{record['name']}.toml{scale}{count}"
+    return f"storylab experiment run {record['file']}{scale}{count}"
 
 
 def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -104,7 +105,7 @@ def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         "tok/s",
         "speed",
         "memory",
-        "time",
+        "training time",
         "energy",
         "seeds",
         "verdict",
@@ -124,8 +125,10 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     if not runs:
         # From the verdict's column on there is nothing but how it ended.
         return [name, *[""] * 10, f"0 of {len(cell.arm.runs)}", states or "no run"]
-    speed, memory = mean_of(cell.arm, "tokens_per_second"), mean_of(cell.arm, "peak_memory_bytes")
-    seconds, energy = mean_of(cell.arm, "training_seconds"), mean_of(cell.arm, "energy_joules")
+    speed = mean_of(cell.arm, lambda run: run.speed)
+    memory = mean_of(cell.arm, lambda run: run.training_memory)
+    seconds = mean_of(cell.arm, training_seconds)
+    energy = mean_of(cell.arm, lambda run: run.summary["energy_joules"])
     losses = cell.arm.losses
     spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
     ratio = ""
@@ -141,7 +144,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
         f"{float(np.mean(losses)):.4f}{spread}",
         _difference(c),
         f"{speed:,.0f}" if speed else MISSING,
-        ratio or "baseline",
+        ratio if c else "baseline",
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
         duration(seconds) if seconds else MISSING,
         f"{energy / 3600:.1f} Wh" if energy else MISSING,
@@ -153,7 +156,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
 def _difference(c: Comparison | None) -> str:
     if c is None:
         return "baseline"
-    if c.confounds or c.recipes is None:
+    if c.confounds or c.recipes is None or c.verdict == DIVERGED:
         return ""
     r = c.recipes
     return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f})"
@@ -172,7 +175,8 @@ def headline(outcome: Outcome) -> str:
     kinds: dict[str, list[str]] = {}
     for c in outcome.comparisons:
         where = f" @ {c.condition}" if c.condition else ""
-        difference = f" ({c.recipes.estimate:+.3f})" if c.recipes and not c.confounds else ""
+        shown = c.recipes and not c.confounds and c.verdict != DIVERGED
+        difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
         kinds.setdefault(c.verdict, []).append(f"{c.arm}{where}{difference}")
     told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
     return f"Against {outcome.baseline}, in nats: {told}."
@@ -191,7 +195,7 @@ def _overview(sections: Sequence[Section]) -> Iterable[str]:
             f"{float(np.mean(losses)):.4f}" if losses else "none yet",
             str(len({cell.arm.name for cell in o.cells})),
             str(len(seeds)),
-            headline(o),
+            _plain(headline(o)),
         ]
         yield _line(cells)
 
@@ -222,7 +226,9 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
     yield "device", e.get("gpu") or f"{e['device']}, {e['threads']} threads"
     packages = e["packages"]
     yield "software", f"storylab {e['storylab']}, torch {packages['torch']}, Python {e['python']}"
-    yield "code", ", ".join(sorted(v[:12] for v in run.code_versions))
+    commits = sorted({str(stage["git_commit"])[:12] for stage in run.stages if stage["git_commit"]})
+    version = ", ".join(sorted(v[:12] for v in run.code_versions))
+    yield "code", version + (f" (git {', '.join(commits)})" if commits else "")
     tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data["tokens"].items())
     yield (
         "data",
@@ -262,7 +268,7 @@ def _section(section: Section) -> Iterable[str]:
     span = dates[0] if dates and dates[0] == dates[-1] else " to ".join(dates[:1] + dates[-1:])
     yield f"## {section_title(o)}"
     yield ""
-    yield f"**{headline(o)}**"
+    yield f"**{_plain(headline(o))}**"
     yield ""
     yield f"- Date: {span or 'not run yet'}"
     yield f"- Purpose: {record['purpose']}"
@@ -283,15 +289,19 @@ def _section(section: Section) -> Iterable[str]:
     headings, rows = table_rows(o)
     yield _line(headings)
     yield _line(["---"] * len(headings))
-    yield from (_line(row) for row in rows)
+    yield from (_line(map(_plain, row)) for row in rows)
     yield ""
-    yield "Figures in this table are measured; ± is the standard deviation over seeds."
+    yield (
+        "Figures in this table are measured. ± is the standard deviation over seeds; the difference is "
+        "that of the paired seeds alone. tok/s is that of the median iteration, memory the peak of "
+        "training steps, before any evaluation."
+    )
     yield ""
     yield from _stories(o)
     yield ""
     yield "**Key observations**"
     yield ""
-    yield from (f"- {text}" for text in observations(o))
+    yield from (f"- {_plain(text)}" for text in observations(o))
     yield from _folded("Every comparison in full", _comparison_lines(o))
     if len(pictures) > 1:
         lines = [part for caption, file in pictures[1:] for part in (f"![{caption}]({file})", "")]
@@ -327,7 +337,8 @@ def _stories(o: Outcome) -> Iterable[str]:
         run = arm.finished[0]
         sample = run.summary["samples"][0]
         yield ""
-        yield f"> *{arm.name}{where}, seed {run.config.seed}:* {_quoted(sample['text'])}"
+        name = _plain(f"{arm.name}{where}, seed {run.config.seed}")
+        yield f"> **{name}:** {_quoted(sample['text'])}"
 
 
 def _quoted(text: str, most: int = 420) -> str:
@@ -335,6 +346,11 @@ def _quoted(text: str, most: int = 420) -> str:
     line = " ".join(printable(text).split())
     line = line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", line)
+
+
+def _plain(text: str) -> str:
+    """Text whose asterisks are no emphasis: patterns such as window:64*3 have them."""
+    return text.replace("*", "\\*")
 
 
 def _comparison_lines(o: Outcome) -> list[str]:
@@ -376,8 +392,8 @@ def _folded(summary: str, lines: Sequence[str], code: bool = True) -> Iterable[s
 def _conclusions(sections: Sequence[Section]) -> Iterable[str]:
     for section in sections:
         o = section.outcome
-        yield f"- **{o.record['title']}.** {headline(o)}"
-        yield from (f"  - {expectation_text(check)}" for check in o.expectations)
+        yield f"- **{o.record['title']}.** {_plain(headline(o))}"
+        yield from (f"  - {_plain(expectation_text(check))}" for check in o.expectations)
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -15,9 +15,10 @@ from storylab.experiments.curves import fit_power_law, parabola_minimum, pareto_
 from storylab.experiments.factors import windows
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import Result
+from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
-from storylab.reporting.series import mean_of
+from storylab.reporting.series import mean_of, training_seconds
 from storylab.training.lines import duration
 
 # A spike: a value over its neighbours' median by this many of their median absolute deviations
@@ -48,14 +49,26 @@ def expectation_text(check: Checked) -> str:
     title = f"Hypothesis ({e.arm}{where}): {e.text}"
     if check.value is None:
         return f"{title} - not measured."
-    if math.isinf(check.value):
-        return f"{title} - not met: none was seen."
-    bound = e.at_least if e.at_least is not None else e.at_most
-    assert bound is not None
-    sign = "at least" if e.at_least is not None else "at most"
+    span = ""
+    if check.low is not None and check.high is not None:
+        span = f" (95 % CI {check.low:.4g} to {check.high:.4g})"
+    value = f"{check.value:.4g}" if math.isfinite(check.value) else "none is seen coming"
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in (("at least", e.at_least), ("at most", e.at_most))
+        if bound is not None
+    ]
+    missed = check.missed_bound
+    by = f", missed by {abs(check.value - missed):.4g}" if missed is not None else ""
+    if check.met is None:
+        answer, by = "can't tell, the bound lies within the interval", ""
+    else:
+        answer = "met" if check.met else "not met"
+    if not math.isfinite(check.value):
+        by = ""
     return (
-        f"{title} - {'met' if check.met else 'not met'}: {METRICS[e.metric]}: {check.value:.4g}, "
-        f"expected {sign} {bound:g} ({check.value - bound:+.4g})."
+        f"{title} - {answer}: {METRICS[e.metric]}: {value}{span}, expected "
+        f"{' and '.join(bounds)}{by}."
     )
 
 
@@ -96,9 +109,7 @@ def _of_run(run: Result, name: str) -> Iterable[str]:
             f"{text}. Validation minus train loss is {gap:+.3f} nats at the end, after "
             f"{run.summary['epochs']:.2f} epochs."
         )
-    speeds = [row["tokens_per_second"] for row in iterations[1:]] or [
-        row["tokens_per_second"] for row in iterations
-    ]
+    speeds = [row["tokens_per_second"] for row in iterations[1:] or iterations]
     low, middle, high = np.percentile(speeds, [5, 50, 95])
     yield (
         f"{title}: throughput {middle:,.0f} tok/s (median; 90 % of iterations within {low:,.0f} to "
@@ -128,16 +139,13 @@ def _failures(outcome: Outcome) -> Iterable[str]:
             reason = f": {lost[0].reason}" if lost[0].reason else ""
             states = ", ".join(dict.fromkeys(run.state for run in lost))
             yield f"{_name(cell)}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
-        split = {
-            run.config.batch_size
-            for run in cell.arm.runs
-            if run.config.batch_size != cell.config.batch_size
-        }
-        if split:
-            yield (
-                f"{_name(cell)}: micro-batches of {min(split)} sequences instead of "
-                f"{cell.config.batch_size}, after running out of memory; the same tokens an iteration."
-            )
+        for run in cell.arm.runs:
+            if run.config.batch_size != cell.config.batch_size:
+                why = " after running out of memory" if (run.folder / SPLIT_NOTE).exists() else ""
+                yield (
+                    f"{_name(cell)}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
+                    f"sequences instead of {cell.config.batch_size}{why}; the same tokens an iteration."
+                )
 
 
 def _of_windows(outcome: Outcome) -> Iterable[str]:
@@ -153,23 +161,25 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
             f"{block if reach is None else min(reach, block)} of {block} positions."
         )
     for condition in outcome.conditions:
-        tables = {
-            cell.arm.name: np.mean([r.position_losses for r in cell.arm.finished], axis=0)
-            for cell in outcome.arms(condition)
-            if cell.arm.finished and all(len(r.position_losses) for r in cell.arm.finished)
-        }
-        full = tables.get(outcome.baseline)
-        for name, table in tables.items():
-            if full is None or name == outcome.baseline or len(table) != len(full):
+        baseline = {run.seeds: run for run in outcome.baseline_of(condition).arm.finished}
+        for cell in outcome.arms(condition):
+            # Paired by seed: another set of seeds would move a difference this small.
+            pairs = [
+                (run, baseline[run.seeds]) for run in cell.arm.finished if run.seeds in baseline
+            ]
+            tables = [
+                a.position_losses - b.position_losses
+                for a, b in pairs
+                if len(a.position_losses) == len(b.position_losses) > 0
+            ]
+            if cell.arm.name == outcome.baseline or not tables:
                 continue
+            table = np.mean(tables, axis=0)
             half = len(table) // 2
-            early, late = (
-                float((table - full)[part].mean()) for part in (slice(half), slice(half, None))
-            )
-            where = f" @ {condition}" if condition else ""
             yield (
-                f"{name}{where}: against {outcome.baseline} the targets in the first half of the "
-                f"window differ by {early:+.4f} nats, those in the second half by {late:+.4f}."
+                f"{_name(cell)}: against {outcome.baseline} the targets in the first half of the window "
+                f"differ by {float(table[:half].mean()):+.4f} nats, those in the second half by "
+                f"{float(table[half:].mean()):+.4f} ({len(tables)} paired seeds)."
             )
 
 
@@ -177,14 +187,14 @@ def _of_sizes(outcome: Outcome) -> Iterable[str]:
     """The Pareto front, and the best trade by criteria that are named."""
     cells = [cell for cell in outcome.cells if cell.arm.finished]
     losses = [float(np.mean(cell.arm.losses)) for cell in cells]
-    seconds = [mean_of(cell.arm, "training_seconds") or 0.0 for cell in cells]
+    seconds = [mean_of(cell.arm, training_seconds) or 0.0 for cell in cells]
     front = [cells[i] for i in pareto_front(seconds, losses)]
     if not front:
         return
     yield (
         "No other arm has both less training time and a lower loss than: "
         + "; ".join(
-            f"{_name(c)} ({duration(mean_of(c.arm, 'training_seconds') or 0.0)}, "
+            f"{_name(c)} ({duration(mean_of(c.arm, training_seconds) or 0.0)}, "
             f"{float(np.mean(c.arm.losses)):.3f})"
             for c in front
         )
@@ -216,7 +226,9 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
         run = cell.arm.finished[0]
         if len(fitted) < len(laws):
             points = len(curve_after_warmup(run)[0])
-            yield f"{_name(cell)}: {points} evaluations after the warm-up carry no fitted curve."
+            yield (
+                f"{_name(cell)}: {points} evaluations after the warm-up are too few for a fitted curve."
+            )
             continue
         gains = [law.doubling_gain(run.config.max_iters) for law in fitted]
         plateaus = [law.plateau for law in fitted]
@@ -246,47 +258,51 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
 
 def _of_learning_rates(outcome: Outcome) -> Iterable[str]:
     """Where the optimum of the peak learning rate lies, among arms that differ in it alone."""
-    base = outcome.cells[0].config if outcome.cells else None
-    if base is None:
-        return
-    base = outcome.baseline_of(outcome.conditions[0]).config
-    grid = [
-        cell
-        for cell in outcome.cells
-        if cell.config.schedule == base.schedule
-        and cell.config.warmup_iters == base.warmup_iters
-        and cell.arm.runs
-    ]
-    if len({cell.config.learning_rate for cell in grid}) < 3:
+    for condition in outcome.conditions:
+        base = outcome.baseline_of(condition).config
+        grid = [
+            cell
+            for cell in outcome.arms(condition)
+            if cell.config.schedule == base.schedule
+            and cell.config.warmup_iters == base.warmup_iters
+            and _ended(cell)
+        ]
+        if len({cell.config.learning_rate for cell in grid}) >= 3:
+            where = f" @ {condition}" if condition else ""
+            yield from _of_grid(grid, where)
+
+
+def _ended(cell: CellResult) -> dict[tuple[int, int], float]:
+    """Losses by seed of the runs that came to an end; infinite for one that diverged."""
+    ended = ("finished", "diverged")
+    return {run.seeds: run.loss for run in cell.arm.runs if run.state in ended}
+
+
+def _of_grid(grid: Sequence[CellResult], where: str) -> Iterable[str]:
+    seeds = sorted(set.intersection(*(set(_ended(cell)) for cell in grid)))
+    if not seeds:
         return
     rates = [cell.config.learning_rate for cell in grid]
-    losses = [
-        float(np.mean(cell.arm.losses))
-        if len(cell.arm.finished) == len(cell.arm.runs)
-        else math.inf
-        for cell in grid
-    ]
-    if not any(map(math.isfinite, losses)):
+    by_seed = [[_ended(cell)[seed] for cell in grid] for seed in seeds]
+    losses = [float(np.mean(column)) for column in zip(*by_seed, strict=True)]
+    finite = [rate for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
+    if not finite:
+        yield f"Every peak tried diverged{where}."
         return
     best = int(np.argmin(losses))
-    text = f"Of the peaks tried, {rates[best]:g} has the lowest loss ({losses[best]:.3f})"
-    seeds = {run.seeds for cell in grid for run in cell.arm.finished}
-    optima = []
-    for seed in sorted(seeds):
-        of_seed = [
-            next((r.loss for r in cell.arm.finished if r.seeds == seed), math.inf) for cell in grid
-        ]
-        optima.append(parabola_minimum(rates, of_seed))
-    found = [math.log(o) for o in optima if o]
-    if found and len(found) == len(optima):
+    text = (
+        f"Of the peaks tried{where}, {rates[best]:g} has the lowest loss ({losses[best]:.3f}, mean of "
+        f"{len(seeds)} seeds)"
+    )
+    optima = [parabola_minimum(rates, of_seed) for of_seed in by_seed]
+    found = [math.log(optimum) for optimum in optima if optimum]
+    if len(found) == len(optima):
         interval = mean_interval(found)
-        span = (
-            f" (95 % CI {math.exp(interval.low):.2g} to {math.exp(interval.high):.2g})"
-            if interval
-            else ""
-        )
+        span = ""
+        if interval:
+            span = f" (95 % CI {math.exp(interval.low):.2g} to {math.exp(interval.high):.2g})"
         text += (
-            f"; a parabola through it and its neighbours puts the optimum at "
+            "; a parabola through each seed's best and its neighbours puts the optimum at "
             f"{math.exp(float(np.mean(found))):.2g}{span}"
         )
     else:
@@ -294,12 +310,14 @@ def _of_learning_rates(outcome: Outcome) -> Iterable[str]:
             "; it is at an end of the grid or beside a diverged run, so the optimum may lie beyond"
         )
     yield text + "."
-    top = max((r for r, x in zip(rates, losses, strict=True) if math.isfinite(x)), default=None)
-    gone = [r for r, x in zip(rates, losses, strict=True) if not math.isfinite(x)]
+    gone = [rate for rate, loss in zip(rates, losses, strict=True) if not math.isfinite(loss)]
     if gone:
-        yield f"Diverged at a peak of {min(gone):g}; the highest that trained to its end is {top:g}."
+        yield (
+            f"Diverged{where} at a peak of {min(gone):g}; the highest that trained to its end is "
+            f"{max(finite):g}."
+        )
     else:
-        yield f"No peak up to {max(rates):g} made the loss non-finite."
+        yield f"No peak up to {max(rates):g} made the loss non-finite{where}."
 
 
 def _span(values: Sequence[float], form: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,8 +115,8 @@ def run_rows(outcome: Outcome) -> list[Row]:
                     "seed": run.config.seed,
                     "state": run.state,
                     "loss": rounded(run.loss),
-                    "speed": rounded(summary.get("tokens_per_second")),
-                    "memory": rounded(summary.get("peak_memory_bytes", math.nan) / 1e9),
+                    "speed": rounded(run.speed),
+                    "memory": rounded((run.training_memory or math.nan) / 1e9),
                     "seconds": rounded(summary.get("training_seconds")),
                     "parameters": summary.get("parameters"),
                     "learning_rate": run.config.learning_rate,
@@ -184,12 +184,16 @@ def _by_iteration(runs: Sequence[Result]) -> Iterable[list[Row]]:
         yield found[iteration]
 
 
-def mean_of(arm: Arm, key: str) -> float | None:
-    """Mean over an arm's finished runs of a number in their summaries; None if one lacks it."""
-    values = [run.summary[key] for run in arm.finished]
-    if not values or any(value is None for value in values):
-        return None
-    return float(np.mean(values))
+def mean_of(arm: Arm, number: Callable[[Result], float | None]) -> float | None:
+    """Mean over an arm's finished runs of a number that each has; None if one lacks it."""
+    values = [number(run) for run in arm.finished]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def training_seconds(run: Result) -> float:
+    """Seconds that a run spent in its iterations, evaluations left out."""
+    return float(run.summary["training_seconds"])
 
 
 def flat_config(cell: CellResult) -> Row:
