@@ -434,5 +434,11 @@ def test_list_shows_sorts_and_filters(runs: Path, capsys: pytest.CaptureFixture[
 def test_detail_lines_name_what_is_behind_a_verdict(low: Result) -> None:
     lines = detail_lines(compared(low, [3.4, 3.5, 3.6], [3.41, 3.49, 3.62], margin=0.02))
     text = "\n".join(lines)
-    for part in ("recipes:", "equivalence within 0.02", "seed noise of base", "speed:", "memory of training:"):
+    for part in (
+        "recipes:",
+        "equivalence within 0.02",
+        "seed noise of base",
+        "speed:",
+        "memory of training:",
+    ):
         assert part in text

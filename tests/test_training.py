@@ -41,7 +41,7 @@ from storylab.training.loop import (
 )
 from storylab.training.precision import Precision, choose_device, choose_precision
 from storylab.training.resume import resume
-from storylab.training.run_folder import Run, open_run
+from storylab.training.run_folder import Run, bare_source, open_run
 from storylab.training.sampling import load_story_model
 from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
@@ -752,3 +752,34 @@ def test_power_and_energy_come_from_nvml(monkeypatch: pytest.MonkeyPatch, has_en
 def test_nothing_is_known_of_a_cpu_s_power() -> None:
     with Telemetry(CPU, PowerTotals()) as telemetry:
         assert set(telemetry.latest().values()) | set(telemetry.means().values()) == {None}
+
+
+def test_the_code_version_is_that_of_what_python_runs() -> None:
+    source = '''"""A module."""
+
+# A remark.
+X = "# no comment"  # a comment
+
+
+class Thing:
+    """A thing, über alles."""
+
+    size: int = 3
+    """Its size."""
+
+    def grow(self) -> str:
+        """Docstring
+        of two lines.
+        """
+        return """no docstring"""
+'''
+    bare = bare_source(source)
+    assert bare == (
+        'X = "# no comment"\nclass Thing:\n    size: int = 3\n    def grow(self) -> str:\n'
+        '        return """no docstring"""'
+    )
+    other = (
+        source.replace("A remark", "Another").replace("Its size", "How large").replace("\n\n", "\n")
+    )
+    assert bare_source(other) == bare
+    assert bare_source(source.replace("= 3", "= 4")) != bare

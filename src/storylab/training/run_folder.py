@@ -10,12 +10,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,24 +242,42 @@ def _processor() -> str:
 def code_sha256() -> str:
     """SHA-256 over the source that decides a run's numbers: the code version without git.
 
-    Comments, docstrings and layout do not count.
+    Comments, docstrings and blank lines do not count.
     """
     root = Path(configs.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if name.parts[0] not in NUMERIC_CODE:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
-        digest.update(name.as_posix().encode() + b"\0" + ast.unparse(tree).encode())
+        if name.parts[0] in NUMERIC_CODE:
+            source = bare_source(path.read_text(encoding="utf-8"))
+            digest.update(name.as_posix().encode() + b"\0" + source.encode())
     return digest.hexdigest()
 
 
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def bare_source(source: str) -> str:
+    """``source`` without comments, docstrings and blank lines, the same under every Python: the text
+    itself, as what ``ast.unparse`` makes of it differs between versions."""
+    lines = source.splitlines()
+    # From the last to the first, so that what is cut moves nothing that is still to be cut.
+    for first, start, last, end in sorted(_unread(source), reverse=True):
+        tail = lines[last][end:]
+        lines[first : last + 1] = [lines[first][:start] + tail]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _unread(source: str) -> Iterator[tuple[int, int, int, int]]:
+    """Where comments and docstrings are: line and column, from 0, of begin and end."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0] - 1, token.start[1], token.end[0] - 1, token.end[1]
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            # Columns of the syntax tree count bytes, those of the text characters.
+            last = (node.end_lineno or node.lineno) - 1
+            begin = len(lines[node.lineno - 1].encode()[: node.col_offset].decode())
+            end = len(lines[last].encode()[: node.end_col_offset].decode())
+            yield node.lineno - 1, begin, last, end
 
 
 def _git_commit() -> str | None:
