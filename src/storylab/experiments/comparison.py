@@ -127,7 +127,8 @@ class Comparison:
             return EQUIVALENT
         if self.adjusted_p < ALPHA:
             return BETTER if self.recipes.estimate < 0 else WORSE
-        return NO_DIFFERENCE
+        # A difference that only the correction takes away has been seen, but not surely enough.
+        return CANT_TELL if self.recipes.p < ALPHA else NO_DIFFERENCE
 
     @property
     def spread(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from storylab.experiments.curves import fit_power_law
 from storylab.experiments.factors import LENGTH_FIELDS, factor_fields
 from storylab.experiments.results import Result, load_result
 from storylab.experiments.runner import EXPERIMENTS, run_state
-from storylab.experiments.spec import Expectation
+from storylab.experiments.spec import Expectation, Experiment
 from storylab.experiments.statistics import mean_interval
 from storylab.files import read_json
 
@@ -125,6 +126,10 @@ def load_outcome(path: Path) -> Outcome:
         UserError: the record itself is missing or damaged.
     """
     record = read_json(path)
+    names = {f.name for f in dataclasses.fields(Experiment)} - {"data"}
+    if not isinstance(record, dict) or not names <= set(record):
+        lacking = ", ".join(sorted(names - set(record if isinstance(record, dict) else ())))
+        raise UserError(f"{path} lacks {lacking}: run the experiment again, which writes it anew")
     problems: list[str] = []
     missing: list[str] = []
     try:

@@ -67,19 +67,19 @@ def _loss_part(c: Comparison) -> str:
         text += f", as {c.baseline_diverged} runs of the baseline diverged"
     if c.verdict == EQUIVALENT:
         text += f" within {c.margin:g} nats"
-    elif c.verdict == NO_DIFFERENCE:
-        text += _could_have_seen(c)
+    elif c.verdict == NO_DIFFERENCE or (c.verdict == CANT_TELL and not c.baseline_diverged):
+        text += _what_would_decide(c)
     elif c.noise and c.noise.standard_deviation:
         text += f", {abs(c.recipes.estimate) / c.noise.standard_deviation:.2g}x seed noise"
     return text
 
 
-def _could_have_seen(c: Comparison) -> str:
+def _what_would_decide(c: Comparison) -> str:
     assert c.recipes is not None
     facts = []
-    if c.recipes.p < 0.05:
-        facts.append(f"corrected for {c.family} comparisons")
-    if c.detectable is not None and math.isfinite(c.detectable):
+    if c.verdict == CANT_TELL:
+        facts.append(f"not sure enough among {c.family} comparisons")
+    elif c.detectable is not None and math.isfinite(c.detectable):
         facts.append(f"could have seen {c.detectable:.2g}")
     if c.seeds_needed:
         facts.append(f"{c.seeds_needed} seeds would decide a difference of this size")
