@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from storylab.precision.linear import QuantizationState, QuantizedLinear
 from storylab.precision.recipes import Recipe
 
 
-def quantize_blocks(blocks: Sequence[nn.Module], recipe: Recipe, seed: int) -> QuantizationState:
+def quantize_blocks(blocks: nn.ModuleList, recipe: Recipe, seed: int) -> QuantizationState:
     """Replace the linear layers of the blocks that ``recipe`` quantises; weights keep their names.
 
     Args:

@@ -45,6 +45,15 @@ class QuantizationState:
         self.iteration = iteration
         self.draws.clear()
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The layers compute as if they had no recipe while the block runs."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
     def generator(self, name: str) -> torch.Generator:
         """A generator for the next draw called ``name`` in this iteration."""
         count = self.draws[name] = self.draws.get(name, -1) + 1
@@ -53,17 +62,22 @@ class QuantizationState:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Module):
     """A linear layer without bias that multiplies as ``recipe`` says; weights stay float32.
 
     Delayed scales have their history in buffers, so that it is in checkpoints.
     """
 
-    def __init__(self, layer: nn.Linear, recipe: Recipe, state: QuantizationState, name: str) -> None:
-        nn.Module.__init__(self)
+    amax_history: Tensor
+
+    def __init__(
+        self, layer: nn.Linear, recipe: Recipe, state: QuantizationState, name: str
+    ) -> None:
+        super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, None
+        self.weight = layer.weight
         self.recipe, self.state, self.name = recipe, state, name
+        self._noting = False
         self._kept: dict[str, tuple[int, Quantized]] = {}
         if recipe.delayed:
             # Largest magnitudes of input, weight and output gradient, the current step's first.
@@ -73,11 +87,12 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.state.enabled:
-            return super().forward(input)
+            return nn.functional.linear(input, self.weight)
         device = input.device.type
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        self._noting = torch.is_grad_enabled()  # evaluation must leave no trace in training
         output: Tensor = _QuantizedProduct.apply(input, self.weight, self)
         return output.to(dtype)
 
@@ -108,16 +123,19 @@ class QuantizedLinear(nn.Linear):
         return kept[1]
 
     def _delayed_amax(self, values: Tensor, kind: str) -> Tensor:
-        """The largest magnitude of the steps before, noting this one's."""
+        """The largest magnitude of the steps before, noting this one's; that of this step where
+        there is none before it. Repeating a step's forward pass changes nothing."""
         row = ("input", "weight", "gradient").index(kind.partition(" ")[0])
         history = self.amax_history[row]
-        if self.state.iteration != self._seen:
+        if self._noting and self.state.iteration != self._seen:
             self.amax_history.copy_(self.amax_history.roll(1, dims=1))
             self.amax_history[:, 0] = 0
             self._seen = self.state.iteration
-        before = history[1:].amax()
-        history[0] = torch.maximum(history[0], values.abs().amax())
-        return torch.where(before > 0, before, history[0]) * 2.0**self.recipe.margin
+        amax = values.abs().amax()
+        before = history[1:].amax() if self._noting else history.amax()
+        if self._noting:
+            history[0] = torch.maximum(history[0], amax)
+        return torch.where(before > 0, before, amax) * 2.0**self.recipe.margin
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -142,6 +160,7 @@ class _QuantizedProduct(torch.autograd.Function):
         (gradient,) = gradients
         input, weight = ctx.saved_tensors
         layer: QuantizedLinear = ctx.layer
+        layer._noting = True
         recipe = layer.recipe
         out = gradient.reshape(-1, layer.out_features)
         rows = input.reshape(-1, layer.in_features)

@@ -18,7 +18,6 @@ from torch import Tensor
 from storylab.precision.formats import (
     E2M1,
     E4M3,
-    RANDOM_BITS,
     Format,
     round_nearest,
     round_stochastic,
@@ -107,7 +106,7 @@ def nvfp4(
         draws = None
         if random is not None:
             draws = random.reshape(-1, rows // 16, 16, columns // 16, 16).transpose(2, 3)
-        axes = (-2, -1)
+        axes: tuple[int, ...] = (-2, -1)
     else:
         blocks = _blocks(values, NVFP4_BLOCK)
         draws = None if random is None else random.reshape(blocks.shape)
@@ -156,11 +155,11 @@ def _hadamard_matrix() -> Tensor:
 def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Uniform int32 from 0 to 255 for :func:`round_stochastic`, drawn on the CPU."""
     count = shape.numel()
-    words = torch.randint(-(2**31), 2**31, (-(-count // 4),), dtype=torch.int32, generator=generator)
+    words = torch.randint(
+        -(2**31), 2**31, (-(-count // 4),), dtype=torch.int32, generator=generator
+    )
     return words.view(torch.uint8)[:count].to(torch.int32).reshape(shape)
 
 
 def _blocks(values: Tensor, size: int) -> Tensor:
     return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
-
-

@@ -92,3 +92,98 @@ RECIPES: dict[str, Recipe] = {
     # NVIDIA 2025, arXiv 2509.25149.
     "nvfp4": _NVFP4,
 }
+ALIASES = {"fp4": "nvfp4", "nvf4": "nvfp4"}
+PRODUCTS = {
+    "forward": ("input", "weight"),
+    "input_gradient": ("gradient", "weight"),
+    "weight_gradient": ("gradient", "input"),
+}
+
+
+def find_recipe(name: str, changes: str = "") -> Recipe | None:
+    """The recipe of a dtype with ``changes`` made to it; None for a dtype that has none.
+
+    A change is ``FIELD=VALUE`` for a field of :class:`Recipe`, ``PRODUCT=bfloat16`` to leave a
+    product alone, or ``PRODUCT.OPERAND.FIELD=VALUE`` for a field of :class:`Operand`; ``*`` stands for
+    every product or operand that there is, as in ``*.gradient.stochastic=false``.
+
+    Raises:
+        UserError: a change cannot be understood, or there is no recipe to change.
+    """
+    recipe = RECIPES.get(ALIASES.get(name, name))
+    if recipe is None:
+        if changes:
+            raise UserError(f"dtype {name} has no recipe to change: leave --recipe out")
+        return None
+    for change in changes.split():
+        recipe = _changed(recipe, change)
+    return recipe
+
+
+def _changed(recipe: Recipe, change: str) -> Recipe:
+    path, mark, value = change.partition("=")
+    parts = path.split(".")
+    if not mark or len(parts) not in (1, 3):
+        raise UserError(
+            f"recipe change '{change}': write FIELD=VALUE or PRODUCT.OPERAND.FIELD=VALUE, such as "
+            "hadamard=false or forward.weight.square=false"
+        )
+    if len(parts) == 1:
+        if path in PRODUCTS:
+            if value != "bfloat16":
+                raise UserError(
+                    f"recipe change '{change}': a product as a whole can be bfloat16 only"
+                )
+            nothing: dict[str, Any] = {path: None}
+            return dataclasses.replace(recipe, **nothing)
+        return dataclasses.replace(recipe, **{path: _parsed(Recipe, path, value, change)})
+    product, operand, name = parts
+    _one_of(product, ["*", *PRODUCTS], change)
+    _one_of(operand, ["*", "input", "weight", "gradient"], change)
+    parsed = _parsed(Operand, name, value, change)
+    changed: dict[str, Any] = {}
+    touched = False
+    for key, operands in PRODUCTS.items():
+        pair = getattr(recipe, key)
+        if product not in ("*", key) or pair is None:
+            continue
+        chosen = [operand in ("*", role) for role in operands]
+        touched |= any(chosen)
+        changed[key] = tuple(
+            dataclasses.replace(old, **{name: parsed}) if hit else old
+            for old, hit in zip(pair, chosen, strict=True)
+        )
+    if not touched:
+        raise UserError(f"recipe change '{change}' fits no operand of this recipe")
+    return dataclasses.replace(recipe, **changed)
+
+
+def _parsed(kind: type[Any], name: str, value: str, change: str) -> Any:
+    """``value`` as the type of the field ``name`` of ``kind``."""
+    types = {f.name: f.type for f in dataclasses.fields(kind)}
+    simple = {k: v for k, v in types.items() if "|" not in str(v)}
+    _one_of(name, list(simple), change)
+    known: dict[str, list[Any]] = {
+        "bool": [True, False],
+        "Scaling": ["delayed", "tensor", "mxfp8", "nvfp4"],
+        "format": ["e4m3", "e5m2", "e2m1"],
+    }
+    kind_name = "format" if name == "format" else str(simple[name])
+    if kind_name in known:
+        choices = {str(choice).lower(): choice for choice in known[kind_name]}
+        _one_of(value, list(choices), change)
+        return choices[value]
+    try:
+        number = int(value) if kind_name == "int" else float(value)
+    except ValueError:
+        raise UserError(f"recipe change '{change}': {name} must be a number") from None
+    if not 0 <= number < 2**20 or (name == "high_last_share" and number > 1):
+        raise UserError(f"recipe change '{change}': {name} is out of range")
+    return number
+
+
+def _one_of(name: str, choices: list[str], change: str) -> None:
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1)
+        hint = f"perhaps you meant {close[0]}" if close else f"use one of {', '.join(choices)}"
+        raise UserError(f"recipe change '{change}': there is no '{name}': {hint}")
