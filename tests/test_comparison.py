@@ -232,6 +232,14 @@ def test_hardware_of_a_resume_counts(runs: Path) -> None:
     assert any(text.startswith("threads: ") for text in c.speed_confounds)
 
 
+def test_runs_of_different_seeds_are_not_called_a_pair(runs: Path) -> None:
+    shutil.rmtree(runs / "low-s2")
+    (c,) = compare_runs([load_result(runs / "low-s1"), load_result(runs / "high-s2")])
+    line = verdict_line(c)
+    assert c.verdict == CANT_TELL and "runs of different seeds, other weights" in line
+    assert "one pair" not in line and "equal time" not in line
+
+
 def test_many_arms_are_corrected_for_their_number(low: Result) -> None:
     base = [3.5, 3.4, 3.6]
     differences = [0.0101, 0.0049, 0.0070]  # p about 0.04 on its own
@@ -336,7 +344,10 @@ def test_two_factors_at_once_are_confounded(runs: Path) -> None:
 def test_runs_of_a_recipe_are_one_arm(trained: Path) -> None:
     names = ("low-s1", "high-s1", "high-s2", "low-s2")
     arms = group_runs([load_result(trained / name) for name in names])
-    assert [(arm.name, len(arm.runs)) for arm in arms] == [("low-s1", 2), ("learning_rate 0.01", 2)]
+    assert [(arm.name, len(arm.runs)) for arm in arms] == [
+        ("low-s1", 2),
+        ("high-s1 (learning_rate 0.01)", 2),
+    ]
 
 
 def test_the_noise_floor_is_that_of_the_seeds_beside_a_run(trained: Path) -> None:
@@ -390,7 +401,7 @@ def test_compare_prints_the_verdict_and_what_stands_behind_it(
     folders = [str(trained / name) for name in ("low-s1", "low-s2", "high-s1", "high-s2")]
     assert main(["compare", *folders, "--margin", "0.01"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("learning_rate 0.01 vs low-s1: val loss ")
+    assert out.startswith("high-s1 (learning_rate 0.01) vs low-s1: val loss ")
     assert "these models on stories like these" in out and "2 paired seeds" in out
     assert "energy: not measured" in out
 
@@ -399,6 +410,7 @@ def test_compare_prints_the_verdict_and_what_stands_behind_it(
     ("names", "message"),
     [
         (["low-s1"], "two runs or more"),
+        (["low-s1", "low-s1"], "given twice"),
         (["low-s1", "low-s2"], "differ in their seeds alone"),
         (["low-s1", "nowhere"], "is not a run folder"),
     ],

@@ -27,7 +27,7 @@ from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
 from storylab.experiments.spec import Experiment, flops_per_token, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
-from storylab.training.run_folder import Run
+from storylab.training.run_folder import SUMMARY, Run
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
@@ -119,10 +119,11 @@ def test_an_experiment_that_cannot_run_yet_says_so(
 
 def test_the_skeleton_is_an_experiment(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    assert main(["experiment", "new", str(path), "--title", 'A "quoted" title']) == 0
-    assert path.read_text() == skeleton('A "quoted" title')
+    title = 'A "quoted" title \\ back\nand two lines'
+    assert main(["experiment", "new", str(path), "--title", title]) == 0
+    assert path.read_text() == skeleton(title)
     experiment = load_experiment(path)
-    assert experiment.arms == ("1e-3", "3e-3") and experiment.title == "A 'quoted' title"
+    assert experiment.arms == ("1e-3", "3e-3") and experiment.title == title
     assert main(["experiment", "new", str(path)]) == 2
 
 
@@ -151,7 +152,23 @@ def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
         ("learning_rate = 1e-2 }", "learning_rate = [1, 2] }", "single value"),
         ("n_layer = 1", "n_layer = 0", "n_layer is 0"),
         ("n_layer = 1", 'n_layer = 1\ndata_dir = "x"', "use \\[data\\], or --data_dir"),
-        ("[arms]", "[scales]\nlaptop = 3\n[arms]", "laptop must be a dict"),
+        ("[arms]", "[scales]\nlaptop = 3\n[arms]", "laptop must be a table"),
+        ("n_layer = 1", "n_layers = 1", "perhaps you meant --n_layer; in \\[config\\]"),
+        (
+            "[arms]",
+            "[conditions]\na = { learning_rate = 0.1 }\n[arms]",
+            "condition 'a' sets learning_rate, which is for the arms",
+        ),
+        (
+            "[arms]",
+            "[conditions]\na = { beta1 = 0.8 }\nb = { beta1 = 0.8 }\n[arms]",
+            "'a' and 'b' are the same",
+        ),
+        (
+            "[arms]",
+            "[[expect]]\ntext = 'x'\nmetric = 'speed_ratio'\narm = 'low'\nat_most = 1\n[arms]",
+            "of the baseline 'low' says nothing",
+        ),
         (
             "[arms]",
             "[[expect]]\ntext = 'x'\nmetric = ['val_loss']\narm = 'low'\nat_most = 1\n[arms]",
@@ -478,11 +495,11 @@ def test_a_calibration_foretells_memory_and_time(
     planned: list[PlannedRun], tiny_config: Callable[..., TrainConfig]
 ) -> None:
     measured = worker.measure(planned[0].config)
-    assert measured["iteration_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
+    assert measured["micro_batch_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
 
 
 def test_a_calibration_that_fails_stops_nothing(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Child:
         def __init__(self, action: str, config: TrainConfig) -> None: ...
@@ -492,7 +509,7 @@ def test_a_calibration_that_fails_stops_nothing(
 
     monkeypatch.setattr(runner, "_Child", Child)
     assert [estimate for _, estimate in runner.estimates(planned)] == [None, None]
-    lines = list(plan_lines(planned, ConsoleReporter()))
+    lines = list(plan_lines(experiment, planned, ConsoleReporter()))
     assert "cannot be calibrated" in lines[1]
 
 
@@ -513,6 +530,18 @@ def test_what_a_call_leaves_out_stays_in_the_record(
     assert record(only=("low",), seeds=(1, 2, 3)) == [["1", "2", "3"], ["1", "2"]]
 
 
+def test_a_damaged_run_is_set_aside_and_trained_anew(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    run_experiment(planned, Watcher())
+    (planned[0].folder / "metrics.jsonl").write_text("")
+    assert planned[0].state == "damaged"
+    watcher = Watcher()
+    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert "damaged, set aside as" in watcher.lines[0]
+
+
 def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -526,7 +555,7 @@ def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
         def serve(self, tell: Any) -> tuple[str, str]:
             result = serve("train", self.config)
             if len(sizes) < 3:
-                (planned[0].folder / runner.SUMMARY).unlink()
+                (planned[0].folder / SUMMARY).unlink()
                 return worker.KILLED, "killed"
             return result
 

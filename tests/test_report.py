@@ -14,13 +14,14 @@ import pytest
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import runner, worker
+from storylab.experiments import worker
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import plan, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.reporting.log import read_remarks
 from storylab.reporting.observations import observations, spikes
 from storylab.reporting.report import write_report
+from storylab.training.run_folder import SUMMARY
 
 HEAD = """
 purpose = "To test the report."
@@ -144,7 +145,9 @@ def test_the_log_has_the_records_structure(report: Path) -> None:
         "## Experiment 4: Windows",
         "- Date: 20",
         "- Purpose: To test the report.",
-        "- Config of the baseline: `--preset nano",
+        "- Config of the baseline: `--preset nano --dtype float32 --max_iters 16",
+        "[Windows](#experiment-04-windows)",
+        '<a id="experiment-04-windows"></a>',
         "- Repeat: `storylab experiment run 04-windows.toml`",
         "**Generation sample**",
         "**Key observations**",
@@ -195,6 +198,14 @@ def test_remarks_survive(runs: Path, tmp_path: Path) -> None:
     write_report(runs, out)
     assert "Odd.\n\n- I **wonder**." in text_of(out)
     assert read_remarks(text_of(out)) == {"04-windows": "Odd.\n\n- I **wonder**."}
+    # Without their end they would be lost, so nothing is written.
+    kept = text_of(out)
+    broken = kept.replace("<!-- end of remarks -->", "", 1)
+    (out / "EXPERIMENTS.md").write_text(broken)
+    with pytest.raises(UserError, match=r"EXPERIMENTS.md, line \d+: the remarks on 04-windows"):
+        write_report(runs, out)
+    assert text_of(out) == broken
+    (out / "EXPERIMENTS.md").write_text(kept)
     # Also those of an experiment whose record has gone.
     (runs / "experiments/04-windows.json").unlink()
     write_report(runs, out)
@@ -264,10 +275,12 @@ def test_no_experiment_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_watch_shows_the_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((runs / "experiments/05-sizes.json").read_text())
     shutil.rmtree(runs / record["cells"][1]["runs"]["2"])
-    (runs / record["cells"][0]["runs"]["2"] / runner.SUMMARY).unlink()
+    (runs / record["cells"][0]["runs"]["2"] / SUMMARY).unlink()
     assert main(["watch", "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
     assert "05-sizes: Sizes, 2 of 4 runs done" in out
+    shutil.rmtree(runs / "experiments")
+    assert main(["watch", "--runs", str(runs)]) == 2
     assert "waiting" in out and "stopped" in out and "diverged" in out and "16/16" in out
 
 

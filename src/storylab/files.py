@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -36,9 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_error(path: Path, error: OSError) -> UserError:
     """The user's version of a failed write."""
+    remedy = "Free some space or choose another folder"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        remedy = "Make the folder that it is to lie in, or choose another"
     return UserError(
         f"cannot write {path}: {error.strerror or error}; what was there before is unharmed. "
-        "Free some space or choose another folder, then run the command again"
+        f"{remedy}, then run the command again"
     )
 
 

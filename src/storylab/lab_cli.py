@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class ExperimentRunCommand:
     file: ExperimentFile
     """Experiment file (TOML)."""
     scale: str | None = None
-    """One of the file's scales; by default laptop where there is one."""
+    """One of the file's scales; by default laptop where there is one, else the first."""
     seeds: int | None = None
     """How many seeds; by default those that the file lists."""
     only: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class ExperimentRunCommand:
     dry_run: bool = False
     """Show the plan, with expected time and memory from a short calibration, and stop."""
     fresh: bool = False
-    """Train anew what is finished; the old runs are set aside, not deleted."""
+    """Train everything anew; what is there is set aside, not deleted."""
     runs: Path = DEFAULT_RUNS_DIR
     """Folder that holds the run folders."""
     data_dir: Path | None = None
@@ -155,7 +156,8 @@ def experiment(args: list[str]) -> int:
         print("usage: storylab experiment run|new|report (each has --help)")
         return 0
     if not args or args[0] not in verbs:
-        raise UserError(f"say what to do: storylab experiment {', '.join(verbs)}")
+        unknown = f"there is no '{args[0]}': " if args else ""
+        raise UserError(f"{unknown}say what to do: storylab experiment {', '.join(verbs)}")
     return verbs[args[0]](args[1:])
 
 
@@ -167,7 +169,9 @@ def _new(args: list[str]) -> int:
     if command.file.exists():
         raise UserError(f"{command.file} exists already: choose another name")
     write_text(command.file, skeleton(command.title))
-    print(f"{command.file}: change it, then: storylab experiment run {command.file}")
+    print(
+        f"{command.file}: change it, then: storylab experiment run {shlex.quote(str(command.file))}"
+    )
     return 0
 
 
@@ -180,7 +184,7 @@ def _run(args: list[str]) -> int:
     dataset, planned = _plan(experiment, command.data_dir, command.runs, seeds, command.only)
     if command.dry_run:
         with _interruptible(), _reporter() as reporter:
-            for line in plan_lines(planned, reporter):
+            for line in plan_lines(experiment, planned, reporter, command.fresh):
                 reporter.line(line)
         return 0
     record, states = _train(experiment, dataset, planned, command.runs, command.fresh)
@@ -219,7 +223,11 @@ def _plan(
         with ConsoleReporter(count=False) as reporter:
             if not experiment.data.folder.exists():
                 reporter.line(f"Preparing {experiment.data.folder}")
-            dataset = prepare(experiment.data, reporter.progress)
+            try:
+                dataset = prepare(experiment.data, reporter.progress)
+            except UserError as error:
+                message = str(error).replace("--out", 'out = "FOLDER" in [data]')
+                raise UserError(message) from error
     return dataset, runner.plan(experiment, dataset, runs, seeds, only)
 
 
@@ -232,10 +240,11 @@ def _train(
 ) -> tuple[Path, list[str]]:
     """Show the plan, carry it out, and write which runs make up the experiment."""
     from storylab.experiments import runner
+    from storylab.experiments.results import ENDED
 
     with _interruptible(fresh), _reporter() as reporter:
-        if fresh or any(run.state not in runner.ENDED for run in planned):
-            for line in plan_lines(planned, reporter):
+        if fresh or any(run.state not in ENDED for run in planned):
+            for line in plan_lines(experiment, planned, reporter, fresh):
                 reporter.line(line)
         record = runner.write_record(experiment, dataset, planned, runs)
         return record, runner.run_experiment(planned, reporter, fresh)
@@ -260,27 +269,34 @@ def _reporter() -> ConsoleReporter:
     return ConsoleReporter()
 
 
-def plan_lines(planned: Sequence[PlannedRun], reporter: ConsoleReporter) -> Iterator[str]:
+def plan_lines(
+    experiment: Experiment,
+    planned: Sequence[PlannedRun],
+    reporter: ConsoleReporter,
+    fresh: bool = False,
+) -> Iterator[str]:
     """The plan of an experiment: its runs, with what they are expected to take."""
-    from storylab.experiments.runner import ENDED, estimates
+    from storylab.experiments.results import ENDED
+    from storylab.experiments.runner import estimates
     from storylab.training.lines import duration
 
     rows, left = [], {}
     for number, (run, estimate) in enumerate(estimates(planned)):
         reporter.progress("calibrating", number, len(planned))
-        state = run.state
+        state = "again" if fresh and run.state != "new" else run.state
         told = f"{'cannot be calibrated':>35}"
         if estimate is not None:
             if state not in ENDED:
                 left[run.folder] = estimate.seconds  # once, however many cells share the run
-            kind = "measured" if estimate.measured else "predicted"
+            kind = "as before" if estimate.measured else "predicted"
             memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
             told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
         tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
         rows.append(f"  {run.label:<44} {tokens:>13,} tokens  {told}  {state}")
     yield (
-        f"Plan: {len(planned)} runs, about {duration(sum(left.values()))} to go "
-        "(predicted by a calibration of seconds, where no like run is finished)"
+        f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
+        f"{len(planned)} runs, about {duration(sum(left.values()))} to go (as a like run took before, or "
+        "predicted by a calibration of seconds)"
     )
     yield from rows
 
@@ -303,7 +319,11 @@ def compare(args: list[str]) -> int:
 
     if command.margin is not None and not command.margin > 0:
         raise UserError(f"margin is {command.margin}: it must be above 0")
-    if len(set(command.runs)) < 2:
+    folders = [folder.resolve() for folder in command.runs]
+    for folder, resolved in zip(command.runs, folders, strict=True):
+        if folders.count(resolved) > 1:
+            raise UserError(f"{folder} is given twice: a run counts once")
+    if len(folders) < 2:
         raise UserError("give two runs or more: storylab compare RUN RUN...")
     comparisons = compare_runs([load_result(folder) for folder in command.runs], command.margin)
     if not comparisons:

@@ -233,7 +233,9 @@ def compare_arms(
         speed=_ratio([(a.speed, b.speed) for a, b in found.pairs]),
         memory=_ratio([(a.training_memory, b.training_memory) for a, b in found.pairs]),
         energy=_ratio([tuple(r.summary["energy_joules"] for r in pair) for pair in found.pairs]),
-        equal_time=None if found.speed_confounds else _equal_time(arm, baseline, found.pairs),
+        equal_time=_equal_time(arm, baseline, found.pairs)
+        if paired and not found.speed_confounds
+        else None,
         failures=tuple(
             f"{side.name}, seed {run.config.seed}: {run.state}"
             + f" ({run.reason})" * bool(run.reason)
@@ -316,11 +318,12 @@ def compare_runs(results: Sequence[Result], margin: float | None = None) -> list
 
 
 def _arm_name(group: Sequence[Result], first: Sequence[Result]) -> str:
-    """What sets a group's config apart from the first group's, or where it lies."""
+    """Where its first run lies, and what sets its config apart from the first group's."""
     changed = changed_fields(first[0].config, group[0].config)
+    name = group[0].folder.name
     if not changed or len(changed) > 3:
-        return group[0].folder.name
-    return ", ".join(f"{name} {value}" for name, (_, value) in changed.items())
+        return name
+    return f"{name} ({', '.join(f'{field} {value}' for field, (_, value) in changed.items())})"
 
 
 def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> Iterable[str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from storylab.errors import UserError
 from storylab.experiments.outcome import experiment_records
-from storylab.experiments.runner import FAILURE, run_state
+from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
 from storylab.files import held, read_json
 from storylab.training.lines import duration
 from storylab.training.run_folder import CONFIG, METRICS, SUMMARY, Run
 
-WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s ", "left ")
+WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
 # Enough of the end of a metrics file to hold its last rows.
 TAIL_BYTES = 16_384
 
@@ -51,29 +51,42 @@ def list_rows(runs: Path) -> Iterator[ListRow]:
     for folder in sorted(p for p in runs.iterdir() if p.is_dir()):
         if not any((folder / name).exists() for name in (CONFIG, SUMMARY, FAILURE)):
             continue
-        state, _ = run_state(folder)
-        summary, started = {}, ""
-        try:
-            summary = Run(folder).summary or {}
-            started = str(Run(folder).environment["started"]) if state != "failed" else ""
-            validation = summary.get("validation") or {}
-            yield ListRow(
+        yield _list_row(folder)
+
+
+def _list_row(folder: Path) -> ListRow:
+    state, _ = run_state(folder)
+    try:
+        if state in ENDED:
+            result = load_result(folder)
+            return ListRow(
                 folder.name,
                 state,
-                summary.get("parameters"),
-                summary.get("tokens"),
-                validation.get("loss"),
-                summary.get("tokens_per_second"),
-                summary.get("peak_memory_bytes"),
-                started,
+                result.summary.get("parameters"),
+                result.summary.get("tokens"),
+                result.loss if result.finished else None,
+                result.speed,
+                result.summary.get("peak_memory_bytes"),
+                str(result.environment["started"]),
             )
-        except (UserError, KeyError, TypeError, AttributeError):
-            yield ListRow(folder.name, "damaged", None, None, None, None, None, started)
+        started = "" if state == "failed" else str(Run(folder).environment["started"])
+        return ListRow(folder.name, state, None, None, None, None, None, started)
+    except (UserError, KeyError, TypeError, AttributeError):
+        return ListRow(folder.name, "damaged", None, None, None, None, None, "")
 
 
 def watch_rows(runs: Path) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """For every experiment its title with how far it is, and a row for every run."""
-    for path in experiment_records(runs):
+    """For every experiment its title with how far it is, and a row for every run.
+
+    Raises:
+        UserError: there are no experiments.
+    """
+    records = experiment_records(runs)
+    if not records:
+        raise UserError(
+            f"{runs} has no experiments yet: `storylab list --runs {runs}` shows its runs"
+        )
+    for path in records:
         with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
             record = read_json(path)
             rows = [

@@ -21,8 +21,8 @@ from storylab.experiments.comparison import (
 )
 from storylab.experiments.curves import fit_power_law
 from storylab.experiments.factors import LENGTH_FIELDS, factor_fields
-from storylab.experiments.results import Result, load_result
-from storylab.experiments.runner import EXPERIMENTS, run_state
+from storylab.experiments.results import Result, load_result, run_state
+from storylab.experiments.runner import EXPERIMENTS
 from storylab.experiments.spec import Expectation, Experiment
 from storylab.experiments.statistics import mean_interval
 from storylab.files import read_json
@@ -35,6 +35,8 @@ class CellResult:
     condition: str
     arm: Arm
     config: TrainConfig
+    planned: int
+    """Number of runs that the experiment lists for it."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ def _read_cell(
             # A run that failed before it had a config still has its reason.
             why = reason if state == "failed" else str(error).replace(f"{runs}/", "")
             problems.append(f"{where}, seed {seed}: {why}")
-    return CellResult(cell["condition"], Arm(cell["arm"], tuple(found)), from_dict(cell["config"]))
+    arm, config = Arm(cell["arm"], tuple(found)), from_dict(cell["config"])
+    return CellResult(cell["condition"], arm, config, len(cell["runs"]))
 
 
 def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:

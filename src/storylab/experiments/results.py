@@ -13,8 +13,19 @@ import numpy as np
 
 from storylab.config import TrainConfig
 from storylab.errors import UserError
-from storylab.experiments.runner import run_state
-from storylab.training.run_folder import POSITION_LOSSES, STORY_LOSSES, Run, open_run
+from storylab.files import read_json
+from storylab.training.run_folder import (
+    CONFIG,
+    POSITION_LOSSES,
+    STORY_LOSSES,
+    SUMMARY,
+    Run,
+    open_run,
+)
+
+ENDED = ("finished", "diverged")
+# Written by whoever ran a run that failed before it could write down anything itself.
+FAILURE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,20 @@ class Result:
             return np.load(self.folder / POSITION_LOSSES, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return np.empty(0)
+
+
+def run_state(folder: Path) -> tuple[str, str]:
+    """State of a run folder and the reason for it, whatever is left in the folder."""
+    try:
+        if (folder / SUMMARY).exists():
+            summary = read_json(folder / SUMMARY)
+            return str(summary["status"]), str(summary.get("reason", ""))
+        if (folder / FAILURE).exists():
+            failure = read_json(folder / FAILURE)
+            return "failed", f"{failure['outcome']}: {failure['reason']}"
+    except (UserError, KeyError, TypeError) as error:
+        return "damaged", str(error)
+    return ("unfinished", "") if (folder / CONFIG).exists() else ("new", "")
 
 
 def load_result(folder: Path) -> Result:

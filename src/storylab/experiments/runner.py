@@ -22,6 +22,7 @@ from storylab.config import PRESENTATION_FIELDS, TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS
+from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.experiments.worker import (
     DIVERGED,
@@ -33,10 +34,8 @@ from storylab.experiments.worker import (
 )
 from storylab.files import exclusive, held, read_json, write_json
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
-from storylab.training.run_folder import CONFIG, SUMMARY, Run, code_sha256
+from storylab.training.run_folder import CONFIG, Run, code_sha256
 
-ENDED = ("finished", "diverged")
-FAILURE = "failure.json"
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
 LOCKS = ".locks"
@@ -75,8 +74,15 @@ class PlannedRun:
 
     @property
     def state(self) -> str:
-        """``finished``, ``diverged``, ``failed``, ``unfinished`` or ``new``."""
-        return run_state(self.folder)[0]
+        """``finished``, ``diverged``, ``failed``, ``unfinished``, ``new``, or ``damaged``."""
+        state = run_state(self.folder)[0]
+        if state in ENDED:
+            # What ended is not trained again, so it must be all there.
+            try:
+                load_result(self.folder)
+            except UserError:
+                return "damaged"
+        return state
 
     @property
     def other_code(self) -> bool:
@@ -94,20 +100,6 @@ class Estimate:
     seconds: float
     memory_bytes: float
     measured: bool
-
-
-def run_state(folder: Path) -> tuple[str, str]:
-    """State of a run folder and the reason for it, whatever is left in the folder."""
-    try:
-        if (folder / SUMMARY).exists():
-            summary = read_json(folder / SUMMARY)
-            return str(summary["status"]), str(summary.get("reason", ""))
-        if (folder / FAILURE).exists():
-            failure = read_json(folder / FAILURE)
-            return FAILED, f"{failure['outcome']}: {failure['reason']}"
-    except (UserError, KeyError, TypeError) as error:
-        return "damaged", str(error)
-    return ("unfinished", "") if (folder / CONFIG).exists() else ("new", "")
 
 
 def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
@@ -216,15 +208,25 @@ def _recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
 
 
 def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estimate | None]]:
-    """What each run will take: from a finished run of the same cell, or a calibration of seconds;
-    None where the calibration failed."""
-    known: dict[tuple[str, str], Estimate | None] = {}
+    """What each run will take: from a finished run of the same cell, or a calibration of seconds for
+    every shape of model and batch; None where the calibration failed."""
+    calibrated: dict[str, dict[str, float] | None] = {}
     for run in planned:
-        key = (run.cell.condition, run.cell.arm)
-        if key not in known:
-            done = [r for r in planned if (r.cell.condition, r.cell.arm) == key]
-            known[key] = _finished_estimate(done) or _calibrated_estimate(run)
-        yield run, known[key]
+        estimate = _finished_estimate([r for r in planned if r.cell == run.cell])
+        if estimate is None:
+            config = run.config
+            shape = (
+                config.model,
+                config.batch_size,
+                config.block_size,
+                config.dtype,
+                config.compile,
+            )
+            if str(shape) not in calibrated:
+                calibrated[str(shape)] = _calibration(config)
+            measured = calibrated[str(shape)]
+            estimate = _expected(config, measured) if measured else None
+        yield run, estimate
 
 
 def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
@@ -236,18 +238,18 @@ def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
     return None
 
 
-def _calibrated_estimate(run: PlannedRun) -> Estimate | None:
-    config = run.config
+def _calibration(config: TrainConfig) -> dict[str, float] | None:
+    """What a worker measures; None if it fails: training will find out why, and keep it as a result."""
     answers: list[dict[str, Any]] = []
     _Child("measure", config).serve(answers.append)
-    measured = next((a for a in answers if a["event"] == "measured"), None)
-    if measured is None:
-        return None  # training will find out why, and keep it as the arm's result
-    evaluations = config.max_iters // config.eval_interval + bool(
-        config.max_iters % config.eval_interval
-    )
+    return next((answer for answer in answers if answer["event"] == "measured"), None)
+
+
+def _expected(config: TrainConfig, measured: dict[str, float]) -> Estimate:
+    evaluations = -(-config.max_iters // config.eval_interval)
     batches = 2 * config.eval_iters * evaluations + measured["evaluation_batches"]
-    seconds = (config.max_iters + 1) * measured["iteration_seconds"]
+    micro_batches = (config.max_iters + 1) * config.gradient_accumulation_steps
+    seconds = micro_batches * measured["micro_batch_seconds"]
     seconds += batches * measured["evaluation_batch_seconds"]
     return Estimate(seconds, measured["peak_memory_bytes"], measured=False)
 
@@ -270,8 +272,11 @@ def run_experiment(
         name = f"[{number}/{len(planned)}] {run.label}"
         watcher.overall(name, done, total)
         with _alone(run, name, watcher):
-            if fresh and run.folder not in seen and run.folder.exists():
-                set_aside(run.folder)
+            if run.folder.exists() and (
+                run.state == "damaged" or (fresh and run.folder not in seen)
+            ):
+                why = "damaged" if run.state == "damaged" else "to be trained anew"
+                watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
             seen.add(run.folder)
             if run.state in ENDED:
                 note = ", by another version of the code" if run.other_code else ""
@@ -315,8 +320,6 @@ def _tokens(run: PlannedRun) -> int:
 def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: float) -> None:
     """Train one run to its end; a micro-batch that does not fit into memory is halved."""
     config = run.config
-    if run.state == "damaged":
-        set_aside(run.folder)
     (run.folder / FAILURE).unlink(missing_ok=True)
 
     def tell(event: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ METRICS = {
 }
 DEFAULT_SEEDS = (1337, 1338, 1339)
 ONLY_CONDITION = ""
+KINDS: dict[type, str] = {str: "text", list: "a list [...]", dict: "a table {...}"}
 # Fields that say where the run lies or are the runner's to set.
 FORBIDDEN = {
     "out_dir": "--runs says where runs go",
@@ -198,10 +200,19 @@ class _Reader:
             matched=matched,
             seeds=_seeds(table),
             margin=_margin(table),
-            expectations=tuple(_expectations(table, arms, conditions)),
+            expectations=tuple(_expectations(table, arms, conditions, baseline)),
             data=self._data(),
             cells=(),
         )
+        # What is wrong in what all arms share is told of there.
+        self._config({}, "[config]")
+        for name, values in conditions.items():
+            self._config(values, f"condition '{name}'")
+            if factor and factor_fields(factor) & values.keys():
+                raise UserError(
+                    f"condition '{name}' sets {_listed(factor_fields(factor) & values.keys())}, which is "
+                    "for the arms: it is what they differ in"
+                )
         cells = [
             Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
             for condition, values in conditions.items()
@@ -264,8 +275,13 @@ def _vocab_size(experiment: Experiment) -> int:
 
 def _check_arms(experiment: Experiment) -> None:
     """Every arm differs from the others in the factor, and in nothing else."""
-    if len(experiment.arms) < 2:
-        return
+    for i, condition in enumerate(experiment.conditions):
+        for other in experiment.conditions[:i]:
+            if (condition in experiment.matched) == (other in experiment.matched) and all(
+                experiment.cell(condition, arm).config == experiment.cell(other, arm).config
+                for arm in experiment.arms
+            ):
+                raise UserError(f"conditions '{other}' and '{condition}' are the same")
     for condition in experiment.conditions:
         allowed = experiment.allowed_fields(condition)
         where = f" under '{condition}'" if condition else ""
@@ -286,7 +302,7 @@ def _check_arms(experiment: Experiment) -> None:
 
 
 def _expectations(
-    table: dict[str, Any], arms: Iterable[str], conditions: Iterable[str]
+    table: dict[str, Any], arms: Iterable[str], conditions: Iterable[str], baseline: str
 ) -> Iterable[Expectation]:
     entries = _typed(table, "expect", list, [])
     names = {f.name for f in dataclasses.fields(Expectation)}
@@ -300,6 +316,11 @@ def _expectations(
         for key, choices in (("metric", METRICS), ("arm", arms), ("condition", conditions)):
             if key in entry and (not isinstance(entry[key], str) or entry[key] not in choices):
                 raise UserError(f"[[expect]] {key} '{entry[key]}': use one of {_listed(choices)}")
+        relative = entry["metric"].endswith(("_difference", "_ratio"))
+        if relative and entry["arm"] == baseline:
+            raise UserError(
+                f"[[expect]] {entry['metric']} of the baseline '{baseline}' says nothing"
+            )
         for key in ("at_least", "at_most"):
             if isinstance(entry.get(key, 0), bool) or not isinstance(
                 entry.get(key, 0), int | float
@@ -360,7 +381,7 @@ def _known(table: Mapping[str, Any], keys: set[str], place: str) -> None:
 def _typed(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = table.get(key, default)
     if not isinstance(value, kind):
-        raise UserError(f"{key} must be a {kind.__name__}, not {value!r}")
+        raise UserError(f"{key} must be {KINDS[kind]}, not {value!r}")
     return value
 
 
@@ -381,7 +402,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 SKELETON = """\
-title = "{title}"
+title = {title}
 purpose = "What do you want to know?"
 factor = "learning_rate"          # a field of `storylab train --help`, or: {factors}
 baseline = "1e-3"
@@ -410,4 +431,5 @@ eval_iters = 2
 
 def skeleton(title: str) -> str:
     """The text of a new experiment file, which runs as it is."""
-    return SKELETON.format(title=title.replace('"', "'"), factors=", ".join(FACTORS))
+    # A JSON string is a TOML string.
+    return SKELETON.format(title=json.dumps(title, ensure_ascii=False), factors=", ".join(FACTORS))

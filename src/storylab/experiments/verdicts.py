@@ -46,6 +46,11 @@ def _loss_part(c: Comparison) -> str:
     stories = f"{c.stories.n:,} stories" if c.stories else "no stories"
     if c.recipes is None:
         difference = f"val loss {nats(c.stories.estimate)} nats" if c.stories else "no loss"
+        if not c.paired:
+            return (
+                f"{difference} between runs of different seeds, other weights and data order "
+                f"({stories}): {CANT_TELL}; train both with the same seeds"
+            )
         if c.noise is not None:
             return (
                 f"{difference} ({stories}): {CANT_TELL}, as an arm has one run and no common seed"
@@ -54,7 +59,8 @@ def _loss_part(c: Comparison) -> str:
         more = f"; about {needed} paired seeds would decide" if needed else ""
         return (
             f"{difference} with one seed ({stories}): {CANT_TELL} whether the recipe or the seed did "
-            f"it, as no noise floor is known for this recipe (`storylab noise`){more}"
+            f"it, as no noise floor is known for this recipe (train the baseline with other seeds beside "
+            f"it, or see `storylab noise`){more}"
         )
     if c.from_noise:
         assert c.noise is not None
@@ -91,8 +97,8 @@ def _speed_parts(c: Comparison) -> list[str]:
         return [f"speed is not comparable ({'; '.join(c.speed_confounds)})"]
     parts = []
     if c.speed:
-        parts.append(ratio_text(c.speed, "faster", "slower", "speed"))
-    if c.equal_time and c.speed and abs(math.log(c.speed.value)) > 0.02:
+        parts.append(ratio_text(c.speed, "faster", "slower", "speed", c.paired))
+    if c.equal_time and c.speed and c.verdict != CANT_TELL and abs(math.log(c.speed.value)) > 0.02:
         difference = c.equal_time.difference
         word = "better" if difference < 0 else "worse"
         low, high = c.equal_time.low, c.equal_time.high
@@ -105,19 +111,20 @@ def _speed_parts(c: Comparison) -> list[str]:
     return parts
 
 
-def ratio_text(ratio: Ratio, more: str, less: str, what: str) -> str:
+def ratio_text(ratio: Ratio, more: str, less: str, what: str, paired: bool = True) -> str:
     """``1.31x faster (1.28 to 1.34)``; the same only if the whole interval is within 2 % of 1."""
     low, high = ratio.low, ratio.high
+    single = "one pair" if paired else "one run each"
     if low is not None and high is not None and low >= 0.98 and high <= 1.02:
         return f"same {what} ({low:.2f}x to {high:.2f}x)"
     if low is None and abs(ratio.value - 1) < 0.005:
-        return f"same {what} (one pair)"
+        return f"same {what} ({single})"
     unclear = ""
     if low is not None and high is not None and low <= 1 <= high:
         unclear = ": can't tell"
     word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
     if low is None or high is None:
-        return f"{value:.2f}x {word} (one pair)"
+        return f"{value:.2f}x {word} ({single})"
     if ratio.value < 1:
         low, high = 1 / high, 1 / low
     return f"{value:.2f}x {word} ({low:.2f} to {high:.2f}{unclear})"
@@ -153,11 +160,11 @@ def detail_lines(c: Comparison) -> list[str]:
             (c.energy, "energy", "more energy", "less energy"),
         ):
             lines.append(
-                f"{what}: {ratio_text(ratio, more, less, what)}"
+                f"{what}: {ratio_text(ratio, more, less, what, c.paired)}"
                 if ratio
                 else f"{what}: not measured"
             )
-    if c.equal_time is not None:
+    if c.equal_time is not None and not c.confounds:
         e = c.equal_time
         spread = f" (95 % CI {e.low:+.3f} to {e.high:+.3f})" if e.low is not None else ""
         lines.append(

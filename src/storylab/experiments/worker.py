@@ -69,7 +69,7 @@ def work(action: str, config: TrainConfig) -> None:
 
 
 def measure(config: TrainConfig) -> dict[str, float]:
-    """Seconds of an iteration and of an evaluation batch, and peak memory in bytes, from a few."""
+    """Seconds of a micro-batch and of an evaluation batch, and peak memory in bytes, from a few."""
     config, precision = resolve_device(config)
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
@@ -97,7 +97,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
         evaluation = min(evaluation, time.perf_counter() - start)
     windows = -(-len(split) // config.block_size)
     return {
-        "iteration_seconds": step * config.gradient_accumulation_steps / batches,
+        "micro_batch_seconds": step / batches,
         "evaluation_batch_seconds": evaluation * EVAL_BATCH / len(starts),
         "evaluation_batches": windows / EVAL_BATCH,
         "peak_memory_bytes": peak_memory_bytes(precision.device),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import numpy as np
 
+from storylab.config import PRESENTATION_FIELDS, preset_config, to_dict
+from storylab.errors import UserError
 from storylab.experiments.comparison import DIVERGED, Comparison
+from storylab.experiments.factors import SEED_FIELDS
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
@@ -31,11 +36,27 @@ class Section:
 
 
 def read_remarks(text: str) -> dict[str, str]:
-    """Hand-written remarks of an earlier log, by experiment."""
+    """Hand-written remarks of an earlier log, by experiment.
+
+    Raises:
+        UserError: some are not between their markers, and would be lost.
+    """
     pattern = re.escape(BEGIN_REMARKS).replace(re.escape("{}"), "(.*?)")
     # No marker within: one that lost its end must not swallow the sections after it.
     body = r"((?:(?!<!-- (?:remarks:|end of remarks)).*\n)*?)"
     found = re.findall(f"{pattern}\n{body}{re.escape(END_REMARKS)}", text)
+    begun = [
+        (number, match[1])
+        for number, line in enumerate(text.splitlines(), start=1)
+        if (match := re.fullmatch(pattern, line.strip()))
+    ]
+    whole = [label for label, _ in found]
+    for number, label in begun:
+        if [name for _, name in begun].count(label) != whole.count(label):
+            raise UserError(
+                f"line {number}: the remarks on {label} are not between a line "
+                f"{BEGIN_REMARKS.format(label)} and a line {END_REMARKS}: mend that, or they would be lost"
+            )
     remarks = {label: body.strip("\n") for label, body in found}
     return {k: v for k, v in remarks.items() if v.strip() and v.strip() != REMARKS_HINT}
 
@@ -90,7 +111,10 @@ def repeat_command(outcome: Outcome) -> str:
     seeds = {run.config.seed for run in outcome.runs}
     scale = f" --scale {record['scale']}" if record["scale"] else ""
     count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record["seeds"]) else ""
-    return f"storylab experiment run {record['file']}{scale}{count}"
+    planned = list(dict.fromkeys(cell.arm.name for cell in outcome.cells if cell.planned))
+    some = planned and len(planned) < len(record["arms"])
+    only = f" --only {shlex.join(planned)}" if some else ""
+    return f"storylab experiment run {shlex.quote(record['file'])}{scale}{count}{only}"
 
 
 def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -124,7 +148,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     states = ", ".join(dict.fromkeys(run.state for run in cell.arm.runs if not run.finished))
     if not runs:
         # From the verdict's column on there is nothing but how it ended.
-        return [name, *[""] * 10, f"0 of {len(cell.arm.runs)}", states or "no run"]
+        return [name, *[""] * 10, f"0 of {cell.planned}", states or "no run"]
     speed = mean_of(cell.arm, lambda run: run.speed)
     memory = mean_of(cell.arm, lambda run: run.training_memory)
     seconds = mean_of(cell.arm, training_seconds)
@@ -148,7 +172,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
         duration(seconds) if seconds else MISSING,
         f"{energy / 3600:.1f} Wh" if energy else MISSING,
-        f"{len(runs)} of {len(cell.arm.runs)}" if states else str(len(runs)),
+        f"{len(runs)} of {cell.planned}" if len(runs) < cell.planned else str(len(runs)),
         c.verdict if c else "baseline",
     ]
 
@@ -159,7 +183,8 @@ def _difference(c: Comparison | None) -> str:
     if c.confounds or c.recipes is None or c.verdict == DIVERGED:
         return ""
     r = c.recipes
-    return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f})"
+    unpaired = "" if c.paired else ", unpaired"
+    return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f}{unpaired})"
 
 
 def headline(outcome: Outcome) -> str:
@@ -190,7 +215,7 @@ def _overview(sections: Sequence[Section]) -> Iterable[str]:
         losses = o.baseline_of(o.conditions[0]).arm.losses
         seeds = {run.config.seed for run in o.runs if run.finished}
         cells = [
-            f"[{o.record['title']}](#{_anchor(section_title(o))})",
+            f"[{_plain(o.record['title'])}](#{_anchor(o.label)})",
             o.record["scale"] or "-",
             f"{float(np.mean(losses)):.4f}" if losses else "none yet",
             str(len({cell.arm.name for cell in o.cells})),
@@ -257,8 +282,9 @@ def section_title(outcome: Outcome) -> str:
     return f"{kind}: {outcome.record['title']}"
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+def _anchor(label: str) -> str:
+    """An id of our own: two experiments, or two scales of one, may have the same title."""
+    return "experiment-" + re.sub(r"[^\w\-]+", "-", label.lower())
 
 
 def _section(section: Section) -> Iterable[str]:
@@ -266,7 +292,9 @@ def _section(section: Section) -> Iterable[str]:
     runs = o.runs
     dates = sorted(str(run.environment["started"])[:10] for run in runs)
     span = dates[0] if dates and dates[0] == dates[-1] else " to ".join(dates[:1] + dates[-1:])
-    yield f"## {section_title(o)}"
+    yield f'<a id="{_anchor(o.label)}"></a>'
+    yield ""
+    yield f"## {_plain(section_title(o))}"
     yield ""
     yield f"**{_plain(headline(o))}**"
     yield ""
@@ -284,7 +312,7 @@ def _section(section: Section) -> Iterable[str]:
     pictures = list(section.pictures.items())
     for caption, file in pictures[:1]:
         yield ""
-        yield f"![{caption}]({file})"
+        yield f"![{_plain(caption)}]({quote(file)})"
     yield ""
     headings, rows = table_rows(o)
     yield _line(headings)
@@ -304,19 +332,28 @@ def _section(section: Section) -> Iterable[str]:
     yield from (f"- {_plain(text)}" for text in observations(o))
     yield from _folded("Every comparison in full", _comparison_lines(o))
     if len(pictures) > 1:
-        lines = [part for caption, file in pictures[1:] for part in (f"![{caption}]({file})", "")]
+        lines = [
+            part
+            for caption, file in pictures[1:]
+            for part in (f"![{_plain(caption)}]({quote(file)})", "")
+        ]
         yield from _folded("More figures", lines, code=False)
     yield from _folded("Training lines and results of the baseline, first seed", _training_lines(o))
 
 
 def _config_line(cell: CellResult) -> str:
-    c = cell.config
-    return (
-        f"`--preset {c.preset} --dtype {c.dtype} --max_iters {c.max_iters} --batch_size {c.batch_size} "
-        f"--gradient_accumulation_steps {c.gradient_accumulation_steps} --block_size {c.block_size} "
-        f"--learning_rate {c.learning_rate:g} --min_lr {c.min_lr:g} --warmup_iters {c.warmup_iters} "
-        f"--schedule {c.schedule} --attention {c.model.attention}`"
-    )
+    """The flags that train it: those of its fields that are not the default of its preset."""
+    default = to_dict(preset_config(cell.config.preset))
+    values = to_dict(cell.config)
+    default |= default.pop("model")
+    values |= values.pop("model")
+    flags = [f"--preset {cell.config.preset}", f"--dtype {cell.config.dtype}"]
+    for name, value in values.items():
+        hidden = {"preset", "dtype", "device", *PRESENTATION_FIELDS, *SEED_FIELDS}
+        if value != default[name] and name not in hidden:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            flags.append(f"--{name} {shlex.quote(shown)}" if value is not True else f"--{name}")
+    return f"`{' '.join(flags)}`"
 
 
 def _stories(o: Outcome) -> Iterable[str]:
@@ -349,8 +386,8 @@ def _quoted(text: str, most: int = 420) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text whose asterisks are no emphasis: patterns such as window:64*3 have them."""
-    return text.replace("*", "\\*")
+    """Text in which markdown finds nothing to obey: window:64*3 has asterisks, a title may have tags."""
+    return text.replace("*", "\\*").replace("<", "&lt;")
 
 
 def _comparison_lines(o: Outcome) -> list[str]:

@@ -40,7 +40,7 @@ def write_report(runs: Path, out: Path) -> Path:
     log = out / LOG_FILE
     try:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
-        remarks = read_remarks(log.read_text(encoding="utf-8")) if log.exists() else {}
+        remarks = _read_remarks(log)
         sections = []
         for outcome in outcomes:
             pictures = {}
@@ -55,6 +55,15 @@ def write_report(runs: Path, out: Path) -> Path:
     except OSError as error:
         raise write_error(out, error) from error
     return out
+
+
+def _read_remarks(log: Path) -> dict[str, str]:
+    if not log.exists():
+        return {}
+    try:
+        return read_remarks(log.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{log}, {error}") from error
 
 
 def _renumbered(svg: str) -> str:
