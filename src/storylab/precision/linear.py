@@ -38,12 +38,19 @@ class QuantizationState:
     seed: int
     enabled: bool = True
     iteration: int = 0
+    changes: int = 0
+    """Counts up whenever the weights may have changed."""
     draws: dict[str, int] = field(default_factory=dict)
 
     def advance(self, iteration: int) -> None:
         """Go to ``iteration``: its random draws do not depend on what came before."""
         self.iteration = iteration
+        self.changed()
         self.draws.clear()
+
+    def changed(self) -> None:
+        """The weights are not what they were: what was quantised of them is to be made anew."""
+        self.changes += 1
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -112,14 +119,15 @@ class QuantizedLinear(nn.Module):
         return nvfp4(values, operand.square, random, operand.four_over_six)
 
     def weight_operand(self, operand: Operand, transposed: bool) -> Quantized:
-        """The quantised weight ``[out, in]``, or its transpose, kept until the weight changes."""
+        """The quantised weight ``[out, in]``, or its transpose, kept until the next iteration."""
         key = f"{operand} {transposed}"
-        version = self.weight._version
+        # Fused optimizers change a weight without counting up its version: the iteration tells.
+        now = self.state.changes
         kept = self._kept.get(key)
-        if kept is None or kept[0] != version or operand.scaling == "delayed":
+        if kept is None or kept[0] != now or operand.scaling == "delayed":
             values = self.weight.detach().float()
             quantized = self.quantize(values.T if transposed else values, operand, "weight")
-            self._kept[key] = kept = (version, quantized)
+            self._kept[key] = kept = (now, quantized)
         return kept[1]
 
     def _delayed_amax(self, values: Tensor, kind: str) -> Tensor:

@@ -308,7 +308,7 @@ class Trainer:
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
         if self.quantization is not None:
             self.quantization.advance(iteration)
-        return training_step(
+        result = training_step(
             self.model,
             self.optimizer,
             self.scaler,
@@ -319,6 +319,9 @@ class Trainer:
             grad_clip=self.config.grad_clip,
             check=self.stop.check,
         )
+        if self.quantization is not None:
+            self.quantization.changed()
+        return result
 
     def _evaluation_due(self, iteration: int) -> bool:
         due = iteration % self.config.eval_interval == 0 or iteration == self.config.max_iters
