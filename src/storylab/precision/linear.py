@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from storylab.precision.formats import FORMATS
 from storylab.precision.quantize import (
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
     Quantized,
     hadamard,
     mxfp8,
@@ -26,9 +28,6 @@ from storylab.precision.quantize import (
     random_bytes,
 )
 from storylab.precision.recipes import Operand, Recipe
-
-# Tokens are padded to a multiple of this where blocks lie along them.
-TOKEN_BLOCK = 32
 
 
 @dataclass
@@ -106,17 +105,25 @@ class QuantizedLinear(nn.Module):
     def quantize(self, values: Tensor, operand: Operand, kind: str) -> Quantized:
         """``values`` (float32, blocks along the last axis) as ``operand`` says."""
         form = FORMATS[operand.format]
+        if operand.scaling in ("mxfp8", "nvfp4"):
+            return self._quantize_blocks(values, operand, kind)
         if operand.scaling == "delayed":
             return per_tensor(values, form, self._delayed_amax(values, kind))
-        if operand.scaling == "tensor":
-            return per_tensor(values, form)
+        return per_tensor(values, form)
+
+    def _quantize_blocks(self, values: Tensor, operand: Operand, kind: str) -> Quantized:
+        """Block scales, zeros filling up the last block: they add nothing to a product."""
+        rows, columns = values.shape
+        below = -rows % NVFP4_BLOCK if operand.square else 0
+        values = nn.functional.pad(values, (0, -columns % MXFP8_BLOCK, 0, below))
         if operand.scaling == "mxfp8":
-            return mxfp8(values, form)
+            return mxfp8(values, FORMATS[operand.format])
         random = None
         if operand.stochastic:
             generator = self.state.generator(f"{self.name} {kind}")
             random = random_bytes(values.shape, generator).to(values.device)
-        return nvfp4(values, operand.square, random, operand.four_over_six)
+        quantized = nvfp4(values, operand.square, random, operand.four_over_six)
+        return Quantized(quantized.operand[:rows], quantized.scale)
 
     def weight_operand(self, operand: Operand, transposed: bool) -> Quantized:
         """The quantised weight ``[out, in]``, or its transpose, kept until the next iteration."""
@@ -181,9 +188,10 @@ class _QuantizedProduct(torch.autograd.Function):
         if recipe.weight_gradient is None:
             weight_gradient = (out.bfloat16().T @ rows.bfloat16()).float()
         else:
-            by_token = [_padded(x.float().T.contiguous()) for x in (out, rows)]
+            by_token = [x.float().T.contiguous() for x in (out, rows)]
             if recipe.hadamard:
-                by_token = [hadamard(x) for x in by_token]
+                pad = (0, -rows.shape[0] % NVFP4_BLOCK)
+                by_token = [hadamard(nn.functional.pad(x, pad)) for x in by_token]
             left = layer.quantize(by_token[0], recipe.weight_gradient[0], "gradient weight")
             right = layer.quantize(by_token[1], recipe.weight_gradient[1], "input weight")
             weight_gradient = product(left, right)
@@ -206,8 +214,3 @@ def _exact_in_bfloat16() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _padded(values: Tensor) -> Tensor:
-    """``values [N, tokens]`` with zeros up to a whole number of blocks of tokens."""
-    return torch.nn.functional.pad(values, (0, -values.shape[1] % TOKEN_BLOCK))
