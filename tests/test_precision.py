@@ -261,9 +261,7 @@ def test_gradients_are_the_straight_through_products(name: str) -> None:
     ]
     assert x.grad is not None and w.grad is not None
     for ours, theirs in zip((out, x.grad, w.grad), expected, strict=True):
-        torch.testing.assert_close(
-            ours.double(), theirs[: ours.shape[0], : ours.shape[1]], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
