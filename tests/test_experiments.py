@@ -109,6 +109,12 @@ def test_the_first_experiment_at_record_scale_is_the_record() -> None:
     assert changed_fields(cell.config, TrainConfig()) == {}
 
 
+def test_a_single_arm_needs_no_factor(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG).replace('factor = "learning_rate"\n', "")
+    load_experiment(write(tmp_path / "a.toml", text.replace("high = { learning_rate = 1e-2 }", "")))
+    assert "needs a factor" in fails(tmp_path / "b.toml", text)
+
+
 def test_an_experiment_that_cannot_run_yet_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

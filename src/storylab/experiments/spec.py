@@ -282,6 +282,8 @@ def _check_arms(experiment: Experiment) -> None:
                 for arm in experiment.arms
             ):
                 raise UserError(f"conditions '{other}' and '{condition}' are the same")
+    if len(experiment.arms) < 2:
+        return
     for condition in experiment.conditions:
         allowed = experiment.allowed_fields(condition)
         where = f" under '{condition}'" if condition else ""

@@ -76,7 +76,8 @@ def _loss_part(c: Comparison) -> str:
     elif c.verdict == NO_DIFFERENCE or (c.verdict == CANT_TELL and not c.baseline_diverged):
         text += _what_would_decide(c)
     elif c.noise and c.noise.standard_deviation:
-        text += f", {abs(c.recipes.estimate) / c.noise.standard_deviation:.2g}x seed noise"
+        times = abs(c.recipes.estimate) / c.noise.standard_deviation
+        text += f", {times:.0f}x seed noise" if times >= 10 else f", {times:.2g}x seed noise"
     return text
 
 
