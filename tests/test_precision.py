@@ -1,5 +1,9 @@
 """Low precision: formats against ml_dtypes, quantisers against TransformerEngine's own reference and
-torchao's, products against float64, gradients against the straight-through expression."""
+torchao's, products against float64, gradients against the straight-through expression.
+
+The two references are used where they are installed (pip install --no-deps transformer-engine torchao);
+their requirements are for GPUs.
+"""
 
 from __future__ import annotations
 
