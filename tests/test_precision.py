@@ -139,7 +139,6 @@ def transformer_engine() -> Any:
     if root is None or not root.submodule_search_locations:
         pytest.skip("transformer-engine is not installed")
     folder = Path(root.submodule_search_locations[0]) / "pytorch/custom_recipes"
-    before = dict(sys.modules)
     prefix = "transformer_engine.pytorch.custom_recipes"
     for name in ("transformer_engine", "transformer_engine.pytorch", prefix):
         sys.modules[name] = types.ModuleType(name)
@@ -159,9 +158,8 @@ def transformer_engine() -> Any:
         setattr(sys.modules[prefix], name, module)
         spec.loader.exec_module(module)
     yield sys.modules[f"{prefix}.reference_nvfp4"]
-    for name in set(sys.modules) - set(before):
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
         del sys.modules[name]
-    sys.modules |= before
 
 
 @pytest.mark.parametrize("square", [False, True])
