@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from storylab.errors import UserError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal[
+    "float32", "bfloat16", "float16", "fp8", "fp8-current", "mxfp8", "nvfp4", "fp4", "nvf4"
+]
 ScheduleName = Literal["cosine", "linear", "constant"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 
@@ -156,7 +158,12 @@ class TrainConfig:
     out_dir: Path | None = None
     """Run folder to write; by default runs/PRESET-DTYPE-DATE-TIME."""
     dtype: Dtype = "bfloat16"
-    """Precision of the matrix products (autocast; weights and optimizer stay float32)."""
+    """Precision of the matrix products; weights and optimizer stay float32. fp8, fp8-current, mxfp8
+    and nvfp4 (also called fp4 and nvf4) are recipes for the linear layers, emulated exactly on any
+    device; the rest of the model is in bfloat16 then."""
+    recipe: str = ""
+    """Changes to the recipe of a low-precision dtype, such as "hadamard=false
+    forward.weight.square=false high_last_share=0.25"."""
     max_iters: int = 1000
     """Number of the last iteration; iterations count from 0."""
     batch_size: int = 64

@@ -363,6 +363,8 @@ def _speed_confounds(a: Result, b: Result) -> Iterable[str]:
         found = [{s[key] for s in run.stages if key in s} for run in (a, b)]
         if len(found[0] | found[1]) > 1:
             yield f"{key}: {_set_text(found[0])} against {_set_text(found[1])}"
+    if any(run.summary.get("emulated") for run in (a, b)):
+        yield "emulated precision, whose time and memory say nothing of hardware"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
         yield f"micro-batch: {a.config.batch_size} against {b.config.batch_size} sequences"
 

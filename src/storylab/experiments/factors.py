@@ -22,6 +22,7 @@ FACTORS: dict[str, frozenset[str]] = {
     "length": LENGTH_FIELDS,
     "learning_rate": frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"}),
     "batch": SPLIT_FIELDS,
+    "precision": frozenset({"dtype", "recipe"}),
 }
 
 

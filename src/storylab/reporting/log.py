@@ -167,7 +167,9 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
         f"{runs[0].summary['epochs']:.2f}",
         f"{float(np.mean(losses)):.4f}{spread}",
         _difference(c),
-        f"{speed:,.0f}" if speed else MISSING,
+        f"{speed:,.0f}{' (emulated)' if runs[0].summary.get('emulated') else ''}"
+        if speed
+        else MISSING,
         ratio if c else "baseline",
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
         duration(seconds) if seconds else MISSING,

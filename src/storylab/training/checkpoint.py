@@ -105,7 +105,11 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
         UserError: they are not those of this model's shape.
     """
     try:
-        model.load_state_dict(model_weights(tensors))
+        weights = model_weights(tensors)
+        # Histories of delayed scales are the training's, not the model's.
+        known = model.state_dict().keys()
+        extra = [n for n in weights if n.endswith(".amax_history") and n not in known]
+        model.load_state_dict({k: v for k, v in weights.items() if k not in extra})
     except RuntimeError as error:
         raise UserError(
             "the checkpoint's weights do not fit the shape in the run's config.json: "

@@ -93,7 +93,13 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             if full
             else "not evaluated",
         ),
-        ("Average speed", f"{summary['tokens_per_second']:,.0f} tok/s"),
+        (
+            "Average speed",
+            f"{summary['tokens_per_second']:,.0f} tok/s"
+            + (
+                " (emulated precision: says nothing of hardware)" if summary.get("emulated") else ""
+            ),
+        ),
         (
             "Total time",
             f"{duration(summary['seconds'])} for {summary['iterations']:,} iterations "

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from storylab.data.sources import TRAIN, VALIDATION
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
+from storylab.precision.convert import quantize_blocks
 from storylab.training import checkpoint, lines
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.precision import (
@@ -194,9 +195,13 @@ def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     Raises:
         UserError: there is no such device, it lacks the dtype, or nothing can compile for it.
     """
-    precision = choose_precision(choose_device(config.device), config.dtype)
+    precision = choose_precision(choose_device(config.device), config.dtype, config.recipe)
     if config.compile:
         check_compiler(precision.device)
+        if precision.recipe is not None:
+            raise UserError(
+                f"--compile is not for emulated precision: leave it out with {config.dtype}"
+            )
     device, seed = str(precision.device), config.resolved_data_seed
     return dataclasses.replace(config, device=device, data_seed=seed), precision
 
@@ -211,6 +216,9 @@ class Trainer:
         self.precision, self.reporter = precision, reporter
         self.model = Transformer(config.model, dataset.vocab_size, config.seed)
         self.model.to(precision.device)
+        self.quantization = None
+        if precision.recipe is not None:
+            self.quantization = quantize_blocks(self.model.blocks, precision.recipe, config.seed)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = precision.grad_scaler()
         self.batches = TrainingBatches(
@@ -230,7 +238,9 @@ class Trainer:
         return {
             "device": str(device),
             "gpu": torch.cuda.get_device_name(device) if cuda else None,
-            "initial_weights_sha256": checkpoint.weights_sha256(self.model.state_dict()),
+            "initial_weights_sha256": checkpoint.weights_sha256(
+                dict(self.model.named_parameters())
+            ),
             "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
         }
 
@@ -296,7 +306,9 @@ class Trainer:
                 self._save_last()
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
-        return training_step(
+        if self.quantization is not None:
+            self.quantization.advance(iteration)
+        result = training_step(
             self.model,
             self.optimizer,
             self.scaler,
@@ -307,6 +319,9 @@ class Trainer:
             grad_clip=self.config.grad_clip,
             check=self.stop.check,
         )
+        if self.quantization is not None:
+            self.quantization.changed()
+        return result
 
     def _evaluation_due(self, iteration: int) -> bool:
         due = iteration % self.config.eval_interval == 0 or iteration == self.config.max_iters
@@ -402,23 +417,32 @@ class Trainer:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
         self._save_last()
         with _eager():
-            evaluation = evaluate_split(
-                self.model,
-                self.dataset.splits[VALIDATION],
-                self.config.block_size,
-                self.precision,
-                self._tick,
-            )
-            if not math.isfinite(evaluation.loss):
-                raise NonFiniteError(f"final validation loss is {evaluation.loss}")
-            samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
+            own = self._evaluate_whole() if self.quantization is not None else None
+            # Without the recipe, so that arms of other precisions are evaluated alike.
+            with self.quantization.disabled() if self.quantization else nullcontext():
+                evaluation = self._evaluate_whole()
+                samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
         self.run.write_table(STORY_LOSSES, table)
         self.run.write_table(POSITION_LOSSES, evaluation.position_losses)
         summary = self._summary("finished", evaluation, samples)
+        if own is not None:
+            summary["validation_own_precision"] = _evaluation_summary(own)
         self.run.write_summary(summary)
         for line in ("", *lines.summary_lines(summary)):
             self._line(line)
+
+    def _evaluate_whole(self) -> Evaluation:
+        evaluation = evaluate_split(
+            self.model,
+            self.dataset.splits[VALIDATION],
+            self.config.block_size,
+            self.precision,
+            self._tick,
+        )
+        if not math.isfinite(evaluation.loss):
+            raise NonFiniteError(f"final validation loss is {evaluation.loss}")
+        return evaluation
 
     def _sample(self, prompt: str) -> str:
         tokenizer = self.dataset.tokenizer
@@ -432,6 +456,7 @@ class Trainer:
         tokens = state.next_iteration * self.config.tokens_per_iteration
         return {
             "status": status,
+            "emulated": self.quantization is not None,
             "iterations": state.next_iteration,
             "tokens": tokens,
             "epochs": self.batches.epochs(state.next_iteration),

@@ -10,8 +10,10 @@ import torch
 
 from storylab.config import Dtype
 from storylab.errors import UserError
+from storylab.precision.recipes import Recipe, find_recipe
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+# What a recipe leaves alone is computed in bfloat16.
+TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -22,10 +24,12 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Precision:
-    """A device and the dtype of the matrix products on it; weights stay float32."""
+    """A device and the dtype of the matrix products on it, and the recipe of those of the linear
+    layers where they are lower still; weights stay float32."""
 
     device: torch.device
     dtype: torch.dtype
+    recipe: Recipe | None = None
 
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in ``dtype``."""
@@ -61,18 +65,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(device: torch.device, dtype: Dtype) -> Precision:
-    """The precision of a run.
+def choose_precision(device: torch.device, dtype: Dtype, changes: str = "") -> Precision:
+    """The precision of a run; ``changes`` are those to the recipe of a low-precision dtype.
 
     Raises:
-        UserError: the device has no matrix products in ``dtype``.
+        UserError: the device has no matrix products in ``dtype``, or the changes make no sense.
     """
-    if device.type == "cuda" and dtype == "bfloat16":
+    recipe = find_recipe(dtype, changes)
+    wide = TORCH_DTYPES.get(dtype, torch.bfloat16)
+    if device.type == "cuda" and wide == torch.bfloat16:
         capability = torch.cuda.get_device_capability(device)
         if capability < BFLOAT16_CAPABILITY:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
-    return Precision(device, TORCH_DTYPES[dtype])
+    return Precision(device, wide, recipe)
 
 
 def check_compiler(device: torch.device) -> None:

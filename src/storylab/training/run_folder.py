@@ -38,7 +38,7 @@ CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.js
 METRICS, LOG = "metrics.jsonl", "log.txt"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
-NUMERIC_CODE = ("config.py", "data", "model", "training")
+NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pyarrow")
 
 
