@@ -493,7 +493,7 @@ def test_the_plan_is_shown_without_training(
     args = ["experiment", "run", str(path), "--runs", str(tmp_path / "runs"), "--dry_run"]
     assert main([*args, "--data_dir", str(dataset.folder), "--only", "high"]) == 0
     out = capsys.readouterr().out
-    assert "Plan: 2 runs" in out and "predicted" in out and "448 tokens" in out
+    assert "Plan: Two rates: 2 runs, about" in out and "predicted" in out and "448 tokens" in out
     assert not list((tmp_path / "runs").glob("nano-*"))
     assert main([*args, "--data_dir", str(dataset.folder), "--only", "highest"]) == 2
 
