@@ -267,6 +267,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         UserError: a field is unknown or missing, for instance in a run of another version.
     """
     names = {f.name for f in dataclasses.fields(TrainConfig)}
+    values = {"recipe": ""} | values  # runs from before there were recipes
     if set(values) != names:
         odd = ", ".join(sorted(set(values) ^ names))
         raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")

@@ -111,6 +111,8 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     values = configs.to_dict(config)
     for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
         del values[name]
+    if not values["recipe"]:
+        del values["recipe"]  # so that runs from before there were recipes keep their names
     values["sequences"] = config.batch_size * config.gradient_accumulation_steps
     text = json.dumps([values, fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
