@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -571,6 +572,18 @@ def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
     run_experiment(planned[:1], Watcher())
     assert sizes == [4, 4, 2]
     assert (planned[0].folder / runner.SPLIT_NOTE).exists()
+
+
+def test_a_worker_that_is_killed_is_told_from_one_out_of_memory(
+    planned: list[PlannedRun],
+) -> None:
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            # The worker leads a session of its own, so its parent is this process.
+            os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+
+    outcome, reason = runner._Child("train", planned[0].config).serve(kill)
+    assert outcome == worker.KILLED and "SIGKILL" in reason
 
 
 def test_two_experiments_do_not_train_a_run_twice(

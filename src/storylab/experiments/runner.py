@@ -430,10 +430,7 @@ class _Child:
             if end is not None:
                 return end["outcome"], end["reason"]
             if child.returncode == -signal.SIGKILL:
-                return (
-                    OUT_OF_MEMORY,
-                    "killed by the system (SIGKILL), as it does when memory is short",
-                )
+                return KILLED, "killed (SIGKILL), as the system does when memory is short"
             errors.seek(0)
             last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
             return FAILED, f"the process ended with {child.returncode}: {' '.join(last)}"
