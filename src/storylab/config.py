@@ -18,6 +18,7 @@ from storylab.errors import UserError
 Dtype = Literal[
     "float32", "bfloat16", "float16", "fp8", "fp8-current", "mxfp8", "nvfp4", "fp4", "nvf4"
 ]
+Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 
@@ -164,6 +165,11 @@ class TrainConfig:
     recipe: str = ""
     """Changes to the recipe of a low-precision dtype, such as "hadamard=false
     forward.weight.square=false high_last_share=0.25"."""
+    backend: Backend = "auto"
+    """What computes a low-precision dtype: emulated (exact, any device, no faster), or the hardware
+    through te (TransformerEngine) or torchao; auto is emulated on a CPU and te on a GPU."""
+    quantization_stats: bool = False
+    """Record errors, underflow, saturation and scales of every quantised tensor at evaluations."""
     max_iters: int = 1000
     """Number of the last iteration; iterations count from 0."""
     batch_size: int = 64
@@ -267,7 +273,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         UserError: a field is unknown or missing, for instance in a run of another version.
     """
     names = {f.name for f in dataclasses.fields(TrainConfig)}
-    values = {"recipe": ""} | values  # runs from before there were recipes
+    values = ADDED_FIELDS | values
     if set(values) != names:
         odd = ", ".join(sorted(set(values) ^ names))
         raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")
@@ -282,7 +288,16 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 # Fields that say where and how often to look, not what is computed: a resumed run may change them.
-PRESENTATION_FIELDS = ("data_dir", "out_dir", "log_interval", "checkpoint_minutes")
+PRESENTATION_FIELDS = (
+    "data_dir",
+    "out_dir",
+    "log_interval",
+    "checkpoint_minutes",
+    "quantization_stats",
+)
+# Fields that the first runs did not have, and what those runs did. A run whose value is this one has
+# the name that it had then.
+ADDED_FIELDS: dict[str, Any] = {"recipe": "", "backend": "auto", "quantization_stats": False}
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:

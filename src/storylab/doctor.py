@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
+from storylab.compiler import cpp_compiler
 from storylab.config import PRESETS, Dtype, PresetName, TrainConfig, preset_config
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
@@ -29,7 +30,7 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     memory = psutil.virtual_memory()
     yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
     yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
-    yield f"C++ compiler for --compile on the CPU: {shutil.which('c++') or 'none found'}"
+    yield f"C++ compiler for --compile on the CPU: {cpp_compiler() or 'none found'}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(i)

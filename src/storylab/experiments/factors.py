@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from storylab.config import ModelConfig, TrainConfig, differences
+from storylab.config import PRESENTATION_FIELDS, ModelConfig, TrainConfig, differences
 from storylab.errors import UserError
 from storylab.training.schedule import learning_rate
 
@@ -22,7 +22,7 @@ FACTORS: dict[str, frozenset[str]] = {
     "length": LENGTH_FIELDS,
     "learning_rate": frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"}),
     "batch": SPLIT_FIELDS,
-    "precision": frozenset({"dtype", "recipe"}),
+    "precision": frozenset({"dtype", "recipe", "backend"}),
 }
 
 
@@ -33,7 +33,7 @@ def factor_fields(factor: str) -> frozenset[str]:
         UserError: there is no such factor or field.
     """
     names = {f.name for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)}
-    names -= SEED_FIELDS | {"model", "data_dir", "out_dir", "log_interval", "checkpoint_minutes"}
+    names -= SEED_FIELDS | {"model", *PRESENTATION_FIELDS}
     if factor in FACTORS:
         return FACTORS[factor]
     if factor in names:

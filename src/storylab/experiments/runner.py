@@ -111,8 +111,9 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     values = configs.to_dict(config)
     for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
         del values[name]
-    if not values["recipe"]:
-        del values["recipe"]  # so that runs from before there were recipes keep their names
+    for name, before in configs.ADDED_FIELDS.items():
+        if values.get(name) == before:
+            del values[name]
     values["sequences"] = config.batch_size * config.gradient_accumulation_steps
     text = json.dumps([values, fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -63,7 +63,7 @@ def round_stochastic(values: Tensor, form: Format, random: Tensor) -> Tensor:
     """``values`` (float32) rounded up or down to the format by chance, saturating.
 
     Args:
-        random: int32 of the shape of ``values``, from 0 to 255, uniform.
+        random: uint8 of the shape of ``values``, uniform.
 
     The chance to round up is the share of the step that the value is above its lower neighbour, to
     1/256 (rounded down), so that the mean is off by less than 1/256 of a step, toward zero.

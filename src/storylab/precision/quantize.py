@@ -4,17 +4,22 @@ A quantiser returns an *operand* and a *scale*: the operand holds element values
 scales, at most 8 significant bits each and so exact in bfloat16; the scale is the float32 factor of
 the whole tensor. The product of two operands is accumulated in float32 and multiplied by both scales
 afterwards, as the hardware does; folding a tensor's scale into its operand would change the result.
+
+Each quantiser is two steps: a look at the whole tensor for its largest magnitude, and one pass over
+its elements, which the compiler makes one kernel of.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from storylab.compiler import cpp_compiler
 from storylab.precision.formats import (
     E2M1,
     E4M3,
@@ -27,6 +32,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 # Signs of the random Hadamard transform: one fixed draw, TransformerEngine's.
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+# From this many elements on a pass over a tensor is worth the compiler.
+FUSE_FROM = 2**18
 
 
 @dataclass(frozen=True)
@@ -41,35 +48,74 @@ class Quantized:
         """What the quantised tensor stands for, float32."""
         return self.operand * self.scale
 
+    @property
+    def T(self) -> Quantized:  # noqa: N802 - torch's name
+        """The transpose, without a copy."""
+        return Quantized(self.operand.T, self.scale)
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` of a tensor and more, compiled to one kernel for large tensors on a CPU.
+
+    The result is the same to the bit, so that it may depend on the machine which of the two runs:
+    without a C++ compiler, and for small tensors, it is the function itself.
+    """
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def chosen(values: Tensor, *others: object) -> Tensor:
+        large = values.device.type == "cpu" and values.numel() >= FUSE_FROM
+        if large and cpp_compiler() is not None:
+            return compiled(values, *others)
+        return function(values, *others)
+
+    return chosen
+
+
+def largest_magnitude(values: Tensor) -> Tensor:
+    """max |x|, a float32 scalar, in one pass; NaN if there is one."""
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high).float()
+
 
 def per_tensor(values: Tensor, form: Format, amax: Tensor | None = None) -> Quantized:
-    """One scale for the tensor: format's largest / amax (TransformerEngine's Float8CurrentScaling,
+    """One scale for the tensor, the format's largest / amax (TransformerEngine's Float8CurrentScaling,
     or DelayedScaling where ``amax`` comes from the steps before).
 
     Where amax is 0 or not finite the scale is 1.
     """
-    amax = values.abs().amax() if amax is None else amax
+    amax = largest_magnitude(values) if amax is None else amax
     # Tensor by tensor: a number over a tensor is its reciprocal times the number, an ulp off.
     scale = torch.div(torch.full_like(amax, form.largest), amax).clamp(max=FLOAT32_MAX)
     usable = torch.isfinite(amax) & (amax > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
-    return Quantized(round_nearest(values * scale, form), 1.0 / scale)
+    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
+
+
+@fused
+def _per_tensor_pass(values: Tensor, scale: Tensor, form: Format) -> Tensor:
+    return round_nearest(values.float() * scale, form)
 
 
 def mxfp8(values: Tensor, form: Format = E4M3) -> Quantized:
     """Blocks of 32 along the last axis with a power-of-two scale, its exponent rounded up
     (OCP MX specification; the rounding of Mishra et al. 2025, arXiv 2506.08027)."""
-    blocks = _blocks(values, MXFP8_BLOCK)
-    amax = blocks.abs().amax(dim=-1, keepdim=True)
-    exponent = _exponent_rounded_up(amax * (1.0 / form.largest))
-    scale = torch.exp2(exponent)
+    operand = _mxfp8_pass(values.reshape(-1), form).view(values.shape)
+    return Quantized(operand, torch.ones((), device=values.device))
+
+
+@fused
+def _mxfp8_pass(values: Tensor, form: Format) -> Tensor:
+    blocks = values.float().view(-1, MXFP8_BLOCK)
+    exponent = mxfp8_exponents(blocks, form)
     scaled = round_nearest(blocks * torch.exp2(-exponent), form)
-    return Quantized((scaled * scale).reshape(values.shape), values.new_ones(()))
+    return (scaled * torch.exp2(exponent)).view(-1)
 
 
-def _exponent_rounded_up(values: Tensor) -> Tensor:
-    """Exponent of the least power of two that is not below ``values``, within E8M0's -127 to 127."""
-    bits = values.view(torch.int32)
+def mxfp8_exponents(blocks: Tensor, form: Format) -> Tensor:
+    """Exponent of the least power of two that takes a block ``[N, 32]`` into the format's range,
+    within E8M0's -127 to 127: ``[N, 1]`` float32."""
+    wanted = blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / form.largest)
+    bits = wanted.view(torch.int32)
     exponent = (bits >> 23) - 127
     above = (bits & 0x7FFFFF) != 0
     # Subnormal values have a stored exponent of 0 and lie below 2^-126.
@@ -90,44 +136,76 @@ def nvfp4(
     scale, and a float32 scale of the tensor, 6 * 448 / amax.
 
     Args:
-        values: ``[..., K]`` float32, K a multiple of 16.
-        square: blocks of 16 x 16 over the last two axes, so that the transpose has the same values.
-        random: int32 of the shape of ``values`` for stochastic rounding; None rounds to nearest.
+        values: ``[M, K]`` float32 or bfloat16, K a multiple of 16.
+        square: blocks of 16 x 16 (M a multiple of 16), so that the transpose has the same values.
+        random: uint8 of the shape of ``values`` for stochastic rounding; None rounds to nearest.
         four_over_six: scale each block to 4 instead of 6 where that errs less
             (Cook et al. 2025, arXiv 2512.02010).
     """
-    amax = values.abs().amax()
-    largest = 6.0 * 448.0
-    encode = torch.div(torch.full_like(amax, largest), amax).clamp(max=FLOAT32_MAX)
-    encode = torch.where((amax == 0) | (encode == 0), torch.ones_like(encode), encode)
+    encode = nvfp4_encode(largest_magnitude(values))
     if square:
-        rows, columns = values.shape[-2:]
-        blocks = values.reshape(-1, rows // 16, 16, columns // 16, 16).transpose(2, 3)
-        draws = None
-        if random is not None:
-            draws = random.reshape(-1, rows // 16, 16, columns // 16, 16).transpose(2, 3)
-        axes: tuple[int, ...] = (-2, -1)
+        # Rows that share blocks lie side by side: [M/16, K/16, 16, 16] blocks of 256 elements.
+        operand = _nvfp4_square_pass(values, encode, random, four_over_six)
     else:
-        blocks = _blocks(values, NVFP4_BLOCK)
-        draws = None if random is None else random.reshape(blocks.shape)
-        axes = (-1,)
-    block_amax = blocks.abs().amax(dim=axes, keepdim=True)
-    operand = _nvfp4_blocks(blocks, block_amax * (encode * (1.0 / 6.0)), encode, draws)
-    if four_over_six:
-        other = _nvfp4_blocks(blocks, block_amax * (encode * (1.0 / 4.0)), encode, draws)
-        wanted = blocks * encode
-        errors = [(o - wanted).abs().sum(dim=axes, keepdim=True) for o in (operand, other)]
-        operand = torch.where(errors[1] < errors[0], other, operand)
-    if square:
-        operand = operand.transpose(2, 3)
-    return Quantized(operand.reshape(values.shape), 1.0 / encode)
+        draws = None if random is None else random.reshape(-1)
+        operand = _nvfp4_pass(values.reshape(-1), encode, draws, four_over_six)
+    return Quantized(operand.view(values.shape), 1.0 / encode)
+
+
+def nvfp4_encode(amax: Tensor) -> Tensor:
+    """The factor 6 * 448 / amax that takes a tensor into the range of elements and scales."""
+    encode = torch.div(torch.full_like(amax, 6.0 * 448.0), amax).clamp(max=FLOAT32_MAX)
+    return torch.where((amax == 0) | (encode == 0), torch.ones_like(encode), encode)
+
+
+@fused
+def _nvfp4_pass(
+    values: Tensor, encode: Tensor, random: Tensor | None, four_over_six: bool
+) -> Tensor:
+    blocks = values.float().view(-1, NVFP4_BLOCK)
+    draws = None if random is None else random.view(-1, NVFP4_BLOCK)
+    return _nvfp4_blocks(blocks, encode, draws, (-1,), four_over_six).view(-1)
+
+
+@fused
+def _nvfp4_square_pass(
+    values: Tensor, encode: Tensor, random: Tensor | None, four_over_six: bool
+) -> Tensor:
+    rows, columns = values.shape
+    shape = (rows // NVFP4_BLOCK, NVFP4_BLOCK, columns // NVFP4_BLOCK, NVFP4_BLOCK)
+    draws = None if random is None else random.view(shape)
+    return _nvfp4_blocks(values.float().view(shape), encode, draws, (1, 3), four_over_six).view(
+        rows, columns
+    )
 
 
 def _nvfp4_blocks(
-    blocks: Tensor, wanted_scales: Tensor, encode: Tensor, random: Tensor | None
+    blocks: Tensor,
+    encode: Tensor,
+    random: Tensor | None,
+    axes: tuple[int, ...],
+    four_over_six: bool,
 ) -> Tensor:
-    """Elements times block scales, given the block scales before their own rounding to E4M3."""
-    scales = round_nearest(wanted_scales, E4M3)
+    """Elements times block scales; ``axes`` are those of a block."""
+    amax = blocks.abs().amax(dim=axes, keepdim=True)
+    operand = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, 6.0), encode, random)
+    if four_over_six:
+        other = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, 4.0), encode, random)
+        wanted = blocks * encode
+        # In float64, or the order of the sum would decide where the two are close.
+        errors = [(o - wanted).abs().double().sum(dim=axes, keepdim=True) for o in (operand, other)]
+        operand = torch.where(errors[1] < errors[0], other, operand)
+    return operand
+
+
+def nvfp4_scales(amax: Tensor, encode: Tensor, target: float) -> Tensor:
+    """E4M3 scales that take blocks of these largest magnitudes to ``target``."""
+    return round_nearest(amax * (encode * (1.0 / target)), E4M3)
+
+
+def _nvfp4_elements(
+    blocks: Tensor, scales: Tensor, encode: Tensor, random: Tensor | None
+) -> Tensor:
     multiplier = (1.0 / (scales * (1.0 / encode))).clamp(max=FLOAT32_MAX)
     scaled = (blocks * multiplier).clamp(-E2M1.largest, E2M1.largest)
     if random is None:
@@ -136,30 +214,33 @@ def _nvfp4_blocks(
 
 
 def hadamard(values: Tensor) -> Tensor:
-    """The 16-point random Hadamard transform of the last axis, rounded to bfloat16 as the hardware
-    passes it on. It is orthogonal, so that on both inputs of a product it cancels."""
+    """The 16-point random Hadamard transform of the last axis of ``values``, in bfloat16, as the
+    hardware passes it on. It is orthogonal, so that on both inputs of a product it cancels."""
     matrix = _hadamard_matrix().to(values.device)
-    turned = _blocks(values.bfloat16().float(), 16) @ matrix
-    return turned.bfloat16().float().reshape(values.shape)
+    # Sums of 16 bfloat16 numbers over 4, made in float32 and rounded once.
+    turned = values.bfloat16().view(-1, NVFP4_BLOCK) @ matrix
+    return turned.view(values.shape)
 
 
 @cache
 def _hadamard_matrix() -> Tensor:
-    """diag(signs) H_16 / 4, ``[16, 16]`` float32; Sylvester's construction."""
+    """diag(signs) H_16 / 4, ``[16, 16]`` bfloat16; Sylvester's construction."""
     matrix = torch.ones(1, 1)
     while len(matrix) < 16:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(16)
+    return (torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(16)).bfloat16()
 
 
 def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Uniform int32 from 0 to 255 for :func:`round_stochastic`, drawn on the CPU."""
+    """Uniform uint8 for :func:`round_stochastic`, drawn on the CPU."""
     count = shape.numel()
     words = torch.randint(
         -(2**31), 2**31, (-(-count // 4),), dtype=torch.int32, generator=generator
     )
-    return words.view(torch.uint8)[:count].to(torch.int32).reshape(shape)
+    return words.view(torch.uint8)[:count].view(shape)
 
 
-def _blocks(values: Tensor, size: int) -> Tensor:
-    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
+def padded(values: Tensor, columns: int, rows: int = 1) -> Tensor:
+    """``values [M, K]`` filled up to whole blocks with zeros, which add nothing to a product."""
+    missing = (0, -values.shape[1] % columns, 0, -values.shape[0] % rows)
+    return nn.functional.pad(values, missing) if any(missing) else values

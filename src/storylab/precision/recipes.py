@@ -29,6 +29,11 @@ class Operand:
     four_over_six: bool = False
     """Blocks scaled to 4 instead of 6 where that errs less (nvfp4)."""
 
+    @property
+    def whole_tensor(self) -> bool:
+        """Whether one scale covers the tensor, so that its transpose is quantised alike."""
+        return self.scaling in ("delayed", "tensor")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -49,6 +54,8 @@ class Recipe:
     """First blocks that stay in bfloat16."""
     high_last_share: float = 0.0
     """Share of the blocks, counted from the last, that stay in bfloat16; rounded up."""
+    low_forward_share: float = 1.0
+    """Share of the iterations after which the forward products are in bfloat16."""
     history: int = 1024
     """Steps whose largest magnitude a delayed scale is made from."""
     margin: int = 0
@@ -59,6 +66,14 @@ class Recipe:
         """Whether any operand's scale comes from the steps before."""
         products = (self.forward, self.input_gradient, self.weight_gradient)
         return any(o.scaling == "delayed" for operands in products if operands for o in operands)
+
+    @property
+    def one_gradient(self) -> bool:
+        """Whether both gradient products see the output gradient quantised alike."""
+        if self.input_gradient is None or self.weight_gradient is None or self.hadamard:
+            return False
+        first, second = self.input_gradient[0], self.weight_gradient[0]
+        return first == second and first.whole_tensor
 
     def low_blocks(self, layers: int) -> range:
         """Indices of the blocks whose linear layers are quantised."""
@@ -177,7 +192,7 @@ def _parsed(kind: type[Any], name: str, value: str, change: str) -> Any:
         number = int(value) if kind_name == "int" else float(value)
     except ValueError:
         raise UserError(f"recipe change '{change}': {name} must be a number") from None
-    if not 0 <= number < 2**20 or (name == "high_last_share" and number > 1):
+    if not 0 <= number < 2**20 or (name.endswith("share") and number > 1):
         raise UserError(f"recipe change '{change}': {name} is out of range")
     return number
 

@@ -26,7 +26,9 @@ from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.precision.convert import quantize_blocks
+from storylab.precision.observe import QuantizationStatistics
 from storylab.training import checkpoint, lines
+from storylab.training.allocator import keep_freed_memory
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.precision import (
     Precision,
@@ -54,12 +56,6 @@ SAMPLE_PROMPTS = (
     "Lily and Ben found a strange box in the garden.",
     "Tom was sad because",
 )
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Evaluation and sampling run uncompiled: their shapes vary, and a loss should not depend on
-    how the training was sped up."""
-    return torch.compiler.set_stance("force_eager")
 
 
 class Reporter(Protocol):
@@ -202,8 +198,13 @@ def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
             raise UserError(
                 f"--compile is not for emulated precision: leave it out with {config.dtype}"
             )
-    device, seed = str(precision.device), config.resolved_data_seed
-    return dataclasses.replace(config, device=device, data_seed=seed), precision
+    resolved = dataclasses.replace(
+        config,
+        device=str(precision.device),
+        data_seed=config.resolved_data_seed,
+        backend="auto" if precision.recipe is None else "emulated",
+    )
+    return resolved, precision
 
 
 class Trainer:
@@ -214,11 +215,15 @@ class Trainer:
     ) -> None:
         self.config, self.dataset = config, dataset
         self.precision, self.reporter = precision, reporter
+        if precision.device.type == "cpu":
+            keep_freed_memory()
         self.model = Transformer(config.model, dataset.vocab_size, config.seed)
         self.model.to(precision.device)
         self.quantization = None
         if precision.recipe is not None:
-            self.quantization = quantize_blocks(self.model.blocks, precision.recipe, config.seed)
+            self.quantization = quantize_blocks(
+                self.model.blocks, precision.recipe, config.seed, config.max_iters
+            )
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = precision.grad_scaler()
         self.batches = TrainingBatches(
@@ -306,22 +311,36 @@ class Trainer:
                 self._save_last()
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
-        if self.quantization is not None:
-            self.quantization.advance(iteration)
-        result = training_step(
-            self.model,
-            self.optimizer,
-            self.scaler,
-            self.precision,
-            batch,
-            micro_batch=self.config.batch_size,
-            learning_rate=learning_rate(self.config, iteration),
-            grad_clip=self.config.grad_clip,
-            check=self.stop.check,
-        )
-        if self.quantization is not None:
-            self.quantization.changed()
-        return result
+        with self._quantization_at(iteration):
+            return training_step(
+                self.model,
+                self.optimizer,
+                self.scaler,
+                self.precision,
+                batch,
+                micro_batch=self.config.batch_size,
+                learning_rate=learning_rate(self.config, iteration),
+                grad_clip=self.config.grad_clip,
+                check=self.stop.check,
+            )
+
+    @contextmanager
+    def _quantization_at(self, iteration: int) -> Iterator[None]:
+        """Keep the quantised layers up with the training, and watch them where it was asked for."""
+        state = self.quantization
+        if state is None:
+            yield
+            return
+        state.advance(iteration)
+        if self.config.quantization_stats and (iteration == 0 or self._evaluation_due(iteration)):
+            statistics = QuantizationStatistics()
+            with state.watched(statistics):
+                yield
+            for row in statistics.rows():
+                self._metric("quantization", iteration, **row)
+        else:
+            yield
+        state.weights_changed()
 
     def _evaluation_due(self, iteration: int) -> bool:
         due = iteration % self.config.eval_interval == 0 or iteration == self.config.max_iters
@@ -333,7 +352,7 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> None:
         """Estimate both losses on the fixed windows and keep the weights if they are the best."""
-        with _eager():
+        with self._uncompiled():
             train_loss, val_loss = (
                 estimate_loss(
                     self.model,
@@ -361,6 +380,11 @@ class Trainer:
         self._line("")
         state.train_loss, state.val_loss = train_loss, val_loss
         self._metric("evaluation", iteration, train_loss=train_loss, val_loss=val_loss, best=best)
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Evaluation and sampling run the model uncompiled: their shapes vary, and a loss should not
+        depend on how the training was sped up."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def _tick(self, done: int, total: int) -> None:
         """Before every evaluation batch: leave if a signal has come, else tell how far it is."""
@@ -416,7 +440,7 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
         self._save_last()
-        with _eager():
+        with self._uncompiled():
             own = self._evaluate_whole() if self.quantization is not None else None
             # Without the recipe, so that arms of other precisions are evaluated alike.
             with self.quantization.disabled() if self.quantization else nullcontext():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 
 import torch
 
+from storylab.compiler import cpp_compiler
 from storylab.config import Dtype
 from storylab.errors import UserError
 from storylab.precision.recipes import Recipe, find_recipe
@@ -83,6 +82,5 @@ def choose_precision(device: torch.device, dtype: Dtype, changes: str = "") -> P
 
 def check_compiler(device: torch.device) -> None:
     """Raise a UserError if torch.compile would find no C++ compiler for the CPU."""
-    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    if device.type == "cpu" and not any(name and shutil.which(name) for name in candidates):
+    if device.type == "cpu" and cpp_compiler() is None:
         raise UserError("--compile on the CPU needs a C++ compiler: install one, or leave it out")
