@@ -7,13 +7,16 @@ their requirements are for GPUs.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
+import importlib.metadata
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ import torch
 from torch import nn
 
 from conftest import TINY
-from storylab.config import TrainConfig
+from storylab.compiler import cpp_compiler
+from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
-from storylab.model.transformer import Transformer
-from storylab.precision.convert import quantize_blocks
+from storylab.model import transformer
+from storylab.model.transformer import Transformer, lean
+from storylab.precision import quantize as quantizers
+from storylab.precision.convert import low_share, quantize_blocks
 from storylab.precision.formats import (
     E2M1,
     E4M3,
@@ -35,14 +41,33 @@ from storylab.precision.formats import (
     round_nearest,
     round_stochastic,
 )
+from storylab.precision.hardware import (
+    Torchao,
+    require_aligned,
+    require_te_version,
+    te_arguments,
+    te_hardware,
+    torchao_hardware,
+)
 from storylab.precision.linear import QuantizationState, QuantizedLinear, product
-from storylab.precision.quantize import hadamard, mxfp8, nvfp4, per_tensor, random_bytes
+from storylab.precision.observe import QuantizationStatistics
+from storylab.precision.quantize import (
+    hadamard,
+    largest_magnitude,
+    mxfp8,
+    nvfp4,
+    per_row,
+    per_tensor,
+    random_bytes,
+)
 from storylab.precision.recipes import RECIPES, Recipe, find_recipe
+from storylab.precision.selftest import check_layer, check_model, summarize
 from storylab.training.loop import train
+from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run
 
-LOW = ("fp8", "fp8-current", "mxfp8", "nvfp4")
+LOW = tuple(RECIPES)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -129,16 +154,19 @@ def tensors() -> list[torch.Tensor]:
     return [*found, torch.zeros(32, 64)]
 
 
+def te_folder() -> Path:
+    """Where TransformerEngine is installed; found without importing it, as that takes a GPU."""
+    try:
+        distribution = importlib.metadata.distribution("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("transformer-engine is not installed")
+    return Path(str(distribution.locate_file("transformer_engine")))
+
+
 @pytest.fixture(scope="module")
 def transformer_engine() -> Any:
     """TransformerEngine's reference quantiser in Python, with what needs a GPU stubbed."""
-    try:
-        root = importlib.util.find_spec("transformer_engine")
-    except (ImportError, RuntimeError):
-        root = None
-    if root is None or not root.submodule_search_locations:
-        pytest.skip("transformer-engine is not installed")
-    folder = Path(root.submodule_search_locations[0]) / "pytorch/custom_recipes"
+    folder = te_folder() / "pytorch/custom_recipes"
     prefix = "transformer_engine.pytorch.custom_recipes"
     for name in ("transformer_engine", "transformer_engine.pytorch", prefix):
         sys.modules[name] = types.ModuleType(name)
@@ -237,7 +265,7 @@ def layer(recipe: Recipe, seed: int = 0) -> QuantizedLinear:
     return QuantizedLinear(plain, recipe, QuantizationState(seed, max_iters=10), "layer")
 
 
-@pytest.mark.parametrize("name", ["fp8-current", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8-current", "fp8-rowwise", "mxfp8", "nvfp4"])
 def test_gradients_are_the_straight_through_products(name: str) -> None:
     """Each product written out with the quantisers, in float64."""
     recipe = dataclasses.replace(RECIPES[name], hadamard=False)
@@ -380,6 +408,454 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
     assert kinds == ["QuantizedLinear", "Linear"]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), low.parameters(), strict=True))
     assert list(plain.state_dict()) == list(low.state_dict())
+
+
+# Fused passes
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        lambda x: per_tensor(x, E4M3),
+        lambda x: per_row(x, E4M3),
+        mxfp8,
+        nvfp4,
+        lambda x: nvfp4(x, square=True),
+        lambda x: nvfp4(x, square=True, four_over_six=True),
+        lambda x: nvfp4(x, random=random_bytes(x.shape, generator(8)), four_over_six=True),
+    ],
+)
+def test_fused_passes_give_the_same_bits(
+    quantize: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpp_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    for x in tensors()[:6]:
+        monkeypatch.setattr(quantizers, "FUSE_FROM", math.inf)
+        eager = quantize(x)
+        monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+        assert torch.equal(quantize(x).operand, eager.operand)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_magnitude_is_found_in_one_pass(dtype: torch.dtype) -> None:
+    for x in tensors():
+        assert largest_magnitude(x.to(dtype)) == x.to(dtype).abs().max().float()
+    assert largest_magnitude(torch.tensor([1.0, math.nan])).isnan()
+
+
+def test_under_autocast_a_product_is_rounded_once() -> None:
+    """The float32 sum times both scales, to bfloat16; and the input counts as it is in bfloat16."""
+    quantized = layer(RECIPES["nvfp4"])
+    x = torch.randn(64, 64, generator=generator(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = quantized(x)
+    recipe = RECIPES["nvfp4"].forward
+    assert recipe is not None
+    a = nvfp4(x.bfloat16().float())
+    b = nvfp4(quantized.weight.detach(), square=True)
+    exact = (a.operand.double() @ b.operand.double().T) * (a.scale * b.scale).double()
+    assert torch.equal(out, exact.float().bfloat16())
+
+
+def test_a_forward_pass_redone_for_its_gradient_stops_before_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantized = layer(RECIPES["mxfp8"])
+    calls = []
+    original = QuantizedLinear.product
+
+    def counted(self: QuantizedLinear, input: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return original(self, input)
+
+    monkeypatch.setattr(QuantizedLinear, "product", counted)
+    x = torch.randn(32, 64, generator=generator(1), requires_grad=True)
+    lean(lambda x: quantized(torch.nn.functional.silu(x)), x).sum().backward()
+    assert len(calls) == 1
+    redone, weight_gradient = x.grad, quantized.weight.grad
+    x.grad = quantized.weight.grad = None
+    quantized(torch.nn.functional.silu(x)).sum().backward()
+    assert redone is not None and x.grad is not None and weight_gradient is not None
+    assert torch.equal(redone, x.grad) and torch.equal(weight_gradient, quantized.weight.grad)
+
+
+def test_the_forward_product_goes_to_bfloat16_for_the_last_part_of_training() -> None:
+    recipe = find_recipe("nvfp4", "low_forward_share=0.8")
+    assert recipe is not None
+    quantized = layer(recipe)  # of 10 iterations
+    x = torch.randn(32, 64, generator=generator(1))
+    high = (x.bfloat16() @ quantized.weight.detach().bfloat16().T).float()
+    quantized.state.advance(8)
+    assert not torch.equal(quantized(x), high)
+    quantized.state.advance(9)
+    assert torch.equal(quantized(x), high)
+
+
+def test_what_happens_to_a_tensor_is_measured() -> None:
+    quantized = layer(RECIPES["nvfp4"])
+    statistics = QuantizationStatistics()
+    x = torch.randn(64, 64, generator=generator(1))
+    x[:, 16:32] *= 1e-6  # blocks that the tensor's and the block's scale cannot both reach
+    x.requires_grad_()
+    with quantized.state.watched(statistics):
+        quantized(x).backward(torch.randn(64, 96, generator=generator(2)))
+        with torch.no_grad():
+            quantized(x)  # evaluation is not training
+    rows = {(row["tensor"], row["product"]): row for row in statistics.rows()}
+    assert set(rows) == {
+        ("input", "forward"),
+        ("weight", "forward"),
+        ("gradient", "input_gradient"),
+        ("gradient", "weight_gradient"),
+        ("input", "weight_gradient"),
+    }
+    found = rows["input", "forward"]
+    x = x.detach()
+    value = nvfp4(x).value
+    assert found["error"] == pytest.approx(float((value - x).norm() / x.norm()), rel=1e-5)
+    assert found["underflow"] == pytest.approx(float((value == 0).float().mean()), abs=1e-6)
+    assert found["underflow"] > 0.25 and found["scale_low"] < found["scale_high"]
+    assert found["saturation"] < 0.1
+
+
+# Hardware
+
+
+def te_source(name: str) -> ast.Module:
+    """A module of the real TransformerEngine, read and not run: it needs a GPU to be imported."""
+    return ast.parse((te_folder() / name).read_text(encoding="utf-8"))
+
+
+def definition(module: ast.Module, name: str) -> Any:
+    return next(n for n in ast.walk(module) if getattr(n, "name", None) == name)
+
+
+class EmulatedEngine:
+    """Stands in for TransformerEngine: multiplies by our emulation and records what it is told."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.emulated = recipe
+        self.layers: list[dict[str, Any]] = []
+        self.contexts: list[dict[str, Any]] = []
+        self.inside = False
+
+    def Linear(self, *sizes: int, **arguments: Any) -> nn.Module:  # noqa: N802
+        self.layers.append(dict(zip(("in_features", "out_features"), sizes, strict=True)))
+        self.layers[-1] |= arguments
+        engine = self
+
+        class Kernel(QuantizedLinear):
+            def forward(self, input: torch.Tensor) -> torch.Tensor:
+                assert engine.inside, "outside of te.autocast it would run in high precision"
+                return super().forward(input)
+
+        plain = nn.Linear(*sizes, bias=False)
+        return Kernel(plain, self.emulated, QuantizationState(0), "hardware")
+
+    @contextmanager
+    def autocast(self, **arguments: Any) -> Iterator[None]:
+        self.contexts.append(arguments)
+        self.inside = True
+        yield
+        self.inside = False
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, version: str = "2.20.2") -> Any:
+    """Put a stand-in where TransformerEngine would be; recipes are recorded as name and arguments."""
+    engine = EmulatedEngine(recipe)
+    package: Any = types.ModuleType("transformer_engine")
+    common: Any = types.ModuleType("transformer_engine.common")
+    pytorch: Any = types.ModuleType("transformer_engine.pytorch")
+    pytorch.Linear, pytorch.autocast = engine.Linear, engine.autocast
+    recipes: Any = types.ModuleType("transformer_engine.common.recipe")
+    for name in (
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+    ):
+        setattr(recipes, name, lambda _name=name, **arguments: (_name, arguments))
+    package.common, package.pytorch, common.recipe = common, pytorch, recipes
+    for module in (package, common, pytorch, recipes):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    return engine
+
+
+B200, RTX_5090, RTX_4090, A100 = (10, 0), (12, 0), (8, 9), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "name", "arguments"),
+    [
+        ("fp8", "margin=1 history=16", "DelayedScaling", {"margin": 1, "amax_history_len": 16}),
+        ("fp8-current", "", "Float8CurrentScaling", {"use_power_2_scales": False}),
+        ("mxfp8", "", "MXFP8BlockScaling", {"backward_override": None}),
+        ("nvfp4", "", "NVFP4BlockScaling", {"disable_rht": False}),
+        (
+            "nvfp4",
+            "hadamard=false high_last_share=0.5",
+            "NVFP4BlockScaling",
+            {"disable_rht": True, "disable_stochastic_rounding": False},
+        ),
+        (
+            "nvfp4-plain",
+            "",
+            "NVFP4BlockScaling",
+            {
+                "disable_rht": True,
+                "disable_stochastic_rounding": True,
+                "disable_2d_quantization": False,
+            },
+        ),
+        (
+            "nvfp4",
+            "input_gradient=bfloat16 weight_gradient=bfloat16",
+            "NVFP4BlockScaling",
+            {"backward_override": "high_precision"},
+        ),
+    ],
+)
+def test_a_recipe_in_transformer_engines_words(
+    dtype: str, changes: str, name: str, arguments: dict[str, Any]
+) -> None:
+    """The arguments are those that the recipe means, and ones that the real class takes."""
+    recipe = find_recipe(dtype, changes)
+    assert recipe is not None
+    found = te_arguments(recipe)
+    assert found is not None and found[0] == name
+    assert arguments.items() <= found[1].items()
+    fields = {
+        node.target.id
+        for node in definition(te_source("common/recipe/__init__.py"), name).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert found[1].keys() <= fields
+    from_environment = {
+        node.target.id
+        for node in definition(te_source("common/recipe/__init__.py"), name).body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.value is not None
+        and "os.getenv" in ast.unparse(node.value)
+    }
+    # The details of a four-over-six that is off do not matter.
+    assert from_environment - found[1].keys() <= {
+        "nvfp4_4over6_e4m3_use_256",
+        "nvfp4_4over6_err_mode",
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        ("fp8", "input_gradient=bfloat16 weight_gradient=bfloat16"),
+        ("nvfp4", "forward=bfloat16"),
+        ("nvfp4", "forward.*.four_over_six=true"),
+        ("nvfp4", "low_forward_share=0.8"),
+        ("fp8-rowwise", ""),
+        ("mxfp8", "*.*.format=e5m2"),
+    ],
+)
+def test_what_transformer_engine_lacks_is_refused(
+    dtype: str, changes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find_recipe(dtype, changes)
+    assert recipe is not None
+    stand_in(monkeypatch, recipe)
+    with pytest.raises(UserError, match=r"no such recipe.*--backend emulated"):
+        te_hardware(recipe, "card", B200)
+
+
+def test_transformer_engine_is_called_as_it_is_documented(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = RECIPES["nvfp4"]
+    engine = stand_in(monkeypatch, recipe)
+    # On a CPU blocks redo their forward pass; on a GPU they do not.
+    monkeypatch.setattr(transformer, "lean", lambda function, x: function(x))
+    hardware = te_hardware(recipe, "card", B200)
+    model = Transformer(TINY, 50, seed=1)
+    reference = Transformer(TINY, 50, seed=1)
+    state = quantize_blocks(model.blocks, recipe, 1, 8, hardware)
+    quantize_blocks(reference.blocks, recipe, 1, 8)
+    assert list(model.state_dict()) == list(Transformer(TINY, 50).state_dict())
+    assert len(list(model.parameters())) == len(list(reference.parameters()))
+    tokens = torch.randint(50, (2, 17), generator=generator(1))
+    with torch.autocast("cpu", torch.bfloat16), hardware.context():
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert loss > 0 and all(p.grad is not None for p in model.parameters())
+    with state.disabled(), torch.no_grad():  # high precision needs no context
+        model.loss(tokens[:, :-1], tokens[:, 1:])
+    linear = definition(te_source("pytorch/module/linear.py"), "Linear")
+    init = next(n for n in linear.body if getattr(n, "name", None) == "__init__")
+    names = {argument.arg for argument in init.args.args}
+    assert all(arguments.keys() <= names for arguments in engine.layers)
+    first = reference.blocks[0].attention.qkv
+    assert engine.layers[0]["in_features"] == first.in_features
+    assert engine.layers[0]["out_features"] == first.out_features
+    assert engine.layers[0]["bias"] is False
+    autocast = definition(te_source("pytorch/quantization.py"), "autocast")
+    known = {argument.arg for argument in (*autocast.args.args, *autocast.args.kwonlyargs)}
+    assert engine.contexts[0].keys() <= known
+    assert engine.contexts[0]["recipe"][0] == "NVFP4BlockScaling"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "message"),
+    [
+        ("fp8", A100, "no low precision to train in"),
+        ("mxfp8", RTX_4090, "cannot train in MXFP8: it can train in FP8"),
+        ("mxfp8", RTX_5090, "cannot train in MXFP8: it can train in FP8, NVFP4"),
+        ("nvfp4", RTX_4090, "cannot train in NVFP4"),
+        ("nvfp4", (9, 0), "cannot train in NVFP4"),
+    ],
+)
+def test_what_a_card_cannot_do_is_said_before_the_run(
+    dtype: str, capability: tuple[int, int], message: str
+) -> None:
+    for hardware in (te_hardware, torchao_hardware):
+        with pytest.raises(UserError, match=f"{message}.*emulated"):
+            hardware(RECIPES[dtype], "card", capability)
+
+
+def test_old_versions_that_train_nvfp4_wrongly_on_geforce_are_refused() -> None:
+    for version in ("2.13.0", "2.19.1"):
+        with pytest.raises(UserError, match=r"2\.20 or later, use --dtype nvfp4-plain"):
+            require_te_version(version, RECIPES["nvfp4"], RTX_5090)
+        require_te_version(version, RECIPES["nvfp4-plain"], RTX_5090)
+        require_te_version(version, RECIPES["nvfp4"], B200)
+    require_te_version("2.20.2", RECIPES["nvfp4"], RTX_5090)
+
+
+def test_a_missing_library_is_no_reason_to_emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformer_engine.pytorch", "torchao.float8"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for hardware in (te_hardware, torchao_hardware):
+        with pytest.raises(UserError, match=r"pip install.*--backend emulated"):
+            hardware(RECIPES["fp8-current"], "card", RTX_4090)
+
+
+def test_a_backend_needs_a_gpu_and_a_recipe() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision(cpu, "nvfp4").backend == "emulated"
+    assert choose_precision(cpu, "bfloat16").backend == "auto"
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        choose_precision(cpu, "nvfp4", backend="te")
+    with pytest.raises(UserError, match="for low precision"):
+        choose_precision(cpu, "bfloat16", backend="emulated")
+
+
+def test_shapes_that_hardware_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, RECIPES["mxfp8"])
+    hardware = te_hardware(RECIPES["mxfp8"], "card", B200)
+    require_aligned(hardware, ModelConfig(), 128)
+    with pytest.raises(UserError, match="48 is not a multiple of 32"):
+        require_aligned(hardware, ModelConfig(), 48)
+    with pytest.raises(UserError, match="n_hidden: 48"):
+        require_aligned(hardware, TINY, 128)
+
+
+@pytest.mark.parametrize("dtype", ["fp8-current", "fp8-rowwise"])
+def test_torchao_through_its_door_is_the_emulation(dtype: str) -> None:
+    """torchao's own layer, its products emulated as there is no GPU, against ours."""
+    float8 = pytest.importorskip("torchao.float8", reason="no torchao")
+    hardware = torchao_hardware(RECIPES[dtype], "card", RTX_4090)
+    assert isinstance(hardware, Torchao)
+    config = dataclasses.replace(hardware.config, emulate=True)
+    hardware = Torchao(float8.convert_to_float8_training, config)
+    weight = torch.randn(96, 64, generator=generator(1))
+    for check in check_layer("layer", weight, RECIPES[dtype], hardware):
+        assert check.low and check.fault is None
+        assert check.apart is not None and check.apart < 0.002  # its output is bfloat16
+
+
+# Self-test
+
+
+@pytest.mark.parametrize("dtype", RECIPES)
+def test_the_self_test_counts_what_runs_low(dtype: str) -> None:
+    recipe = dataclasses.replace(RECIPES[dtype], low_forward_share=0.5)
+    model = Transformer(TINY, 50, seed=1)
+    quantize_blocks(model.blocks, recipe, seed=1, max_iters=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = summarize(check_model(model.blocks, recipe, None))
+    blocks = len(recipe.low_blocks(TINY.n_layer))
+    assert found["products"] == found["low"] == blocks * 4 * 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_product_left_in_bfloat16_is_not_counted() -> None:
+    recipe = find_recipe("mxfp8", "weight_gradient=bfloat16")
+    assert recipe is not None
+    checks = list(check_layer("layer", torch.randn(96, 64), recipe, None))
+    assert [check.low for check in checks] == [True, True, False]
+    assert not any(check.fault for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda y: y, "does not run in low precision"),
+        (lambda y: y.detach() * 0 + y * 0, "is zero"),
+        (lambda y: y * math.nan, "is not finite"),
+        (lambda y: y + 0.1 * y.detach().abs().max() * torch.ones_like(y), "more than"),
+    ],
+)
+def test_the_self_test_stops_what_does_not_do_as_it_says(
+    broken: Callable[[torch.Tensor], torch.Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that computes in bfloat16 after all, gives zeros, NaN, or something else."""
+    recipe = RECIPES["mxfp8"]
+    engine = stand_in(monkeypatch, recipe)
+
+    class Kernel(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return broken(super().forward(input))
+
+    engine.Linear = lambda i, o, **_: Kernel(i, o, bias=False)
+    hardware = dataclasses.replace(te_hardware(recipe, "card", B200), library=engine)  # type: ignore[type-var]
+    model = Transformer(TINY, 50, seed=1)
+    quantize_blocks(model.blocks, recipe, 1, 8, hardware)
+    with pytest.raises(UserError, match=f"self-test failed: block 0.*{message}"):
+        check_model(model.blocks, recipe, hardware)
+
+
+def test_an_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPES["mxfp8"]
+    engine = stand_in(monkeypatch, recipe)
+
+    class Kernel(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long tail")
+
+    engine.Linear = lambda i, o, **_: Kernel(i, o, bias=False)
+    hardware = dataclasses.replace(te_hardware(recipe, "card", B200), library=engine)  # type: ignore[type-var]
+    with pytest.raises(UserError, match=r"te says: CUBLAS_STATUS_NOT_SUPPORTED; try"):
+        list(check_layer("layer", torch.randn(64, 64), recipe, hardware))
+
+
+def test_share_of_the_work_in_low_precision() -> None:
+    """The record's model, by hand: FLOPs a token of one product, in millions."""
+    model = ModelConfig()
+    block = 2 * (768 * 768 * 2 + 2 * 768 * 192 + 3 * 768 * 2048) / 1e6
+    head, attention = 2 * 768 * 50257 / 1e6, 12 * 4 * 768 * 64.5 / 1e6
+    whole = 3 * (12 * block + head + attention)
+    for name, blocks in (("fp8", 12), ("nvfp4", 10)):
+        share = low_share(RECIPES[name], model, 50257, 128)
+        assert share == pytest.approx(3 * blocks * block / whole)
+    for changes, products in (
+        ("forward=bfloat16", 2),
+        ("input_gradient=bfloat16 weight_gradient=bfloat16", 1),
+        ("low_forward_share=0.8", 2.8),
+    ):
+        recipe = find_recipe("nvfp4", changes)
+        assert recipe is not None
+        share = low_share(recipe, model, 50257, 128)
+        assert share == pytest.approx(products * 10 * block / whole)
 
 
 # Training

@@ -152,8 +152,11 @@ class InfoCommand:
 class DoctorCommand:
     """Check this machine: devices, precisions, memory, and the speed of real training steps.
 
-    Examples: storylab doctor | storylab doctor --presets 10m 113m
+    Examples: storylab doctor | storylab doctor --presets 10m 113m | storylab doctor --precision
     """
+
+    precision: bool = False
+    """Test the low-precision recipes instead: which run here, on what, and how exactly."""
 
     presets: tuple[PresetName, ...] = ("nano", "10m", "113m")
     """Models to time a few micro-batches of."""
@@ -374,8 +377,9 @@ def _info(args: list[str]) -> int:
 
 def _doctor(args: list[str]) -> int:
     command = parse(DoctorCommand, args, "storylab doctor")
-    from storylab.doctor import examine
+    from storylab.doctor import examine, examine_precision
 
-    for line in examine(command.device, command.presets):
+    measured = examine(command.device, command.presets)
+    for line in examine_precision(command.device) if command.precision else measured:
         print(line, flush=True)
     return 0

@@ -16,7 +16,17 @@ from typing import Any, Literal
 from storylab.errors import UserError
 
 Dtype = Literal[
-    "float32", "bfloat16", "float16", "fp8", "fp8-current", "mxfp8", "nvfp4", "fp4", "nvf4"
+    "float32",
+    "bfloat16",
+    "float16",
+    "fp8",
+    "fp8-current",
+    "fp8-rowwise",
+    "mxfp8",
+    "nvfp4",
+    "nvfp4-plain",
+    "fp4",
+    "nvf4",
 ]
 Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
@@ -159,9 +169,9 @@ class TrainConfig:
     out_dir: Path | None = None
     """Run folder to write; by default runs/PRESET-DTYPE-DATE-TIME."""
     dtype: Dtype = "bfloat16"
-    """Precision of the matrix products; weights and optimizer stay float32. fp8, fp8-current, mxfp8
-    and nvfp4 (also called fp4 and nvf4) are recipes for the linear layers, emulated exactly on any
-    device; the rest of the model is in bfloat16 then."""
+    """Precision of the matrix products; weights and optimizer stay float32. The fp8, mxfp8 and nvfp4
+    kinds (fp4 and nvf4 are nvfp4) are recipes for the linear layers; the rest of the model is in
+    bfloat16 then."""
     recipe: str = ""
     """Changes to the recipe of a low-precision dtype, such as "hadamard=false
     forward.weight.square=false high_last_share=0.25"."""

@@ -11,15 +11,19 @@ import psutil
 import torch
 
 from storylab.compiler import cpp_compiler
-from storylab.config import PRESETS, Dtype, PresetName, TrainConfig, preset_config
+from storylab.config import PRESETS, Backend, Dtype, PresetName, TrainConfig, preset_config
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
+from storylab.precision.hardware import choose_hardware, supported
+from storylab.precision.recipes import RECIPES
+from storylab.precision.selftest import check_layer
 from storylab.training.lines import duration
 from storylab.training.precision import Precision, choose_device, choose_precision
 from storylab.training.step import build_optimizer, training_step
 
 RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
 MATRIX = (2048, 768, 2048)
+TEST_LAYER = (2048, 768)
 
 
 def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
@@ -62,6 +66,36 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
             continue
         whole = duration(RECORD_TOKENS / speed)
         yield f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
+
+
+def examine_precision(device_name: str) -> Iterator[str]:
+    """Lines of the precision self-test: each recipe with each backend on a layer of normal draws, the
+    relative errors of its three products, or why it cannot run here."""
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        yield (
+            f"{torch.cuda.get_device_name(device)}, compute capability "
+            f"{capability[0]}.{capability[1]}: {', '.join(supported(capability)) or 'nothing'} "
+            "below 16 bits in hardware"
+        )
+    else:
+        yield f"{device}: low precision is emulated here; the hardware of no CPU computes it"
+    yield f"{'dtype':<12} {'backend':<9} {'forward':>8} {'dx':>8} {'dW':>8}   relative errors"
+    draws = torch.Generator().manual_seed(0)
+    weight = torch.randn(TEST_LAYER, generator=draws).mul(0.02).to(device)
+    backends: tuple[Backend, ...] = ("emulated", "te", "torchao")
+    for name, recipe in RECIPES.items():
+        for backend in backends if device.type == "cuda" else backends[:1]:
+            try:
+                hardware = choose_hardware(device, recipe, backend)
+                checks = list(check_layer(name, weight, recipe, hardware))
+            except UserError as error:
+                yield f"{name:<12} {backend:<9} {error}"
+                continue
+            faults = [f"{check.product} {check.fault}" for check in checks if check.fault]
+            errors = " ".join(f"{check.error:>8.4f}" for check in checks)
+            yield f"{name:<12} {backend:<9} {errors}   {'; '.join(faults) or 'ok'}"
 
 
 def _matrix_units() -> str:

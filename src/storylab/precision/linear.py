@@ -26,6 +26,7 @@ from storylab.precision.quantize import (
     mxfp8,
     nvfp4,
     padded,
+    per_row,
     per_tensor,
     random_bytes,
 )
@@ -175,6 +176,8 @@ class QuantizedLinear(nn.Module):
             quantized = per_tensor(values, form, self._delayed_amax(values, kind))
         elif operand.scaling == "tensor":
             quantized = per_tensor(values, form)
+        elif operand.scaling == "row":
+            quantized = per_row(values, form)
         elif operand.scaling == "mxfp8":
             quantized = mxfp8(padded(values, MXFP8_BLOCK), form)
         else:
@@ -277,7 +280,8 @@ def product(left: Quantized, right: Quantized) -> Tensor:
     columns = min(left.operand.shape[1], right.operand.shape[1])
     with _exact_in_bfloat16():
         accumulated = left.operand[:, :columns] @ right.operand[:, :columns].T
-    return accumulated.mul_(left.scale * right.scale)
+    across = right.scale if right.scale.dim() == 0 else right.scale.T
+    return accumulated.mul_(left.scale * across)
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def measure(observed: Observed) -> Tensor:
     underflow = (nonzero & (quantized == 0)).sum() / nonzero.sum().clamp(min=1)
     units = _units(observed.values.float(), observed.operand, observed.quantized.scale)
     units = units[:rows, :columns].double()
-    beyond = values.abs() > units * FORMATS[observed.operand.format].largest
+    # Where the scale itself became zero, that is underflow.
+    beyond = (units > 0) & (values.abs() > units * FORMATS[observed.operand.format].largest)
     used = units[nonzero & (units > 0)]
     low, high = torch.aminmax(used.log2()) if used.numel() else (norm * 0, norm * 0)
     return torch.stack((error, underflow, beyond.double().mean(), low, high)).cpu()
@@ -68,7 +69,7 @@ def measure(observed: Observed) -> Tensor:
 def _units(values: Tensor, operand: Operand, scale: Tensor) -> Tensor:
     """What one unit of the element format stands for at each place of ``values [M, K]``; the result
     may be larger, by filling. A block scaled to four instead of six counts as scaled to six."""
-    if operand.whole_tensor:
+    if operand.whole_tensor or operand.scaling == "row":
         return scale.expand_as(values)
     values = padded(values, MXFP8_BLOCK, NVFP4_BLOCK if operand.square else 1)
     if operand.scaling == "mxfp8":

@@ -38,7 +38,8 @@ FUSE_FROM = 2**18
 
 @dataclass(frozen=True)
 class Quantized:
-    """``operand`` is float32 and exact in bfloat16; the tensor's value is ``operand * scale``."""
+    """``operand [M, K]`` is float32 and exact in bfloat16; the tensor's value is ``operand * scale``,
+    the scale being one for the tensor or one for each row, ``[M, 1]``."""
 
     operand: Tensor
     scale: Tensor
@@ -50,7 +51,7 @@ class Quantized:
 
     @property
     def T(self) -> Quantized:  # noqa: N802 - torch's name
-        """The transpose, without a copy."""
+        """The transpose, without a copy, where there is one scale for the tensor."""
         return Quantized(self.operand.T, self.scale)
 
 
@@ -94,6 +95,16 @@ def per_tensor(values: Tensor, form: Format, amax: Tensor | None = None) -> Quan
 @fused
 def _per_tensor_pass(values: Tensor, scale: Tensor, form: Format) -> Tensor:
     return round_nearest(values.float() * scale, form)
+
+
+def per_row(values: Tensor, form: Format) -> Quantized:
+    """One scale for each row of ``values [M, K]``: the greatest power of two that keeps it in the
+    format's range (torchao's rowwise scaling). The scale is ``[M, 1]``."""
+    amax = values.abs().amax(dim=1, keepdim=True).float()
+    # In float64 until it is rounded to float32, whose exponent bits alone are kept.
+    ratio = (form.largest / amax.double().clamp(min=1e-12)).float()
+    scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
 
 
 def mxfp8(values: Tensor, form: Format = E4M3) -> Quantized:

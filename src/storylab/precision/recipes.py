@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from storylab.errors import UserError
 
-Scaling = Literal["delayed", "tensor", "mxfp8", "nvfp4"]
+Scaling = Literal["delayed", "tensor", "row", "mxfp8", "nvfp4"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,15 @@ class Recipe:
     """Powers of two that a delayed scale stays below the format's range."""
 
     @property
+    def operands(self) -> list[Operand]:
+        """Every quantised operand."""
+        products = (self.forward, self.input_gradient, self.weight_gradient)
+        return [operand for operands in products if operands for operand in operands]
+
+    @property
     def delayed(self) -> bool:
         """Whether any operand's scale comes from the steps before."""
-        products = (self.forward, self.input_gradient, self.weight_gradient)
-        return any(o.scaling == "delayed" for operands in products if operands for o in operands)
+        return any(operand.scaling == "delayed" for operand in self.operands)
 
     @property
     def one_gradient(self) -> bool:
@@ -87,6 +92,7 @@ def _fp8(scaling: Scaling) -> Recipe:
     return Recipe((forward, forward), (gradient, forward), (gradient, forward))
 
 
+_ROW = Operand("e4m3", "row")
 _MX = Operand("e4m3", "mxfp8")
 _NV = Operand("e2m1", "nvfp4")
 _NV_WEIGHT = Operand("e2m1", "nvfp4", square=True)
@@ -102,10 +108,16 @@ _NVFP4 = Recipe(
 RECIPES: dict[str, Recipe] = {
     "fp8": _fp8("delayed"),
     "fp8-current": _fp8("tensor"),
+    # torchao's "rowwise".
+    "fp8-rowwise": Recipe((_ROW, _ROW), (_ROW, _ROW), (_ROW, _ROW)),
     # Mishra et al. 2025, arXiv 2506.08027: E4M3 for gradients too, scales rounded up.
     "mxfp8": Recipe((_MX, _MX), (_MX, _MX), (_MX, _MX)),
     # NVIDIA 2025, arXiv 2509.25149.
     "nvfp4": _NVFP4,
+    # Without what GeForce cards have no instructions for.
+    "nvfp4-plain": Recipe(
+        (_NV, _NV_WEIGHT), (_NV, _NV_WEIGHT), (_NV, _NV), high_last_share=_NVFP4.high_last_share
+    ),
 }
 ALIASES = {"fp4": "nvfp4", "nvf4": "nvfp4"}
 PRODUCTS = {
@@ -180,7 +192,7 @@ def _parsed(kind: type[Any], name: str, value: str, change: str) -> Any:
     _one_of(name, list(simple), change)
     known: dict[str, list[Any]] = {
         "bool": [True, False],
-        "Scaling": ["delayed", "tensor", "mxfp8", "nvfp4"],
+        "Scaling": list(get_args(Scaling)),
         "format": ["e4m3", "e5m2", "e2m1"],
     }
     kind_name = "format" if name == "format" else str(simple[name])

@@ -114,3 +114,12 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     for sample in summary["samples"]:
         lines += ["", f"Sample for {sample['prompt']!r}:", printable(sample["text"])]
     return lines
+
+
+def precision_line(dtype: str, found: dict[str, Any]) -> str:
+    """What the precision self-test found, in one line."""
+    return (
+        f"{dtype} ({found['backend']}): {found['low']} of {found['products']} products of "
+        f"{len(found['layers'])} linear layers run low, {found['share_of_flops']:.0%} of all matrix "
+        "multiplication; self-test passed"
+    )

@@ -23,9 +23,11 @@ from storylab.data.batches import Prefetcher, TrainingBatches
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.sources import TRAIN, VALIDATION
 from storylab.errors import UserError
-from storylab.files import exclusive
+from storylab.files import exclusive, write_json
 from storylab.model.transformer import Transformer
-from storylab.precision.convert import quantize_blocks
+from storylab.precision import selftest
+from storylab.precision.convert import low_share, quantize_blocks
+from storylab.precision.hardware import require_aligned
 from storylab.precision.observe import QuantizationStatistics
 from storylab.training import checkpoint, lines
 from storylab.training.allocator import keep_freed_memory
@@ -40,6 +42,7 @@ from storylab.training.run_folder import (
     LOG,
     METRICS,
     POSITION_LOSSES,
+    PRECISION,
     STORY_LOSSES,
     Run,
     create_run,
@@ -191,18 +194,24 @@ def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     Raises:
         UserError: there is no such device, it lacks the dtype, or nothing can compile for it.
     """
-    precision = choose_precision(choose_device(config.device), config.dtype, config.recipe)
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.dtype, config.recipe, config.backend)
+    if precision.hardware is not None:
+        require_aligned(precision.hardware, config.model, config.block_size)
+    if config.quantization_stats and precision.hardware is not None:
+        raise UserError(
+            "--quantization_stats sees emulated tensors only: leave it out, or add "
+            "--backend emulated"
+        )
     if config.compile:
         check_compiler(precision.device)
         if precision.recipe is not None:
-            raise UserError(
-                f"--compile is not for emulated precision: leave it out with {config.dtype}"
-            )
+            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
     resolved = dataclasses.replace(
         config,
         device=str(precision.device),
         data_seed=config.resolved_data_seed,
-        backend="auto" if precision.recipe is None else "emulated",
+        backend=precision.backend,
     )
     return resolved, precision
 
@@ -222,7 +231,11 @@ class Trainer:
         self.quantization = None
         if precision.recipe is not None:
             self.quantization = quantize_blocks(
-                self.model.blocks, precision.recipe, config.seed, config.max_iters
+                self.model.blocks,
+                precision.recipe,
+                config.seed,
+                config.max_iters,
+                precision.hardware,
             )
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = precision.grad_scaler()
@@ -284,6 +297,7 @@ class Trainer:
                 self._save_last()  # so that there always is one from before a fault
                 for line in lines.attention_lines(self.config.model, self.config.block_size):
                     self._line(line)
+            self._test_precision()
             self._iterate()
             self._finish()
         except _StopRequested:
@@ -296,6 +310,22 @@ class Trainer:
             raise TrainingInterrupted(message, number) from None
         except NonFiniteError as error:
             raise TrainingDiverged(self._diverged(error)) from error
+
+    def _test_precision(self) -> None:
+        """Make sure that quantised layers multiply as their recipe says, and write down how."""
+        recipe, hardware = self.precision.recipe, self.precision.hardware
+        if recipe is None:
+            return
+        checks = selftest.check_model(self.model.blocks, recipe, hardware)
+        share = low_share(
+            recipe, self.config.model, self.dataset.vocab_size, self.config.block_size
+        )
+        found = selftest.summarize(checks) | {
+            "backend": self.precision.backend,
+            "share_of_flops": share,
+        }
+        write_json(self.run.folder / PRECISION, found)
+        self._line(lines.precision_line(self.config.dtype, found))
 
     def _iterate(self) -> None:
         for iteration in range(self.progress.next_iteration, self.config.max_iters + 1):
@@ -480,7 +510,7 @@ class Trainer:
         tokens = state.next_iteration * self.config.tokens_per_iteration
         return {
             "status": status,
-            "emulated": self.quantization is not None,
+            "emulated": self.precision.backend == "emulated",
             "iterations": state.next_iteration,
             "tokens": tokens,
             "epochs": self.batches.epochs(state.next_iteration),

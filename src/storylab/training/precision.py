@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from storylab.compiler import cpp_compiler
-from storylab.config import Dtype
+from storylab.config import Backend, Dtype
 from storylab.errors import UserError
+from storylab.precision.hardware import Hardware, choose_hardware
 from storylab.precision.recipes import Recipe, find_recipe
 
 # What a recipe leaves alone is computed in bfloat16.
@@ -24,17 +27,29 @@ BFLOAT16_CAPABILITY = (8, 0)
 @dataclass(frozen=True)
 class Precision:
     """A device and the dtype of the matrix products on it, and the recipe of those of the linear
-    layers where they are lower still; weights stay float32."""
+    layers where they are lower still, with the hardware that computes it if it is not emulated;
+    weights stay float32."""
 
     device: torch.device
     dtype: torch.dtype
     recipe: Recipe | None = None
+    hardware: Hardware | None = None
 
-    def autocast(self) -> torch.autocast:
-        """Context in which matrix products run in ``dtype``."""
+    @property
+    def backend(self) -> Backend:
+        """What computes the recipe: the hardware's name or emulated; auto where there is none."""
+        if self.recipe is None:
+            return "auto"
+        return "emulated" if self.hardware is None else self.hardware.name
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context in which matrix products run in ``dtype``, those of quantised layers lower."""
         enabled = self.dtype != torch.float32
         # No cache of cast weights: every weight is used once in a pass, so it would only hold memory.
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
+        wide = torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
+        with wide, self.hardware.context() if self.hardware else nullcontext():
+            yield
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Loss scaler; does something for float16 only, whose gradients would underflow."""
@@ -64,20 +79,42 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(device: torch.device, dtype: Dtype, changes: str = "") -> Precision:
-    """The precision of a run; ``changes`` are those to the recipe of a low-precision dtype.
+def choose_precision(
+    device: torch.device, dtype: Dtype, changes: str = "", backend: Backend = "auto"
+) -> Precision:
+    """The precision of a run.
+
+    Args:
+        device: where it computes.
+        dtype: name of a dtype or of a recipe.
+        changes: to the recipe of a low-precision dtype.
+        backend: what computes the recipe.
 
     Raises:
-        UserError: the device has no matrix products in ``dtype``, or the changes make no sense.
+        UserError: the device has no matrix products in ``dtype``, the backend cannot run the recipe
+            there, or the changes make no sense.
     """
     recipe = find_recipe(dtype, changes)
+    if recipe is None and backend != "auto":
+        raise UserError(f"--backend is for low precision: leave it out with {dtype}")
+    wide = high_precision(device, dtype).dtype
+    hardware = choose_hardware(device, recipe, backend) if recipe is not None else None
+    return Precision(device, wide, recipe, hardware)
+
+
+def high_precision(device: torch.device, dtype: Dtype) -> Precision:
+    """The precision of what a recipe leaves alone: a low-precision dtype counts as bfloat16.
+
+    Raises:
+        UserError: the device has no such matrix products.
+    """
     wide = TORCH_DTYPES.get(dtype, torch.bfloat16)
     if device.type == "cuda" and wide == torch.bfloat16:
         capability = torch.cuda.get_device_capability(device)
         if capability < BFLOAT16_CAPABILITY:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
-    return Precision(device, wide, recipe)
+    return Precision(device, wide)
 
 
 def check_compiler(device: torch.device) -> None:

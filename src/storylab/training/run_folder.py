@@ -35,7 +35,7 @@ from storylab.errors import UserError
 from storylab.files import atomic_path, read_json, sha256_file, write_error, write_json
 
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
-METRICS, LOG = "metrics.jsonl", "log.txt"
+METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
 NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")

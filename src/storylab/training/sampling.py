@@ -12,7 +12,7 @@ from storylab.errors import UserError
 from storylab.model.generate import Sampling, generate
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint
-from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.precision import Precision, choose_device, high_precision
 from storylab.training.run_folder import Run
 
 DEFAULT_TOKENS = 256
@@ -86,7 +86,7 @@ def load_story_model(run: Run, name: str = "last", device: str = "auto") -> Stor
         UserError: the checkpoint is missing or altered, or there is no such device.
     """
     config = run.config
-    precision = choose_precision(choose_device(device), config.dtype)
+    precision = high_precision(choose_device(device), config.dtype)
     tokenizer = run.tokenizer
     tensors, _ = checkpoint.load(run.checkpoint(name))
     model = Transformer(config.model, tokenizer.vocab_size)

@@ -1,0 +1,35 @@
+"""How much matrix multiplication a model does, by part."""
+
+from __future__ import annotations
+
+from storylab.config import ModelConfig
+
+
+def linear_flops(config: ModelConfig) -> int:
+    """FLOPs a token in one product (forward, say) of one block's linear layers."""
+    attention = 2 * config.n_embd * (config.n_head + config.n_kv_head) * config.head_size
+    return 2 * (attention + 3 * config.n_embd * config.n_hidden)
+
+
+def head_flops(config: ModelConfig, vocab_size: int) -> int:
+    """FLOPs a token in one product of the output head."""
+    return 2 * config.n_embd * vocab_size
+
+
+def attention_flops(config: ModelConfig, block_size: int) -> float:
+    """FLOPs a token, forward, of the attention products of all blocks: scores and mixed values of the
+    positions that a token reads, the mean over the tokens of a sequence."""
+    total = 0.0
+    for window in config.layer_windows:
+        reach = min(window or block_size, block_size)
+        # Tokens before the window is full read 1, 2, ... positions.
+        positions = reach * (reach + 1) / 2 + (block_size - reach) * reach
+        total += 4 * config.n_embd * positions / block_size
+    return total
+
+
+def training_flops(config: ModelConfig, vocab_size: int, block_size: int) -> float:
+    """FLOPs a token of all products of a training step, what a method recomputes not counted: each
+    product of the forward pass has two more for its gradients."""
+    linear = config.n_layer * linear_flops(config) + head_flops(config, vocab_size)
+    return 3 * (linear + attention_flops(config, block_size))
