@@ -528,8 +528,14 @@ def te_source(name: str) -> ast.Module:
     return ast.parse((te_folder() / name).read_text(encoding="utf-8"))
 
 
-def definition(module: ast.Module, name: str) -> Any:
+def definition(module: ast.AST, name: str) -> Any:
     return next(n for n in ast.walk(module) if getattr(n, "name", None) == name)
+
+
+def arguments_of(module: ast.Module, name: str) -> set[str]:
+    """Arguments that the constructor of a class takes."""
+    init = definition(definition(module, name), "__init__")
+    return {argument.arg for argument in (*init.args.args, *init.args.kwonlyargs)}
 
 
 class EmulatedEngine:
@@ -690,17 +696,14 @@ def test_transformer_engine_is_called_as_it_is_documented(
     assert loss > 0 and all(p.grad is not None for p in model.parameters())
     with state.disabled(), torch.no_grad():  # high precision needs no context
         model.loss(tokens[:, :-1], tokens[:, 1:])
-    linear = definition(te_source("pytorch/module/linear.py"), "Linear")
-    init = next(n for n in linear.body if getattr(n, "name", None) == "__init__")
-    names = {argument.arg for argument in init.args.args}
+    names = arguments_of(te_source("pytorch/module/linear.py"), "Linear")
     assert all(arguments.keys() <= names for arguments in engine.layers)
     first = reference.blocks[0].attention.qkv
     assert engine.layers[0]["in_features"] == first.in_features
     assert engine.layers[0]["out_features"] == first.out_features
     assert engine.layers[0]["bias"] is False
-    autocast = definition(te_source("pytorch/quantization.py"), "autocast")
-    known = {argument.arg for argument in (*autocast.args.args, *autocast.args.kwonlyargs)}
-    assert engine.contexts[0].keys() <= known
+    names = arguments_of(te_source("pytorch/quantization.py"), "autocast")
+    assert engine.contexts[0].keys() <= names
     assert engine.contexts[0]["recipe"][0] == "NVFP4BlockScaling"
 
 
