@@ -26,8 +26,9 @@ from storylab.experiments import runner, worker
 from storylab.experiments.factors import changed_fields, factor_fields, infer_factor, learning_rates
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
-from storylab.experiments.spec import Experiment, flops_per_token, load_experiment, skeleton
+from storylab.experiments.spec import Experiment, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
+from storylab.model.flops import training_flops
 from storylab.training.run_folder import SUMMARY, Run
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +241,7 @@ def test_equal_compute_is_equal_in_floating_point_operations() -> None:
     for arm in experiment.arms:
         config = experiment.cell("equal compute", arm).config
         tokens = (config.max_iters + 1) * config.tokens_per_iteration
-        budgets.append(tokens * flops_per_token(config, 4096))
+        budgets.append(tokens * training_flops(config.model, 4096, config.block_size))
         # The course of the learning rate is stretched as a whole: it ends where the baseline's does.
         assert learning_rates(config)[-1] == pytest.approx(2e-3)
     assert max(budgets) / min(budgets) < 1.02
@@ -259,7 +260,7 @@ def test_training_flops_are_those_that_torch_counts() -> None:
     tokens = torch.zeros(2, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-    ours = flops_per_token(config, 4096)
+    ours = training_flops(config.model, 4096, config.block_size)
     causal = 12 * 128 * 3 * (64 + 1) / 2
     assert ours - causal == pytest.approx(6 * (config.model.parameter_count(4096) - 7 * 128))
     # The backward pass of the lean blocks redoes elementwise work and no product that counts.
@@ -319,20 +320,31 @@ def planned(experiment: Experiment, dataset: Dataset, tmp_path: Path) -> list[Pl
     return plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
 
 
+def answer_with(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, TrainConfig], tuple[str, str]]
+) -> None:
+    """Let ``answer`` serve what a worker process would: its outcome and the reason."""
+
+    class Child:
+        def __init__(self, action: str, config: TrainConfig) -> None:
+            self.request = action, config
+
+        def serve(self, tell: Any) -> tuple[str, str]:
+            return answer(*self.request)
+
+    monkeypatch.setattr(runner, "_Child", Child)
+    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+
+
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Serve requests in this process, which is quicker; returns the actions as they come."""
     actions: list[str] = []
 
-    class Child:
-        def __init__(self, action: str, config: TrainConfig) -> None:
-            self.action, self.config = action, config
+    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
+        actions.append(action)
+        return serve(action, config)
 
-        def serve(self, tell: Any) -> tuple[str, str]:
-            actions.append(self.action)
-            return serve(self.action, self.config)
-
-    monkeypatch.setattr(runner, "_Child", Child)
-    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    answer_with(monkeypatch, answer)
     return actions
 
 
@@ -390,19 +402,11 @@ def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     outcomes = iter([(worker.FAILED, "a bug"), (worker.OUT_OF_MEMORY, "no room")])
     sizes: list[int] = []
 
-    class Child:
-        def __init__(self, action: str, config: TrainConfig) -> None:
-            self.config = config
-            sizes.append(config.batch_size)
+    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
+        sizes.append(config.batch_size)
+        return next(outcomes, None) or serve(action, config)
 
-        def serve(self, tell: Any) -> tuple[str, str]:
-            try:
-                return next(outcomes)
-            except StopIteration:
-                return serve("train", self.config)
-
-    monkeypatch.setattr(runner, "_Child", Child)
-    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    answer_with(monkeypatch, answer)
     watcher = Watcher()
     states = run_experiment(planned, watcher)
     assert states == ["failed", "finished", "finished", "finished"]
@@ -509,13 +513,7 @@ def test_a_calibration_foretells_memory_and_time(
 def test_a_calibration_that_fails_stops_nothing(
     experiment: Experiment, planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Child:
-        def __init__(self, action: str, config: TrainConfig) -> None: ...
-
-        def serve(self, tell: Any) -> tuple[str, str]:
-            return worker.OUT_OF_MEMORY, "no room"
-
-    monkeypatch.setattr(runner, "_Child", Child)
+    answer_with(monkeypatch, lambda action, config: (worker.OUT_OF_MEMORY, "no room"))
     assert [estimate for _, estimate in runner.estimates(planned)] == [None, None]
     lines = list(plan_lines(experiment, planned, ConsoleReporter()))
     assert "cannot be calibrated" in lines[1]
@@ -555,20 +553,15 @@ def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
 ) -> None:
     sizes: list[int] = []
 
-    class Child:
-        def __init__(self, action: str, config: TrainConfig) -> None:
-            self.config = config
-            sizes.append(config.batch_size)
+    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
+        sizes.append(config.batch_size)
+        result = serve(action, config)
+        if len(sizes) < 3:
+            (planned[0].folder / SUMMARY).unlink()
+            return worker.KILLED, "killed"
+        return result
 
-        def serve(self, tell: Any) -> tuple[str, str]:
-            result = serve("train", self.config)
-            if len(sizes) < 3:
-                (planned[0].folder / SUMMARY).unlink()
-                return worker.KILLED, "killed"
-            return result
-
-    monkeypatch.setattr(runner, "_Child", Child)
-    monkeypatch.setattr(worker, "send", lambda event, **values: None)
+    answer_with(monkeypatch, answer)
     run_experiment(planned[:1], Watcher())
     assert sizes == [4, 4, 2]
     assert (planned[0].folder / runner.SPLIT_NOTE).exists()

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -164,15 +164,6 @@ class Comparison:
         return statistics.seeds_needed(difference, self.spread, self.alpha)
 
 
-@dataclass
-class _Pairing:
-    """Runs of two arms with the same seeds, and what else differs between them."""
-
-    pairs: list[tuple[Result, Result]] = field(default_factory=list)
-    confounds: dict[str, None] = field(default_factory=dict)
-    speed_confounds: dict[str, None] = field(default_factory=dict)
-
-
 def compare_arms(
     arm: Arm,
     baseline: Arm,
@@ -192,50 +183,38 @@ def compare_arms(
         noise: spread over seeds of the baseline's recipe; by default that of its own runs, or of
             the other seeds that lie beside a single one.
     """
-    ours = {run.seeds: run for run in arm.finished}
-    theirs = {run.seeds: run for run in baseline.finished}
-    found = _Pairing([(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs])
-    paired = bool(found.pairs)
-    if not paired and ours and theirs:
-        found.pairs = list(zip(arm.finished, baseline.finished, strict=False))
+    pairs, paired = _pair(arm, baseline)
     # Without pairs every run of the one stands against every run of the other.
-    met = found.pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
-    for pair in met:
-        found.confounds |= dict.fromkeys(_confounds(*pair, allowed, paired))
-        found.speed_confounds |= dict.fromkeys(_speed_confounds(*pair))
+    met = pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
+    confounds = dict.fromkeys(c for pair in met for c in _confounds(*pair, allowed, paired))
+    speed_confounds = dict.fromkeys(c for pair in met for c in _speed_confounds(*pair))
     if noise is None:
         noise = noise_of(baseline.finished)
     if noise is None and baseline.finished:
         noise = noise_floor(baseline.finished[0])
-    recipes, from_noise = None, False
-    if paired:
-        recipes = statistics.mean_interval([a.loss - b.loss for a, b in found.pairs])
-    elif found.pairs:
-        recipes = statistics.unpaired_interval(arm.losses, baseline.losses)
-    if recipes is None and noise is not None and len(found.pairs) == 1:
-        difference = found.pairs[0][0].loss - found.pairs[0][1].loss
+    recipes = _recipe_interval(arm, baseline, pairs, paired)
+    from_noise = recipes is None and noise is not None and len(pairs) == 1
+    if from_noise and noise is not None:
+        difference = pairs[0][0].loss - pairs[0][1].loss
         recipes = statistics.noise_interval(difference, noise.standard_deviation, noise.seeds - 1)
-        from_noise = True
     comparison = Comparison(
         arm=arm.name,
         baseline=baseline.name,
         condition=condition,
-        confounds=tuple(found.confounds),
-        speed_confounds=tuple(found.speed_confounds),
-        notes=tuple(_notes(arm, baseline, found.pairs)),
-        pairs=len(found.pairs),
+        confounds=tuple(confounds),
+        speed_confounds=tuple(speed_confounds),
+        notes=tuple(_notes(arm, baseline, pairs)),
+        pairs=len(pairs),
         paired=paired,
         recipes=recipes,
         from_noise=from_noise,
-        stories=_story_interval(found.pairs) if not found.confounds else None,
+        stories=_story_interval(pairs) if not confounds else None,
         noise=noise,
         margin=margin,
-        speed=_ratio([(a.speed, b.speed) for a, b in found.pairs]),
-        memory=_ratio([(a.training_memory, b.training_memory) for a, b in found.pairs]),
-        energy=_ratio([tuple(r.summary["energy_joules"] for r in pair) for pair in found.pairs]),
-        equal_time=_equal_time(arm, baseline, found.pairs)
-        if paired and not found.speed_confounds
-        else None,
+        speed=_ratio([(a.speed, b.speed) for a, b in pairs]),
+        memory=_ratio([(a.training_memory, b.training_memory) for a, b in pairs]),
+        energy=_ratio([tuple(r.summary["energy_joules"] for r in pair) for pair in pairs]),
+        equal_time=_equal_time(arm, baseline, pairs) if paired and not speed_confounds else None,
         failures=tuple(
             f"{side.name}, seed {run.config.seed}: {run.state}"
             + f" ({run.reason})" * bool(run.reason)
@@ -247,6 +226,25 @@ def compare_arms(
         baseline_diverged=sum(run.state == "diverged" for run in baseline.runs),
     )
     return correct([comparison])[0]
+
+
+def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Result, Result]], bool]:
+    """Runs of the two with the same seeds and True; where there are none, runs as they come."""
+    ours = {run.seeds: run for run in arm.finished}
+    theirs = {run.seeds: run for run in baseline.finished}
+    pairs = [(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs]
+    if pairs:
+        return pairs, True
+    return list(zip(arm.finished, baseline.finished, strict=False)), False
+
+
+def _recipe_interval(
+    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]], paired: bool
+) -> Interval | None:
+    """Difference of the final losses, over the seeds; None for too few of them."""
+    if paired:
+        return statistics.mean_interval([a.loss - b.loss for a, b in pairs])
+    return statistics.unpaired_interval(arm.losses, baseline.losses) if pairs else None
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -22,8 +22,6 @@ class PowerLaw:
     floor: float
     scale: float
     exponent: float
-    last: int
-    """The last iteration that the fit has seen."""
 
     def __call__(self, iteration: float) -> float:
         """Loss in nats after ``iteration`` iterations."""
@@ -67,7 +65,7 @@ def fit_power_law(iterations: Sequence[int], losses: Sequence[float]) -> PowerLa
     floor, scale = (float(c) for c in solve(exponent)[1])
     if not scale > 0:
         return None
-    return PowerLaw(floor, scale, exponent, int(x[-1]))
+    return PowerLaw(floor, scale, exponent)
 
 
 def parabola_minimum(rates: Sequence[float], losses: Sequence[float]) -> float | None:

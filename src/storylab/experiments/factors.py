@@ -26,6 +26,11 @@ FACTORS: dict[str, frozenset[str]] = {
 }
 
 
+def under(name: str, condition: str) -> str:
+    """An arm's name, or another text, with the condition that it was run under, if any."""
+    return f"{name} @ {condition}" if condition else name
+
+
 def factor_fields(factor: str) -> frozenset[str]:
     """The config fields that a factor covers.
 
@@ -42,6 +47,17 @@ def factor_fields(factor: str) -> frozenset[str]:
     close = difflib.get_close_matches(factor, known, n=2)
     hint = f"; perhaps you meant {' or '.join(close)}" if close else f": use {', '.join(known)}"
     raise UserError(f"there is no factor '{factor}'{hint}")
+
+
+def allowed_fields(factor: str, matched: bool) -> frozenset[str]:
+    """The config fields in which arms may differ: those of the factor, none without one, and the
+    length too where arms are ``matched`` to equal compute.
+
+    Raises:
+        UserError: there is no such factor or field.
+    """
+    fields = factor_fields(factor) if factor else frozenset()
+    return fields | LENGTH_FIELDS if matched else fields
 
 
 def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,6 @@ def _known_row(folder: Path, label: str) -> tuple[str, ...]:
 
 def _last_rows(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The last whole iteration and evaluation rows of a metrics file that may be growing."""
-    import json
-
     found: dict[str, dict[str, float]] = {"iteration": {}, "evaluation": {}}
     if path.exists():
         with open(path, "rb") as file:

@@ -20,7 +20,7 @@ from storylab.experiments.comparison import (
     correct,
 )
 from storylab.experiments.curves import fit_power_law
-from storylab.experiments.factors import LENGTH_FIELDS, factor_fields
+from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.results import Result, load_result, run_state
 from storylab.experiments.runner import EXPERIMENTS
 from storylab.experiments.spec import Expectation, Experiment
@@ -37,6 +37,11 @@ class CellResult:
     config: TrainConfig
     planned: int
     """Number of runs that the experiment lists for it."""
+
+    @property
+    def name(self) -> str:
+        """Arm and condition."""
+        return under(self.arm.name, self.condition)
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,17 @@ def load_outcome(path: Path) -> Outcome:
     try:
         runs = path.parent.parent
         cells = tuple(_read_cell(cell, runs, problems, missing) for cell in record["cells"])
-        allowed = factor_fields(record["factor"]) if record["factor"] else frozenset()
         outcome = Outcome(path.stem, record, cells, (), (), ())
         comparisons = []
         for condition in outcome.conditions:
-            fields = allowed | (LENGTH_FIELDS if condition in record["matched"] else frozenset())
+            fields = allowed_fields(record["factor"], condition in record["matched"])
             baseline = outcome.baseline_of(condition).arm
             comparisons += [
                 compare_arms(cell.arm, baseline, fields, condition, record["margin"])
                 for cell in outcome.arms(condition)
                 if cell.arm.name != outcome.baseline
             ]
-        outcome = Outcome(path.stem, record, cells, tuple(correct(comparisons)), (), ())
+        outcome = dataclasses.replace(outcome, comparisons=tuple(correct(comparisons)))
         expectations = [Expectation(**entry) for entry in record["expectations"]]
         checked = tuple(check for e in expectations for check in _check(e, outcome))
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -157,7 +161,7 @@ def load_outcome(path: Path) -> Outcome:
         problems.append(
             f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
         )
-    return Outcome(path.stem, record, cells, outcome.comparisons, checked, tuple(problems))
+    return dataclasses.replace(outcome, expectations=checked, problems=tuple(problems))
 
 
 def _read_cell(
@@ -166,7 +170,7 @@ def _read_cell(
     """A cell with the runs that can be read; the others are told of in ``problems``."""
     found = []
     for seed, name in cell["runs"].items():
-        where = f"{cell['arm']}" + f" @ {cell['condition']}" * bool(cell["condition"])
+        where = under(cell["arm"], cell["condition"])
         state, reason = run_state(runs / name)
         if state == "new":
             missing.append(f"{where}, seed {seed} ({name})")

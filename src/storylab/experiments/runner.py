@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from storylab import config as configs
 from storylab.config import PRESENTATION_FIELDS, TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS
+from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS, under
 from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.experiments.worker import (
@@ -35,6 +34,7 @@ from storylab.experiments.worker import (
 from storylab.files import exclusive, held, read_json, write_json
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
 from storylab.training.run_folder import CONFIG, Run, code_sha256
+from storylab.training.signals import stop_signals
 
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
@@ -69,8 +69,7 @@ class PlannedRun:
     @property
     def label(self) -> str:
         """Arm, condition and seed, for a person."""
-        where = f" @ {self.cell.condition}" if self.cell.condition else ""
-        return f"{self.cell.arm}{where}, seed {self.seed}"
+        return f"{under(self.cell.arm, self.cell.condition)}, seed {self.seed}"
 
     @property
     def state(self) -> str:
@@ -214,8 +213,11 @@ def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estim
     """What each run will take: from a finished run of the same cell, or a calibration of seconds for
     every shape of model and batch; None where the calibration failed."""
     calibrated: dict[str, dict[str, float] | None] = {}
+    finished: dict[Cell, Estimate | None] = {}
     for run in planned:
-        estimate = _finished_estimate([r for r in planned if r.cell == run.cell])
+        if run.cell not in finished:
+            finished[run.cell] = _finished_estimate([r for r in planned if r.cell == run.cell])
+        estimate = finished[run.cell]
         if estimate is None:
             config = run.config
             shape = (
@@ -223,6 +225,7 @@ def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estim
                 config.batch_size,
                 config.block_size,
                 config.dtype,
+                config.recipe,
                 config.compile,
             )
             if str(shape) not in calibrated:
@@ -275,22 +278,24 @@ def run_experiment(
         name = f"[{number}/{len(planned)}] {run.label}"
         watcher.overall(name, done, total)
         with _alone(run, name, watcher):
-            if run.folder.exists() and (
-                run.state == "damaged" or (fresh and run.folder not in seen)
-            ):
-                why = "damaged" if run.state == "damaged" else "to be trained anew"
+            state = run.state
+            anew = fresh and run.folder not in seen
+            if run.folder.exists() and (state == "damaged" or anew):
+                why = "damaged" if state == "damaged" else "to be trained anew"
                 watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
+                state = "new"
             seen.add(run.folder)
-            if run.state in ENDED:
+            if state in ENDED:
                 note = ", by another version of the code" if run.other_code else ""
                 where = f"trained before{note}: {run.folder}"
                 watcher.line(f"{name}: {outcome_line(run)} ({where})")
             else:
-                if run.state == "unfinished" and run.other_code:
+                if state == "unfinished" and run.other_code:
                     watcher.line(f"{name}: begun by another version of the code; going on with it")
                 _train(run, name, watcher, done, total)
                 watcher.line(f"{name}: {outcome_line(run)}")
-        states.append(run.state)
+                state = run.state
+        states.append(state)
         done += _tokens(run)
     watcher.overall("done", total, total)
     return states
@@ -416,16 +421,25 @@ class _Child:
             )
             assert child.stdin is not None and child.stdout is not None
             end: dict[str, Any] | None = None
-            with child, self._passing_signals_to(child):
-                child.stdin.write(self.request)
-                child.stdin.close()
-                for line in child.stdout:
-                    event = json.loads(line)
-                    if event["event"] == "end":
-                        end = event
-                    else:
-                        tell(event)
-                child.wait()
+
+            def stop(number: int) -> None:
+                self.stopped_by = number
+                child.terminate()  # it saves its run and ends
+
+            with child, stop_signals(stop):
+                try:
+                    child.stdin.write(self.request)
+                    child.stdin.close()
+                    for line in child.stdout:
+                        event = json.loads(line)
+                        if event["event"] == "end":
+                            end = event
+                        else:
+                            tell(event)
+                    child.wait()
+                except BaseException:  # a second Ctrl-C, say: leave no worker behind
+                    child.terminate()
+                    raise
             if self.stopped_by is not None:
                 raise TrainingInterrupted("the experiment was stopped", self.stopped_by)
             if end is not None:
@@ -435,26 +449,3 @@ class _Child:
             errors.seek(0)
             last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
             return FAILED, f"the process ended with {child.returncode}: {' '.join(last)}"
-
-    @contextlib.contextmanager
-    def _passing_signals_to(self, child: subprocess.Popen[str]) -> Iterator[None]:
-        """SIGTERM and Ctrl-C make the child save its run and end; a second Ctrl-C is not held up."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: object) -> None:
-            self.stopped_by = number
-            child.terminate()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, stop) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if child.poll() is None:
-                child.terminate()
-                child.wait()

@@ -12,6 +12,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.experiments.factors import (
     FACTORS,
-    LENGTH_FIELDS,
+    allowed_fields,
     changed_fields,
     factor_fields,
     unexplained,
 )
 from storylab.flags import default_for, parse
+from storylab.model.flops import training_flops
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
@@ -121,11 +123,6 @@ class Experiment:
         """The cell of an arm under a condition."""
         return next(c for c in self.cells if (c.condition, c.arm) == (condition, arm))
 
-    def allowed_fields(self, condition: str) -> frozenset[str]:
-        """Config fields in which two arms may differ under a condition."""
-        fields = factor_fields(self.factor)
-        return fields | LENGTH_FIELDS if condition in self.matched else fields
-
 
 def load_experiment(path: Path, scale: str | None = None) -> Experiment:
     """Read an experiment file at one of its scales.
@@ -201,7 +198,7 @@ class _Reader:
             seeds=_seeds(table),
             margin=_margin(table),
             expectations=tuple(_expectations(table, arms, conditions, baseline)),
-            data=self._data(),
+            data=self.data,
             cells=(),
         )
         # What is wrong in what all arms share is told of there.
@@ -223,7 +220,9 @@ class _Reader:
         _check_arms(experiment)
         return experiment
 
-    def _data(self) -> PrepareConfig:
+    @cached_property
+    def data(self) -> PrepareConfig:
+        """The data set that ``[data]`` describes."""
         values = _table(self.table, "data")
         allowed = {"source", "tokenizer", "builtin_stories", "train", "validation", "out"}
         _known(values, allowed, "[data]")
@@ -233,7 +232,7 @@ class _Reader:
         values = self.config | dict(changes)
         for name in FORBIDDEN.keys() & values.keys():
             raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
-        flags = _flags({"data_dir": str(self._data().folder)} | values)
+        flags = _flags({"data_dir": str(self.data.folder)} | values)
         return parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
 
 
@@ -245,7 +244,7 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
             continue
         base = experiment.cell(cell.condition, experiment.baseline).config
         vocab_size = _vocab_size(experiment)
-        ratio = flops_per_token(base, vocab_size) / flops_per_token(cell.config, vocab_size)
+        ratio = _flops(base, vocab_size) / _flops(cell.config, vocab_size)
         ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
         updates = max(1, round((base.max_iters + 1) * ratio))
         stretch = (updates - 1) / max(base.max_iters, 1)
@@ -254,18 +253,8 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
         yield dataclasses.replace(cell, config=config)
 
 
-def flops_per_token(config: TrainConfig, vocab_size: int) -> float:
-    """Training FLOPs for a token: 6 for every weight in a matrix product, the head's included, and
-    12 * width * keys for every layer's attention (Chowdhery et al. 2022, arXiv 2204.02311, app. B),
-    with the mean number of keys that a causal query reads in its window."""
-    model, block = config.model, config.block_size
-    # Each weight is in one product (the tied one in the head), but for the norms' gains.
-    weights = model.parameter_count(vocab_size) - (2 * model.n_layer + 1) * model.n_embd
-    keys = 0.0
-    for window in model.layer_windows:
-        reach = block if window is None else min(window, block)
-        keys += reach - reach * (reach - 1) / (2 * block)
-    return 6 * weights + 12 * model.n_embd * keys
+def _flops(config: TrainConfig, vocab_size: int) -> float:
+    return training_flops(config.model, vocab_size, config.block_size)
 
 
 def _vocab_size(experiment: Experiment) -> int:
@@ -285,7 +274,7 @@ def _check_arms(experiment: Experiment) -> None:
     if len(experiment.arms) < 2:
         return
     for condition in experiment.conditions:
-        allowed = experiment.allowed_fields(condition)
+        allowed = allowed_fields(experiment.factor, condition in experiment.matched)
         where = f" under '{condition}'" if condition else ""
         for i, arm in enumerate(experiment.arms):
             for other in experiment.arms[:i]:

@@ -13,6 +13,7 @@ from storylab.experiments.comparison import (
     Comparison,
     Ratio,
 )
+from storylab.experiments.factors import under
 from storylab.experiments.statistics import Interval
 
 
@@ -30,7 +31,7 @@ def interval_text(interval: Interval) -> str:
 
 def verdict_line(c: Comparison) -> str:
     """The comparison in one line and few words."""
-    title = f"{c.arm} vs {c.baseline}" + (f" @ {c.condition}" if c.condition else "")
+    title = under(f"{c.arm} vs {c.baseline}", c.condition)
     if c.verdict == DIVERGED:
         return f"{title}: {DIVERGED}, so worse: {'; '.join(c.failures)}"
     if not c.pairs:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import altair as alt
 
-from storylab.experiments.curves import pareto_front
+from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome
+from storylab.experiments.results import ENDED
 from storylab.reporting.series import (
     Row,
     curve_rows,
@@ -18,6 +18,7 @@ from storylab.reporting.series import (
     position_rows,
     run_rows,
     step_rows,
+    time_and_loss_front,
 )
 
 Spec = dict[str, Any]
@@ -30,7 +31,6 @@ AXES = {
     "seconds": "training seconds (measured)",
     "joules": "joules (measured)",
 }
-STEP_FIGURES = ("training loss", "gradient norm", "learning rate", "tokens a second")
 
 
 def curves(outcome: Outcome) -> Spec | None:
@@ -45,7 +45,7 @@ def curves(outcome: Outcome) -> Spec | None:
     base = _along(outcome, rows).encode(
         y=alt.Y("loss:Q", title="validation loss (nats)", scale=alt.Scale(zero=False)),
     )
-    band = base.mark_area(opacity=0.2).encode(y=_quantity("low"), y2="high:Q")
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q"), y2="high:Q")
     tooltip = ["arm:N", "iterations:Q", "tokens:Q", "seconds:Q", "loss:Q", "low:Q", "high:Q"]
     lines = base.mark_line(strokeWidth=2)
     points = base.mark_point(filled=True, size=30, opacity=0.9).encode(tooltip=tooltip)
@@ -59,7 +59,7 @@ def differences(outcome: Outcome) -> Spec | None:
         return None
     title = f"validation loss minus {outcome.baseline} (nats)"
     base = _along(outcome, rows, axis=False).encode(y=alt.Y("difference:Q", title=title))
-    band = base.mark_area(opacity=0.2).encode(y=_quantity("low"), y2="high:Q")
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q"), y2="high:Q")
     tooltip = ["arm:N", "iterations:Q", "difference:Q", "low:Q", "high:Q"]
     lines = base.mark_line(strokeWidth=2, point={"size": 30}).encode(tooltip=tooltip)
     zero = (
@@ -123,11 +123,15 @@ def _dots(outcome: Outcome, key: str, title: str) -> Spec | None:
     return _done(chart, height=max(60, 24 * len(names)))
 
 
-def steps(outcome: Outcome, name: str) -> Spec | None:
-    """One of ``STEP_FIGURES`` along the run, one seed of every arm."""
-    rows = [row for row in step_rows(outcome) if row[name] is not None]
-    if not rows:
-        return None
+def steps(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
+    """Figures along the run, one seed of every arm, by what they show."""
+    rows = step_rows(outcome)
+    for name in ("training loss", "gradient norm", "learning rate", "tokens a second"):
+        if known := [row for row in rows if row[name] is not None]:
+            yield name, _steps(outcome, known, name)
+
+
+def _steps(outcome: Outcome, rows: Sequence[Row], name: str) -> Spec:
     kept = _only(rows, ("condition", "arm", "iterations", name))
     # Logarithmic where values differ in order of magnitude and none is zero.
     low = min(row[name] for row in kept)
@@ -144,18 +148,10 @@ def pareto(outcome: Outcome) -> Spec | None:
     rows = [row for row in run_rows(outcome) if row["loss"] is not None and row["seconds"]]
     if outcome.factor != "size" or not rows:
         return None
-    rows = [row | {"name": _where(row), "million": row["parameters"] / 1e6} for row in rows]
-    means = [
-        {
-            "name": name,
-            "seconds": math.fsum(r["seconds"] for r in group) / len(group),
-            "loss": math.fsum(r["loss"] for r in group) / len(group),
-        }
-        for name in dict.fromkeys(row["name"] for row in rows)
-        for group in [[row for row in rows if row["name"] == name]]
+    rows = [row | {"million": row["parameters"] / 1e6} for row in rows]
+    front = [
+        {"seconds": seconds, "loss": loss} for _, seconds, loss in time_and_loss_front(outcome)
     ]
-    chosen = pareto_front([m["seconds"] for m in means], [m["loss"] for m in means])
-    front = [means[i] for i in chosen]
     x = alt.X("seconds:Q", title="training seconds (measured)", scale=alt.Scale(type="log"))
     y = alt.Y("loss:Q", title="final validation loss (nats)", scale=alt.Scale(zero=False))
     kept = _only(rows, ("condition", "arm", "seed", "loss", "seconds", "million"))
@@ -185,7 +181,7 @@ def learning_rates(outcome: Outcome) -> Spec | None:
     """Final loss against the peak learning rate, a point a run; a diverged run is a cross on top."""
     if outcome.factor != "learning_rate":
         return None
-    rows = [row for row in run_rows(outcome) if row["state"] in ("finished", "diverged")]
+    rows = [row for row in run_rows(outcome) if row["state"] in ENDED]
     finite = [row["loss"] for row in rows if row["loss"] is not None]
     if not finite:
         return None
@@ -267,12 +263,8 @@ def _colour(outcome: Outcome) -> Any:
     )
 
 
-def _quantity(name: str) -> Any:
-    return alt.Y(f"{name}:Q")
-
-
 def _where(row: Row) -> str:
-    return f"{row['arm']} @ {row['condition']}" if row["condition"] else str(row["arm"])
+    return under(row["arm"], row["condition"])
 
 
 def _only(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:

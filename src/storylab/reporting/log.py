@@ -13,7 +13,7 @@ import numpy as np
 from storylab.config import PRESENTATION_FIELDS, preset_config, to_dict
 from storylab.errors import UserError
 from storylab.experiments.comparison import DIVERGED, Comparison
-from storylab.experiments.factors import SEED_FIELDS
+from storylab.experiments.factors import SEED_FIELDS, under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
@@ -144,11 +144,10 @@ def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     runs = cell.arm.finished
-    name = f"{cell.arm.name} @ {cell.condition}" if cell.condition else cell.arm.name
     states = ", ".join(dict.fromkeys(run.state for run in cell.arm.runs if not run.finished))
     if not runs:
         # From the verdict's column on there is nothing but how it ended.
-        return [name, *[""] * 10, f"0 of {cell.planned}", states or "no run"]
+        return [cell.name, *[""] * 10, f"0 of {cell.planned}", states or "no run"]
     speed = mean_of(cell.arm, lambda run: run.speed)
     memory = mean_of(cell.arm, lambda run: run.training_memory)
     seconds = mean_of(cell.arm, training_seconds)
@@ -161,7 +160,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
             "confounded" if c.speed_confounds else ratio_text(c.speed, "faster", "slower", "speed")
         )
     return [
-        name,
+        cell.name,
         f"{runs[0].parameters:,}",
         f"{runs[0].summary['tokens']:,}",
         f"{runs[0].summary['epochs']:.2f}",
@@ -201,10 +200,9 @@ def headline(outcome: Outcome) -> str:
         return f"Baseline: validation loss {float(np.mean(losses)):.4f}{spread}."
     kinds: dict[str, list[str]] = {}
     for c in outcome.comparisons:
-        where = f" @ {c.condition}" if c.condition else ""
         shown = c.recipes and not c.confounds and c.verdict != DIVERGED
         difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
-        kinds.setdefault(c.verdict, []).append(f"{c.arm}{where}{difference}")
+        kinds.setdefault(c.verdict, []).append(under(c.arm, c.condition) + difference)
     told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
     return f"Against {outcome.baseline}, in nats: {told}."
 
@@ -370,13 +368,12 @@ def _stories(o: Outcome) -> Iterable[str]:
     if ready:
         least = float(np.mean(baseline.losses))
         chosen.append(max(ready, key=lambda arm: abs(float(np.mean(arm.losses)) - least)))
-    where = f" @ {condition}" if condition else ""
     yield "**Generation sample**, the same prompt and sampling seed:"
     for arm in chosen:
         run = arm.finished[0]
         sample = run.summary["samples"][0]
         yield ""
-        name = _plain(f"{arm.name}{where}, seed {run.config.seed}")
+        name = _plain(f"{under(arm.name, condition)}, seed {run.config.seed}")
         yield f"> **{name}:** {_quoted(sample['text'])}"
 
 

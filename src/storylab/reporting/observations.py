@@ -11,14 +11,14 @@ from statistics import median
 
 import numpy as np
 
-from storylab.experiments.curves import fit_power_law, parabola_minimum, pareto_front
-from storylab.experiments.factors import windows
+from storylab.experiments.curves import fit_power_law, parabola_minimum
+from storylab.experiments.factors import under, windows
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
-from storylab.experiments.results import Result
+from storylab.experiments.results import ENDED, Result
 from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
-from storylab.reporting.series import mean_of, training_seconds
+from storylab.reporting.series import time_and_loss_front
 from storylab.training.lines import duration
 
 # A spike: a value over its neighbours' median by this many of their median absolute deviations
@@ -36,7 +36,7 @@ def observations(outcome: Outcome) -> list[str]:
         cell = outcome.baseline_of(condition)
         if cell.arm.finished and cell.arm.finished[0].folder not in told:
             told.add(cell.arm.finished[0].folder)
-            found += _of_run(cell.arm.finished[0], _name(cell))
+            found += _of_run(cell.arm.finished[0], cell.name)
     found += _BY_FACTOR.get(outcome.factor, lambda outcome: [])(outcome)
     found += _failures(outcome)
     return [*found, *(expectation_text(check) for check in outcome.expectations)]
@@ -45,8 +45,7 @@ def observations(outcome: Outcome) -> list[str]:
 def expectation_text(check: Checked) -> str:
     """An expectation, the number it was held against, and by how much it was met or missed."""
     e = check.expectation
-    where = f" @ {check.condition}" if check.condition else ""
-    title = f"Hypothesis ({e.arm}{where}): {e.text}"
+    title = f"Hypothesis ({under(e.arm, check.condition)}): {e.text}"
     if check.value is None:
         return f"{title} - not measured."
     span = ""
@@ -138,12 +137,12 @@ def _failures(outcome: Outcome) -> Iterable[str]:
         if lost:
             reason = f": {lost[0].reason}" if lost[0].reason else ""
             states = ", ".join(dict.fromkeys(run.state for run in lost))
-            yield f"{_name(cell)}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
+            yield f"{cell.name}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
         for run in cell.arm.runs:
             if run.config.batch_size != cell.config.batch_size:
                 why = " after running out of memory" if (run.folder / SPLIT_NOTE).exists() else ""
                 yield (
-                    f"{_name(cell)}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
+                    f"{cell.name}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
                     f"sequences instead of {cell.config.batch_size}{why}; the same tokens an iteration."
                 )
 
@@ -157,7 +156,7 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
         reach = model.receptive_field
         shown = ", ".join("full" if w is None else str(w) for w in windows(cell.config))
         yield (
-            f"{_name(cell)}: windows by layer {shown}; receptive field "
+            f"{cell.name}: windows by layer {shown}; receptive field "
             f"{block if reach is None else min(reach, block)} of {block} positions."
         )
     for condition in outcome.conditions:
@@ -177,7 +176,7 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
             table = np.mean(tables, axis=0)
             half = len(table) // 2
             yield (
-                f"{_name(cell)}: against {outcome.baseline} the targets in the first half of the window "
+                f"{cell.name}: against {outcome.baseline} the targets in the first half of the window "
                 f"differ by {float(table[:half].mean()):+.4f} nats, those in the second half by "
                 f"{float(table[half:].mean()):+.4f} ({len(tables)} paired seeds)."
             )
@@ -185,21 +184,11 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
 
 def _of_sizes(outcome: Outcome) -> Iterable[str]:
     """The Pareto front, and the best trade by criteria that are named."""
-    cells = [cell for cell in outcome.cells if cell.arm.finished]
-    losses = [float(np.mean(cell.arm.losses)) for cell in cells]
-    seconds = [mean_of(cell.arm, training_seconds) or 0.0 for cell in cells]
-    front = [cells[i] for i in pareto_front(seconds, losses)]
+    front = time_and_loss_front(outcome)
     if not front:
         return
-    yield (
-        "No other arm has both less training time and a lower loss than: "
-        + "; ".join(
-            f"{_name(c)} ({duration(mean_of(c.arm, training_seconds) or 0.0)}, "
-            f"{float(np.mean(c.arm.losses)):.3f})"
-            for c in front
-        )
-        + "."
-    )
+    told = "; ".join(f"{cell.name} ({duration(time)}, {loss:.3f})" for cell, time, loss in front)
+    yield f"No other arm has both less training time and a lower loss than: {told}."
     for condition in outcome.conditions:
         arms = [cell for cell in outcome.arms(condition) if cell.arm.finished]
         if not arms:
@@ -227,7 +216,7 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
         if len(fitted) < len(laws):
             points = len(curve_after_warmup(run)[0])
             yield (
-                f"{_name(cell)}: {points} evaluations after the warm-up are too few for a fitted curve."
+                f"{cell.name}: {points} evaluations after the warm-up are too few for a fitted curve."
             )
             continue
         gains = [law.doubling_gain(run.config.max_iters) for law in fitted]
@@ -246,7 +235,7 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
         )
         reached = all(p <= run.config.max_iters for p in plateaus)
         yield (
-            f"{_name(cell)}: {'the loss has reached a plateau' if reached else 'no plateau yet'}. "
+            f"{cell.name}: {'the loss has reached a plateau' if reached else 'no plateau yet'}. "
             f"A power law fitted to each seed's curve after the warm-up goes on to a floor of "
             f"{float(np.mean([law.floor for law in fitted])):.3f}"
             f"{_span([law.floor for law in fitted], '.3f')} nats; another doubling is predicted to "
@@ -268,14 +257,13 @@ def _of_learning_rates(outcome: Outcome) -> Iterable[str]:
             and _ended(cell)
         ]
         if len({cell.config.learning_rate for cell in grid}) >= 3:
-            where = f" @ {condition}" if condition else ""
+            where = under("", condition)
             yield from _of_grid(grid, where)
 
 
 def _ended(cell: CellResult) -> dict[tuple[int, int], float]:
     """Losses by seed of the runs that came to an end; infinite for one that diverged."""
-    ended = ("finished", "diverged")
-    return {run.seeds: run.loss for run in cell.arm.runs if run.state in ended}
+    return {run.seeds: run.loss for run in cell.arm.runs if run.state in ENDED}
 
 
 def _of_grid(grid: Sequence[CellResult], where: str) -> Iterable[str]:
@@ -325,10 +313,6 @@ def _span(values: Sequence[float], form: str) -> str:
     if interval is None:
         return ""
     return f" (95 % CI {format(interval.low, form)} to {format(interval.high, form)})"
-
-
-def _name(cell: CellResult) -> str:
-    return f"{cell.arm.name} @ {cell.condition}" if cell.condition else cell.arm.name
 
 
 _BY_FACTOR: dict[str, Callable[[Outcome], Iterable[str]]] = {

@@ -79,7 +79,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
         "observations": observations(outcome),
         "verdicts": [" | ".join((verdict_line(c), *detail_lines(c))) for c in outcome.comparisons],
         "samples": _samples(outcome),
-        "configs": [{"name": _name(cell), "config": flat_config(cell)} for cell in outcome.cells],
+        "configs": [{"name": cell.name, "config": flat_config(cell)} for cell in outcome.cells],
     }
 
 
@@ -92,7 +92,7 @@ def _measured_axes(outcome: Outcome) -> dict[str, str]:
 def _samples(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
-            "name": f"{_name(cell)}, seed {cell.arm.finished[0].config.seed}",
+            "name": f"{cell.name}, seed {cell.arm.finished[0].config.seed}",
             "samples": [
                 {"prompt": s["prompt"], "text": printable(s["text"])}
                 for s in cell.arm.finished[0].summary["samples"]
@@ -101,7 +101,3 @@ def _samples(outcome: Outcome) -> list[dict[str, Any]]:
         for cell in outcome.cells
         if cell.arm.finished
     ]
-
-
-def _name(cell: Any) -> str:
-    return f"{cell.arm.name} @ {cell.condition}" if cell.condition else str(cell.arm.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import vl_convert
 
 from storylab.errors import UserError
+from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
 from storylab.files import write_error, write_text
 from storylab.reporting import figures
@@ -90,8 +91,8 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
         ("Speed", figures.speeds(outcome)),
         ("Memory", figures.memories(outcome)),
         *(
-            (f"{name.capitalize()}, one seed of every arm", figures.steps(outcome, name))
-            for name in figures.STEP_FIGURES
+            (f"{name.capitalize()}, one seed of every arm", spec)
+            for name, spec in figures.steps(outcome)
         ),
     ]
     for caption, spec in made:
@@ -109,4 +110,4 @@ def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, S
             yield caption, spec
             continue
         for condition in outcome.conditions:
-            yield f"{caption} @ {condition}", figures.condition_of(spec, condition)
+            yield under(caption, condition), figures.condition_of(spec, condition)

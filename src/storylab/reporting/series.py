@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from storylab.experiments.comparison import Arm
+from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.statistics import mean_interval
@@ -24,6 +25,18 @@ def rounded(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
+
+
+def time_and_loss_front(outcome: Outcome) -> list[tuple[CellResult, float, float]]:
+    """The arms that no other beats in both training seconds and final loss, cheapest first, with the
+    means of both."""
+    points = [
+        (cell, mean_of(cell.arm, training_seconds) or 0.0, float(np.mean(cell.arm.losses)))
+        for cell in outcome.cells
+        if cell.arm.finished
+    ]
+    front = pareto_front([seconds for _, seconds, _ in points], [loss for *_, loss in points])
+    return [points[i] for i in front]
 
 
 def curve_rows(outcome: Outcome) -> list[Row]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,6 +49,7 @@ from storylab.training.run_folder import (
 )
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
+from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
 
@@ -138,24 +138,9 @@ class StopSignal:
         if self.number is not None:
             raise _StopRequested
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Listen while the block runs; a second Ctrl-C is the usual KeyboardInterrupt."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        def note(number: int, frame: object) -> None:
-            self.number = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.number = number
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
@@ -285,7 +270,7 @@ class Trainer:
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
-            with self.telemetry, self.stop.installed():
+            with self.telemetry, stop_signals(self.stop.note):
                 self._train_to_the_end()
         finally:
             self.prefetcher.close()

@@ -1,0 +1,31 @@
+"""SIGTERM and Ctrl-C while work is under way that must first be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
+    """Call ``note`` with the number of a SIGTERM or Ctrl-C that comes while the block runs.
+
+    A second Ctrl-C is the usual KeyboardInterrupt. Only the main thread may listen; in any other
+    the block runs as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        note(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
