@@ -120,6 +120,11 @@ class Result:
         return rows
 
     @cached_property
+    def quantization(self) -> list[dict[str, Any]]:
+        """What quantisation did to each tensor, where the run recorded it."""
+        return [row for row in self.metrics if row["kind"] == "quantization"]
+
+    @cached_property
     def position_losses(self) -> np.ndarray:
         """Mean nats of the targets at each position of a window; empty if there are none."""
         try:

@@ -59,14 +59,25 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` of a tensor and more, compiled to one kernel for large tensors on a CPU.
 
     The result is the same to the bit, so that it may depend on the machine which of the two runs:
-    without a C++ compiler, and for small tensors, it is the function itself.
+    for small tensors, and where nothing can be compiled (no C++ compiler, or no Python headers), it
+    is the function itself.
     """
-    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @cache
+    def kernel() -> Callable[..., Tensor] | None:
+        # On first use, as the compiler takes seconds to import.
+        return torch.compile(function, dynamic=True, fullgraph=True) if cpp_compiler() else None
+
+    works = True
 
     def chosen(values: Tensor, *others: object) -> Tensor:
+        nonlocal works
         large = values.device.type == "cpu" and values.numel() >= FUSE_FROM
-        if large and cpp_compiler() is not None:
-            return compiled(values, *others)
+        if large and works and (compiled := kernel()) is not None:
+            try:
+                return compiled(values, *others)
+            except torch._dynamo.exc.TorchDynamoException:
+                works = False
         return function(values, *others)
 
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from storylab.reporting.series import (
     difference_rows,
     final_rows,
     position_rows,
+    quantization_rows,
     run_rows,
     step_rows,
     time_and_loss_front,
@@ -218,6 +220,63 @@ def positions(outcome: Outcome) -> Spec | None:
         )
     )
     return _done(_zoomed(chart))
+
+
+def quantization(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
+    """Heat maps of what quantisation does to tensors, by caption: the error of every arm, and error
+    and underflow over the training of the first arm that recorded them."""
+    rows = quantization_rows(outcome)
+    if not rows:
+        return
+    places: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        name = under(row["arm"], row["condition"])
+        places.setdefault((name, row["tensor"], row["block"]), []).append(row)
+    means = [
+        {
+            "arm": name,
+            "place": _place(found[0]),
+            "error": math.fsum(row["error"] for row in found) / len(found),
+        }
+        for (name, *_), found in places.items()
+    ]
+    yield (
+        "Quantisation error by tensor and block, mean over training",
+        _heat_map(means, "arm", "arm", "error", "relative error"),
+    )
+    first = [row for row in rows if row["arm"] == rows[0]["arm"]]
+    for key, title in (("error", "relative error"), ("underflow", "share that became zero")):
+        cells = [
+            {"iterations": row["iterations"], "place": _place(row), key: row[key]}
+            for row in first
+            if row["condition"] == rows[0]["condition"]
+        ]
+        yield (
+            f"Quantisation over the training of {_where(rows[0])}: {title}",
+            _heat_map(cells, "iterations", "iterations", key, title),
+        )
+
+
+def _place(row: Row) -> str:
+    return f"{row['tensor']}, block {row['block']:>2}"
+
+
+def _heat_map(rows: Sequence[Row], x: str, title: str, key: str, colour_title: str) -> Spec:
+    """A rectangle for each ``place`` and value of ``x``; the darker the larger."""
+    places = sorted({row["place"] for row in rows})
+    chart = (
+        alt.Chart(alt.Data(values=list(rows)))
+        .mark_rect()
+        .encode(
+            x=alt.X(f"{x}:O", title=title, sort=None, axis=alt.Axis(labelAngle=-40)),
+            y=alt.Y("place:O", title=None, sort=places, axis=alt.Axis(labelLimit=260)),
+            color=alt.Color(
+                f"{key}:Q", title=colour_title, scale=alt.Scale(scheme="viridis", reverse=True)
+            ),
+            tooltip=["place:O", f"{x}:O", f"{key}:Q"],
+        )
+    )
+    return _done(chart, height=14 * len(places))
 
 
 def _along(

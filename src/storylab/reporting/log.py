@@ -18,13 +18,15 @@ from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
 from storylab.reporting.observations import expectation_text, observations
-from storylab.reporting.series import mean_of, training_seconds
+from storylab.reporting.series import low_precision_share, mean_of, training_seconds
 from storylab.training.lines import duration, printable, summary_lines
 from storylab.training.run_folder import LOG
 
 BEGIN_REMARKS, END_REMARKS = "<!-- remarks: {} -->", "<!-- end of remarks -->"
 REMARKS_HINT = "*Write remarks here; they stay when this file is made again.*"
 MISSING = "not measured"
+# Where the table of a precision experiment says how much of the work is in low precision.
+PRECISION_COLUMN = 4
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,11 @@ def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     for cell in outcome.cells:
         c = comparisons.get((cell.condition, cell.arm.name))
         rows.append(_row(cell, c))
+    if outcome.factor == "precision":
+        headings.insert(PRECISION_COLUMN, "low precision")
+        for row, cell in zip(rows, outcome.cells, strict=True):
+            share = low_precision_share(cell)
+            row.insert(PRECISION_COLUMN, "" if share is None else f"{share:.0%} of FLOPs")
     return headings, rows
 
 

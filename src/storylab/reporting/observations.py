@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 
+from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.factors import under, windows
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
@@ -18,7 +19,12 @@ from storylab.experiments.results import ENDED, Result
 from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
-from storylab.reporting.series import time_and_loss_front
+from storylab.experiments.verdicts import nats
+from storylab.reporting.series import (
+    low_precision_share,
+    quantization_rows,
+    time_and_loss_front,
+)
 from storylab.training.lines import duration
 
 # A spike: a value over its neighbours' median by this many of their median absolute deviations
@@ -261,6 +267,56 @@ def _of_learning_rates(outcome: Outcome) -> Iterable[str]:
             yield from _of_grid(grid, where)
 
 
+def _of_precision(outcome: Outcome) -> Iterable[str]:
+    """The arms in order of harm, the most low precision that is as good as the baseline, and where
+    quantisation errs most."""
+    cells = {(cell.condition, cell.arm.name): cell for cell in outcome.cells}
+    for condition in outcome.conditions:
+        known = [
+            (c, c.recipes)
+            for c in outcome.comparisons
+            if c.condition == condition and c.recipes and not c.confounds
+        ]
+        if not known:
+            continue
+        known.sort(key=lambda entry: -entry[1].estimate)
+        told = "; ".join(f"{c.arm} {nats(r.estimate)} ({c.verdict})" for c, r in known)
+        yield f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
+        margin = known[0][0].margin
+        if margin is None:
+            continue
+        shares = [
+            (low_precision_share(cells[condition, c.arm]) or 0.0, c.arm)
+            for c, _ in known
+            if c.verdict == EQUIVALENT
+        ]
+        if shares:
+            share, arm = max(shares)
+            yield (
+                f"Of the arms that are equivalent within {margin:g} nats{under('', condition)}, {arm} has "
+                f"the most matrix multiplication in low precision: {share:.0%}."
+            )
+        else:
+            yield f"No arm is shown to be equivalent within {margin:g} nats{under('', condition)}."
+    for cell in outcome.cells:
+        pairs = [
+            (own["loss"], run.loss)
+            for run in cell.arm.finished
+            if (own := run.summary.get("validation_own_precision"))
+        ]
+        if pairs:
+            change = float(np.mean([own - wide for own, wide in pairs]))
+            yield f"{cell.name}: evaluated in its own precision the loss is {change:+.4f} nats."
+    rows = quantization_rows(outcome)
+    if rows:
+        for name, text in (("error", "errs most"), ("underflow", "loses most values to zero")):
+            worst = max(rows, key=lambda row: row[name] or 0.0)
+            yield (
+                f"Quantisation {text} in {under(worst['arm'], worst['condition'])}: {worst['tensor']}, "
+                f"block {worst['block']}, iteration {worst['iterations']} ({worst[name]:.2%})."
+            )
+
+
 def _ended(cell: CellResult) -> dict[tuple[int, int], float]:
     """Losses by seed of the runs that came to an end; infinite for one that diverged."""
     return {run.seeds: run.loss for run in cell.arm.runs if run.state in ENDED}
@@ -320,4 +376,5 @@ _BY_FACTOR: dict[str, Callable[[Outcome], Iterable[str]]] = {
     "size": _of_sizes,
     "length": _of_length,
     "learning_rate": _of_learning_rates,
+    "precision": _of_precision,
 }

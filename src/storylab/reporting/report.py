@@ -88,6 +88,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
             figures.differences(outcome),
         ),
         ("Loss by position in the window", figures.positions(outcome)),
+        *figures.quantization(outcome),
         ("Speed", figures.speeds(outcome)),
         ("Memory", figures.memories(outcome)),
         *(

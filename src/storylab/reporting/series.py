@@ -13,6 +13,8 @@ from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.statistics import mean_interval
+from storylab.precision.convert import low_share
+from storylab.precision.recipes import find_recipe
 
 Row = dict[str, Any]
 # Points that a curve is thinned to: more than a page's width shows, few enough for its size.
@@ -185,6 +187,38 @@ def position_rows(outcome: Outcome) -> list[Row]:
                 }
             )
     return rows
+
+
+def quantization_rows(outcome: Outcome) -> list[Row]:
+    """What quantisation did to the tensors of every arm that recorded it, first finished seed: means
+    over the linear layers of a block, by tensor and product and by iteration."""
+    rows = []
+    for cell in outcome.cells:
+        groups: dict[tuple[str, int, int], list[Row]] = {}
+        for row in cell.arm.finished[0].quantization if cell.arm.finished else ():
+            tensor = f"{row['tensor']}, {row['product'].replace('_', ' ')}"
+            block = int(row["layer"].split()[0])
+            groups.setdefault((tensor, block, row["iteration"]), []).append(row)
+        for (tensor, block, iteration), found in groups.items():
+            means = {
+                name: rounded(float(np.mean([row[name] for row in found])))
+                for name in ("error", "underflow", "saturation")
+            }
+            place = {"tensor": tensor, "block": block, "iterations": iteration}
+            rows.append({"condition": cell.condition, "arm": cell.arm.name} | place | means)
+    return rows
+
+
+def low_precision_share(cell: CellResult) -> float | None:
+    """Share of an arm's matrix multiplication that is in low precision; None without runs."""
+    if not cell.arm.runs:
+        return None
+    config = cell.config
+    recipe = find_recipe(config.dtype, config.recipe)
+    if recipe is None:
+        return 0.0
+    vocab_size = cell.arm.runs[0].data["tokenizer"]["vocab_size"]
+    return low_share(recipe, config.model, vocab_size, config.block_size)
 
 
 def _by_iteration(runs: Sequence[Result]) -> Iterable[list[Row]]:
