@@ -1,7 +1,12 @@
-"""Speed and peak memory of training steps beside nanoGPT's model, each in its own process, in turns.
+"""Speed and peak memory of training steps, each in its own process, in turns.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/training_step.py --nanogpt nanoGPT
+    python benchmarks/training_step.py peers --nanogpt nanoGPT
+    python benchmarks/training_step.py precision
+    python benchmarks/training_step.py allocator
+
+``peers`` holds storylab beside nanoGPT's model, ``precision`` the emulated recipes beside bfloat16, and
+``allocator`` the memory allocator as training sets it beside the C library's default.
 
 storylab's 113M model and nanoGPT's 124M GPT-2 (its own model.py and optimizer, 12 layers, width 768,
 50,257 ids, dropout 0) run the same step: micro-batches of 32 x 128 tokens, gradient clipping at 1.0, AdamW.
@@ -14,6 +19,7 @@ Runs take turns (A B C C B A ...); reported are medians of the per-process media
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -30,22 +36,33 @@ def flops_per_token(matrix_parameters: int, layers: int, width: int) -> int:
     return 6 * matrix_parameters + 12 * layers * width * LENGTH
 
 
-def storylab_step(dtype: str) -> tuple[Callable[[], float], int]:
+def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], float], int]:
     import torch
 
     from storylab.config import preset_config
     from storylab.model.transformer import Transformer
+    from storylab.precision.convert import quantize_blocks
+    from storylab.training.allocator import keep_freed_memory
     from storylab.training.precision import choose_precision
     from storylab.training.step import build_optimizer, training_step
 
+    if keep_memory:
+        keep_freed_memory()
     config = preset_config("113m")
     model = Transformer(config.model, VOCAB, seed=0)
-    optimizer = build_optimizer(model, config)
     precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
+    state = None
+    if precision.recipe is not None:
+        state = quantize_blocks(model.blocks, precision.recipe, seed=0, max_iters=1000)
+    optimizer = build_optimizer(model, config)
     scaler = precision.grad_scaler()
     batch = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1))
+    iterations = itertools.count()
 
     def step() -> float:
+        if state is not None:
+            state.advance(next(iterations))
+            state.weights_changed()
         return training_step(
             model,
             optimizer,
@@ -87,14 +104,27 @@ def nanogpt_step(folder: Path, autocast: bool) -> tuple[Callable[[], float], int
     return step, flops_per_token(matrices, 12, 768)
 
 
+Maker = Callable[[Path], tuple[Callable[[], float], int]]
+MAKERS: dict[str, Maker] = {
+    "storylab bfloat16": lambda _: storylab_step("bfloat16"),
+    "storylab float32": lambda _: storylab_step("float32"),
+    "nanoGPT bfloat16 (autocast added)": lambda folder: nanogpt_step(folder, True),
+    "nanoGPT float32 (as it is)": lambda folder: nanogpt_step(folder, False),
+    **{
+        f"storylab {name}, emulated": lambda _, name=name: storylab_step(name)
+        for name in ("fp8", "fp8-current", "mxfp8", "nvfp4")
+    },
+    "storylab bfloat16, allocator by default": lambda _: storylab_step("bfloat16", False),
+}
+TABLES = {
+    "peers": [name for name in MAKERS if "emulated" not in name and "allocator" not in name],
+    "precision": ["storylab bfloat16", *(name for name in MAKERS if "emulated" in name)],
+    "allocator": ["storylab bfloat16", "storylab bfloat16, allocator by default"],
+}
+
+
 def measure(name: str, nanogpt: Path, steps: int) -> dict[str, float]:
-    makers: dict[str, Callable[[], tuple[Callable[[], float], int]]] = {
-        "storylab bfloat16": lambda: storylab_step("bfloat16"),
-        "storylab float32": lambda: storylab_step("float32"),
-        "nanoGPT bfloat16 (autocast added)": lambda: nanogpt_step(nanogpt, True),
-        "nanoGPT float32 (as it is)": lambda: nanogpt_step(nanogpt, False),
-    }
-    step, flops = makers[name]()
+    step, flops = MAKERS[name](nanogpt)
     step()  # the first one allocates
     seconds = []
     for _ in range(steps):
@@ -114,7 +144,8 @@ def measure(name: str, nanogpt: Path, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nanogpt", type=Path, required=True)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--nanogpt", type=Path, default=Path("nanoGPT"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -122,12 +153,7 @@ def main() -> None:
     if args.only:
         print("RESULT", json.dumps(measure(args.only, args.nanogpt, args.steps)))
         return
-    names = [
-        "storylab bfloat16",
-        "nanoGPT bfloat16 (autocast added)",
-        "nanoGPT float32 (as it is)",
-        "storylab float32",
-    ]
+    names = TABLES[args.table]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(args.repeats):
         for name in names if turn % 2 == 0 else names[::-1]:

@@ -7,14 +7,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from storylab.config import PRESETS, TrainConfig
 from storylab.errors import UserError
-from storylab.flags import parse
+from storylab.flags import default_for, parse
 
 if TYPE_CHECKING:
     from storylab.console import ConsoleReporter
@@ -81,6 +82,32 @@ class ExperimentReportCommand:
     """Folder that holds the run folders."""
     out: Path | None = None
     """Folder to write; by default RUNS/report."""
+
+
+GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
+SoftwareName = Literal["eager", "compiled", "handwritten"]
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """What a run, or an experiment, is expected to take on a card: speed, time, energy, memory, and the
+    most that FP8 and NVFP4 can bring there, part by part. Nothing is run, but for --gpu this.
+
+    Examples: storylab plan --gpu rtx5090 | storylab plan --preset nano --gpu this
+    | storylab plan experiments/02-fp8.toml --scale record --gpu rtx4090 --software compiled
+    """
+
+    file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """Experiment file; without one, the run that the flags describe."""
+    gpu: tuple[GpuName, ...] = ("rtx5090",)
+    """Cards, or this: the machine itself, after some 20 seconds of training steps."""
+    scale: str | None = None
+    """One of the experiment's scales."""
+    software: SoftwareName = "eager"
+    """For an experiment: how well its products and kernels use the card."""
+    vocab_size: int = 0
+    """Token ids; 0: as many as the preset is counted with, or the experiment's tokenizer has."""
+    config: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -307,6 +334,44 @@ def _report(args: list[str]) -> int:
 
     folder = write_report(command.runs, command.out or command.runs / "report")
     print(f"Report: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    return 0
+
+
+def plan(args: list[str]) -> int:
+    """``storylab plan``."""
+    command = parse(PlanCommand, args, "storylab plan", PlanCommand(config=default_for(args)))
+    from storylab.experiments.factors import under
+    from storylab.experiments.spec import load_experiment
+    from storylab.planning.calibrate import calibrate
+    from storylab.planning.cards import CARDS
+    from storylab.planning.roofline import SOFTWARE
+    from storylab.planning.words import arm_line, card_lines, head_line, measured_lines
+
+    if command.file is None:
+        config = command.config
+        vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
+        print(head_line(config, vocab_size))
+        for gpu in command.gpu:
+            lines = (
+                measured_lines(calibrate(config, vocab_size), config)
+                if gpu == "this"
+                else card_lines(CARDS[gpu], config, vocab_size)
+            )
+            print("", *lines, sep="\n")
+        return 0
+    experiment = load_experiment(command.file, command.scale)
+    vocab_size = command.vocab_size or experiment.vocab_size
+    print(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
+    for gpu in command.gpu:
+        if gpu == "this":
+            raise UserError(
+                f"for this machine: storylab experiment run {shlex.quote(str(command.file))} --dry_run"
+            )
+        software = SOFTWARE[command.software]
+        print(f"\n{CARDS[gpu].name}, {software.name}, predicted:")
+        for cell in experiment.cells:
+            name = under(cell.arm, cell.condition)
+            print(arm_line(name, cell.config, vocab_size, CARDS[gpu], software))
     return 0
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.config import TrainConfig, check_seed
+from storylab.config import GPT2_VOCAB_SIZE, TrainConfig, check_seed
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.experiments.factors import (
@@ -118,6 +118,12 @@ class Experiment:
             raise UserError(f"seeds is {count}: it must be at least 1")
         more = range(max(self.seeds) + 1, max(self.seeds) + 1 + count - len(self.seeds))
         return (*self.seeds, *more)[:count]
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the data set that the file describes."""
+        kind, _, size = self.data.tokenizer.partition(":")
+        return int(size) if kind == "bpe" else GPT2_VOCAB_SIZE
 
     def cell(self, condition: str, arm: str) -> Cell:
         """The cell of an arm under a condition."""
@@ -243,7 +249,7 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
             yield cell
             continue
         base = experiment.cell(cell.condition, experiment.baseline).config
-        vocab_size = _vocab_size(experiment)
+        vocab_size = experiment.vocab_size
         ratio = _flops(base, vocab_size) / _flops(cell.config, vocab_size)
         ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
         updates = max(1, round((base.max_iters + 1) * ratio))
@@ -255,11 +261,6 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
 
 def _flops(config: TrainConfig, vocab_size: int) -> float:
     return training_flops(config.model, vocab_size, config.block_size)
-
-
-def _vocab_size(experiment: Experiment) -> int:
-    kind, _, size = experiment.data.tokenizer.partition(":")
-    return int(size) if kind == "bpe" else 50257
 
 
 def _check_arms(experiment: Experiment) -> None:

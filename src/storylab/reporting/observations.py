@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 
+from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.factors import under, windows
@@ -20,6 +21,10 @@ from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
 from storylab.experiments.verdicts import nats
+from storylab.planning.cards import CARDS
+from storylab.planning.roofline import SOFTWARE, gains
+from storylab.planning.words import can_run
+from storylab.precision.recipes import find_recipe
 from storylab.reporting.series import (
     low_precision_share,
     quantization_rows,
@@ -32,6 +37,8 @@ from storylab.training.lines import duration
 SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.1, 21
 # A size counts as good as the best if its loss is within this many nats of it.
 GOOD_ENOUGH = 0.02
+# The record's own card.
+PLANNED_CARD = CARDS["rtx5090"]
 
 
 def observations(outcome: Outcome) -> list[str]:
@@ -298,6 +305,17 @@ def _of_precision(outcome: Outcome) -> Iterable[str]:
             )
         else:
             yield f"No arm is shown to be equivalent within {margin:g} nats{under('', condition)}."
+    bounds = [
+        f"{cell.arm.name} {most:.2f}x"
+        for cell in outcome.arms(outcome.conditions[0])
+        if (most := _largest_gain(cell)) is not None
+    ]
+    if bounds:
+        yield (
+            f"Speed was not measured on hardware. The most that the recipes could bring the record's model "
+            f"on an {PLANNED_CARD.name} with compiled code is predicted (`storylab plan`): "
+            f"{', '.join(bounds)}."
+        )
     for cell in outcome.cells:
         pairs = [
             (own["loss"], run.loss)
@@ -315,6 +333,16 @@ def _of_precision(outcome: Outcome) -> Iterable[str]:
                 f"Quantisation {text} in {under(worst['arm'], worst['condition'])}: {worst['tensor']}, "
                 f"block {worst['block']}, iteration {worst['iterations']} ({worst[name]:.2%})."
             )
+
+
+def _largest_gain(cell: CellResult) -> float | None:
+    """By how much an emulated arm's recipe could speed up the record's model at most."""
+    recipe = find_recipe(cell.config.dtype, cell.config.recipe)
+    emulated = any(run.summary.get("emulated") for run in cell.arm.finished)
+    if recipe is None or not emulated or not can_run(PLANNED_CARD, recipe):
+        return None
+    software = SOFTWARE["compiled"]
+    return gains(TrainConfig(), GPT2_VOCAB_SIZE, PLANNED_CARD, software, recipe)[1]
 
 
 def _ended(cell: CellResult) -> dict[tuple[int, int], float]:

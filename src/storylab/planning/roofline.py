@@ -1,0 +1,224 @@
+"""How long a training step takes: every part's FLOPs and bytes against a card's limits.
+
+A part takes the longer of its arithmetic and its memory traffic, plus the time to start its kernels
+(Williams et al. 2009, the roofline model). What software reaches of the limits is kept apart from the
+limits themselves: see :data:`SOFTWARE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from storylab.config import ModelConfig, TrainConfig
+from storylab.model.flops import attention_flops, head_flops, linear_flops
+from storylab.planning.cards import Card
+from storylab.precision.recipes import PRODUCTS, Recipe
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that elementwise operations move for each element, forward and backward together.
+
+    Attributes:
+        norm: an element of the residual stream through a norm.
+        rotary: a feature of a query or key that is turned.
+        gate: a hidden feature of the feed-forward layer, its activation and product.
+        residual: an element of a residual sum.
+        logit: a logit: written, its softmax, the gradient, both read by products.
+        block_kernels: kernels started for a block.
+        other_kernels: those for the rest of the model.
+    """
+
+    norm: float
+    rotary: float
+    gate: float
+    residual: float
+    logit: float
+    block_kernels: int
+    other_kernels: int
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a kind of software reaches of a card's limits.
+
+    Attributes:
+        products: share of the peak rate in matrix products.
+        attention: the same in attention.
+        bandwidth: share of the memory's bandwidth in elementwise work.
+        launch: seconds from kernel to kernel that the card waits.
+        traffic: what its elementwise operations move.
+    """
+
+    name: str
+    products: float
+    attention: float
+    bandwidth: float
+    launch: float
+    traffic: Traffic
+
+
+# A kernel for each step of a formula; one for steps in a row; and the least that must be moved.
+STEPWISE = Traffic(84, 48, 27, 22, 34, 120, 40)
+FUSED = Traffic(16, 8, 16, 16, 12, 25, 15)
+LEAST = Traffic(10, 4, 12, 8, 6, 15, 10)
+LIMIT = Software("the card's limit", 1.0, 1.0, 1.0, 0.0, LEAST)
+# Round figures with which the published speeds in docs/plan.md come out: calibrated, not derived.
+SOFTWARE: dict[str, Software] = {
+    "eager": Software("eager PyTorch", 0.80, 0.50, 0.92, 8e-6, STEPWISE),
+    "compiled": Software("torch.compile", 0.83, 0.60, 0.85, 3e-6, FUSED),
+    "handwritten": Software("hand-written kernels", 0.92, 0.80, 0.90, 2e-6, LEAST),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a micro-batch's work, forward and backward.
+
+    Attributes:
+        flops: arithmetic; of matrix products only, the rest being bound by memory.
+        form: what the products are computed in.
+        bytes: memory traffic.
+        kernels: how many are started.
+    """
+
+    name: str
+    flops: float
+    form: str
+    bytes: float
+    kernels: int
+
+    def seconds(self, card: Card, software: Software) -> float:
+        """Time of the part."""
+        rate = card.tflops(self.form)
+        assert rate is not None
+        share = software.attention if self.name == ATTENTION else software.products
+        arithmetic = self.flops / (rate * 1e12 * share)
+        traffic = self.bytes / (card.bandwidth * 1e12 * software.bandwidth)
+        return max(arithmetic, traffic) + self.kernels * software.launch
+
+
+ATTENTION, QUANTISING = "attention products", "quantising"
+# Of a weight: cast for every micro-batch, its gradient added up.
+WEIGHT_TRAFFIC = 16
+# Of a parameter in an update by AdamW: weight, gradient and both moments read, all but one written.
+UPDATE_TRAFFIC = 28
+# Of an element that is quantised: read in bfloat16 twice, written in both layouts.
+QUANTIZED_TRAFFIC = {"fp8": 6.0, "fp4": 5.1}
+
+
+def parts(
+    config: TrainConfig, vocab_size: int, software: Software, recipe: Recipe | None = None
+) -> list[Part]:
+    """The parts of one micro-batch, the update's share included, in the order of a step."""
+    model = config.model
+    tokens = config.batch_size * config.block_size
+    traffic = software.traffic
+    width, layers = model.n_embd, model.n_layer
+    qkv = (model.n_head + 2 * model.n_kv_head) * model.head_size
+    rotated = (model.n_head + model.n_kv_head) * model.head_size
+    linear = linear_flops(model)
+    weights = linear // 2
+    low_layers, form, low_products = 0, "bfloat16", 0.0
+    if recipe is not None:
+        low_layers = len(recipe.low_blocks(layers))
+        form = "fp4" if any(o.format == "e2m1" for o in recipe.operands) else "fp8"
+        low_products = float(sum(getattr(recipe, product) is not None for product in PRODUCTS))
+        low_products -= (1 - recipe.low_forward_share) if recipe.forward else 0
+    low = low_layers * linear * low_products
+    elementwise = (
+        (2 * layers + 1) * width * traffic.norm
+        + layers * rotated * traffic.rotary
+        + layers * model.n_hidden * traffic.gate
+        + 2 * layers * width * traffic.residual
+    )
+    made = [
+        Part("linear layers", tokens * (3 * layers * linear - low), "bfloat16", 0.0, 0),
+        Part(
+            "output head",
+            tokens * 3 * head_flops(model, vocab_size),
+            "bfloat16",
+            0.0,
+            traffic.other_kernels,
+        ),
+        Part(
+            ATTENTION,
+            tokens * 3.5 * attention_flops(model, config.block_size),
+            "bfloat16",
+            tokens * layers * 14.0 * (2 * width + 2 * (qkv - width)),
+            2 * layers,
+        ),
+        Part(
+            "norms, rotary positions, gates, residuals",
+            0.0,
+            "bfloat16",
+            tokens * elementwise,
+            layers * traffic.block_kernels,
+        ),
+        Part("logits and loss", 0.0, "bfloat16", tokens * vocab_size * traffic.logit, 0),
+        Part(
+            "casts of weights, sums of gradients",
+            0.0,
+            "bfloat16",
+            (layers * weights + vocab_size * width) * WEIGHT_TRAFFIC,
+            0,
+        ),
+        Part(
+            "update",
+            0.0,
+            "bfloat16",
+            model.parameter_count(vocab_size) * UPDATE_TRAFFIC / config.gradient_accumulation_steps,
+            0,
+        ),
+    ]
+    if low:
+        inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
+        operands = low_layers * tokens * (inputs + outputs) * low_products / 3
+        made[1:1] = [
+            Part(f"linear layers in {form.upper()}", tokens * low, form, 0.0, 0),
+            Part(QUANTISING, 0.0, "bfloat16", operands * QUANTIZED_TRAFFIC[form], 0),
+        ]
+    return made
+
+
+def micro_batch_seconds(work: Sequence[Part], card: Card, software: Software) -> float:
+    """Time of a micro-batch."""
+    return sum(part.seconds(card, software) for part in work)
+
+
+def tokens_per_second(
+    config: TrainConfig,
+    vocab_size: int,
+    card: Card,
+    software: Software,
+    recipe: Recipe | None = None,
+) -> float:
+    """Predicted speed."""
+    work = parts(config, vocab_size, software, recipe)
+    tokens = config.batch_size * config.block_size
+    return tokens / micro_batch_seconds(work, card, software)
+
+
+def gains(
+    config: TrainConfig, vocab_size: int, card: Card, software: Software, recipe: Recipe
+) -> tuple[float, float]:
+    """Speed-up that the recipe is predicted to bring, and the most that it can by Amdahl's law: its
+    products at the card's rate of their format, quantised for nothing, and all else as it is."""
+    work = parts(config, vocab_size, software, recipe)
+    free = [part for part in work if part.name != QUANTISING]
+    before = micro_batch_seconds(parts(config, vocab_size, software), card, software)
+    return (
+        before / micro_batch_seconds(work, card, software),
+        before / micro_batch_seconds(free, card, software),
+    )
+
+
+def memory_bytes(model: ModelConfig, config: TrainConfig, vocab_size: int) -> float:
+    """Peak memory of training on a GPU: weights, gradients and moments in float32, what a micro-batch
+    keeps for its backward pass in bfloat16 (float32 in the residual stream), a chunk of logits."""
+    parameters = model.parameter_count(vocab_size)
+    tokens = config.batch_size * config.block_size
+    qkv = (model.n_head + 2 * model.n_kv_head) * model.head_size
+    kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
+    return 16.0 * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048

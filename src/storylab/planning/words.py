@@ -1,0 +1,135 @@
+"""A plan in lines: what a run is expected to take, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from storylab.config import TrainConfig
+from storylab.model.flops import training_flops
+from storylab.planning.calibrate import Measured
+from storylab.planning.cards import Card
+from storylab.planning.roofline import (
+    LIMIT,
+    SOFTWARE,
+    Software,
+    gains,
+    memory_bytes,
+    micro_batch_seconds,
+    parts,
+)
+from storylab.precision.convert import low_share
+from storylab.precision.hardware import families, supported
+from storylab.precision.recipes import Recipe, find_recipe
+from storylab.training.lines import duration
+
+# Recipes whose gain is told of.
+GAINS = {"FP8": "fp8", "NVFP4": "nvfp4"}
+
+
+def head_line(config: TrainConfig, vocab_size: int) -> str:
+    """What is planned."""
+    tokens = (config.max_iters + 1) * config.tokens_per_iteration
+    flops = training_flops(config.model, vocab_size, config.block_size)
+    return (
+        f"{config.preset}, {config.model.parameter_count(vocab_size):,} parameters, {config.dtype}: "
+        f"{tokens:,} tokens of {flops / 1e6:,.0f} MFLOP, {flops * tokens:.2g} FLOP in all"
+    )
+
+
+def can_run(card: Card, recipe: Recipe | None) -> bool:
+    """Whether a card can train by a recipe."""
+    return recipe is None or families(recipe) <= set(supported(card.capability))
+
+
+def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str]:
+    """The plan of a run on a card; everything in it is predicted."""
+    recipe = find_recipe(config.dtype, config.recipe)
+    rates = [f"{card.bfloat16:g} bfloat16"]
+    rates += [f"{rate:g} {name}" for name, rate in (("FP8", card.fp8), ("FP4", card.fp4)) if rate]
+    yield (
+        f"{card.name}: {', '.join(rates)} TFLOP/s, {card.bandwidth:g} TB/s, {card.memory:g} GB, "
+        f"{card.watts:g} W; everything below is predicted"
+    )
+    if not can_run(card, recipe):
+        yield f"  {card.name} cannot train in {config.dtype}"
+        return
+    kinds = [*SOFTWARE.values(), LIMIT]
+    yield f"  {'ms for a micro-batch':<44}" + _columns([kind.name for kind in kinds])
+    tables = [parts(config, vocab_size, kind, recipe) for kind in kinds]
+    for i, part in enumerate(tables[0]):
+        times = [table[i].seconds(card, kind) for table, kind in zip(tables, kinds, strict=True)]
+        work = f" ({part.flops / 1e9:,.0f} GFLOP)" if part.flops else ""
+        yield f"  {part.name + work:<44}" + _columns([f"{1e3 * t:.2f}" for t in times])
+    seconds = [
+        micro_batch_seconds(work, card, kind) for work, kind in zip(tables, kinds, strict=True)
+    ]
+    yield f"  {'all':<44}" + _columns([f"{1e3 * s:.2f}" for s in seconds])
+    tokens = config.batch_size * config.block_size
+    flops = training_flops(config.model, vocab_size, config.block_size) * tokens
+    rows = [
+        ("tok/s", [f"{tokens / s:,.0f}" for s in seconds]),
+        ("of the bfloat16 peak", [f"{flops / s / card.bfloat16 / 1e12:.0%}" for s in seconds]),
+        ("the whole run, evaluations left out", [_run_time(config, s) for s in seconds]),
+        (
+            "energy at the rated power (an upper bound)",
+            [f"{_run_seconds(config, s) * card.watts / 3.6e6:.2f} kWh" for s in seconds],
+        ),
+    ]
+    for name, recipe_name in GAINS.items():
+        wanted = find_recipe(recipe_name)
+        if config.dtype != "bfloat16" or wanted is None or not can_run(card, wanted):
+            continue
+        share = low_share(wanted, config.model, vocab_size, config.block_size)
+        found = [gains(config, vocab_size, card, kind, wanted) for kind in kinds]
+        rows.append(
+            (f"{name} brings ({share:.0%} of FLOPs convert)", [f"{gain:.2f}x" for gain, _ in found])
+        )
+        largest = [f"{most:.2f}x" for _, most in found]
+        rows.append((f"{name} can bring at most (Amdahl)", largest))
+    for name, cells in rows:
+        yield f"  {name:<44}" + _columns(cells)
+    memory = memory_bytes(config.model, config, vocab_size)
+    room = "" if memory < card.memory * 1e9 else ": more than the card has, take a smaller batch"
+    if config.dtype == "bfloat16":
+        yield "  converted are the linear layers of the blocks; head, attention and what memory bounds stay"
+    yield f"  memory about {memory / 1e9:.1f} GB{room}"
+
+
+def _columns(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>22}" for cell in cells)
+
+
+def _run_seconds(config: TrainConfig, micro_batch: float) -> float:
+    return (config.max_iters + 1) * config.gradient_accumulation_steps * micro_batch
+
+
+def _run_time(config: TrainConfig, micro_batch: float) -> str:
+    return duration(_run_seconds(config, micro_batch))
+
+
+def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
+    """The plan of a run on this machine, from steps that it has just done."""
+    seconds = measured.seconds(config)
+    tokens = (config.max_iters + 1) * config.tokens_per_iteration
+    yield (
+        f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch and "
+        f"{measured.update:.3f} s for an update: {tokens / seconds:,.0f} tok/s, {duration(seconds)} for "
+        f"the whole run, evaluations left out (predicted); {measured.memory / 1e9:.2f} GB (measured)"
+    )
+
+
+def arm_line(
+    name: str, config: TrainConfig, vocab_size: int, card: Card, software: Software
+) -> str:
+    """One arm of an experiment on a card, with one kind of software."""
+    recipe = find_recipe(config.dtype, config.recipe)
+    if not can_run(card, recipe):
+        return f"  {name:<44} {card.name} cannot train in {config.dtype}"
+    work = parts(config, vocab_size, software, recipe)
+    seconds = micro_batch_seconds(work, card, software)
+    tokens = config.batch_size * config.block_size
+    memory = memory_bytes(config.model, config, vocab_size) / 1e9
+    return (
+        f"  {name:<44} {tokens / seconds:>11,.0f} tok/s {_run_time(config, seconds):>14} a seed "
+        f"{memory:>6.1f} GB"
+    )
