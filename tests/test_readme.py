@@ -50,9 +50,10 @@ def shortened(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the story files that the README's example names."""
+    """A folder with what the README's examples name: the experiment files and some stories."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "stories").mkdir()
+    (folder / "experiments").symlink_to(ROOT / "experiments")
     import gzip
     import json
 
