@@ -809,6 +809,28 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert losses(resumed) == losses(straight)
 
 
+def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    recipe = {"dtype": "nvfp4", "recipe": "low_forward_share=0.5", "schedule": "constant"}
+    run = train(tiny_config(out_dir=tmp_path / "run", max_iters=2, **recipe))
+    with pytest.raises(UserError, match="low_forward_share"):
+        resume(run.folder, dataclasses.replace(run.config, max_iters=4))
+
+
+def test_what_was_asked_of_every_tensor_is_in_the_metrics(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run = train(tiny_config(dtype="mxfp8", out_dir=tmp_path / "run", quantization_stats=True))
+    rows = [row for row in run.metrics if row["kind"] == "quantization"]
+    evaluations = [row["iteration"] for row in run.metrics if row["kind"] == "evaluation"]
+    assert sorted({row["iteration"] for row in rows}) == [0, *evaluations]
+    assert len({row["layer"] for row in rows}) == 4 * TINY.n_layer
+    assert all(0 < row["error"] < 0.05 for row in rows if row["tensor"] != "gradient")
+    assert (run.folder / "precision.json").exists()
+    assert "self-test passed" in (run.folder / "log.txt").read_text()
+
+
 def test_arms_of_other_precisions_share_initial_weights(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

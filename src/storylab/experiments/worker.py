@@ -81,6 +81,8 @@ def measure(config: TrainConfig) -> dict[str, float]:
     starts = evaluation_windows(split, config.block_size, EVAL_BATCH)
     for _ in range(CALIBRATION_REPEATS):
         start = time.perf_counter()
+        if trainer.quantization is not None:
+            trainer.quantization.weights_changed()
         training_step(
             trainer.model,
             trainer.optimizer,

@@ -9,6 +9,7 @@ from pathlib import Path
 from storylab.config import TrainConfig, differences
 from storylab.errors import UserError
 from storylab.files import exclusive
+from storylab.precision.recipes import find_recipe
 from storylab.training.loop import Reporter, SilentReporter, Trainer, resolve_device
 from storylab.training.run_folder import Run, environment, open_run
 from storylab.training.schedule import learning_rate
@@ -39,6 +40,7 @@ def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
     config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
     _check_config(stored, config)
+    _check_precision(stored, config)
     dataset = run.load_data(config.data_dir)
     trainer = Trainer(config, dataset, precision, reporter)
     trainer.restore(run)
@@ -80,6 +82,16 @@ def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
     if changed:
         shown = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         raise UserError(f"cannot resume with another config ({shown}): start a new run instead")
+
+
+def _check_precision(stored: TrainConfig, wanted: TrainConfig) -> None:
+    recipe = find_recipe(stored.dtype, stored.recipe)
+    moves = recipe is not None and recipe.low_forward_share < 1
+    if moves and stored.max_iters != wanted.max_iters:
+        raise UserError(
+            f"max_iters {stored.max_iters} -> {wanted.max_iters} moves the iteration at which the "
+            "recipe's forward products go to bfloat16 (low_forward_share): start a new run instead"
+        )
 
 
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
