@@ -536,6 +536,30 @@ def test_what_a_call_leaves_out_stays_in_the_record(
     assert record(only=("low",), seeds=(1, 2, 3)) == [["1", "2", "3"], ["1", "2"]]
 
 
+def test_an_arm_that_this_machine_cannot_run_is_named_and_can_be_left_out(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    text = f"""
+title = "Precision"
+purpose = "?"
+factor = "precision"
+[config]
+{TINY_CONFIG}
+[arms]
+bfloat16 = {{}}
+hardware = {{ dtype = "nvfp4", backend = "te" }}
+emulated = {{ dtype = "nvfp4", backend = "emulated" }}
+"""
+    experiment = load_experiment(write(tmp_path / "a.toml", text))
+    with pytest.raises(UserError, match=r"arm 'hardware': --backend te needs.*--only"):
+        plan(experiment, dataset, tmp_path / "runs")
+    planned = plan(experiment, dataset, tmp_path / "runs", only=("bfloat16", "emulated"))
+    assert {run.cell.arm for run in planned} == {"bfloat16", "emulated"}
+    path = runner.write_record(experiment, dataset, planned, tmp_path / "runs")
+    runs = [len(cell["runs"]) for cell in json.loads(path.read_text())["cells"]]
+    assert runs == [3, 0, 3]
+
+
 def test_a_damaged_run_is_set_aside_and_trained_anew(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,17 +124,25 @@ def require_runnable(experiment: Experiment) -> None:
         raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
 
 
-def resolved_cells(experiment: Experiment, dataset: Dataset) -> list[tuple[Cell, str]]:
+def resolved_cells(
+    experiment: Experiment, dataset: Dataset, only: Collection[str] = ()
+) -> list[tuple[Cell, str]]:
     """Every cell with device and data filled in, and the name that its runs' folders begin with.
 
     Raises:
-        UserError: the experiment cannot run yet, or this machine lacks the device or precision.
+        UserError: the experiment cannot run yet, or this machine lacks the device or precision of
+            one of its arms, or of those in ``only``.
     """
     require_runnable(experiment)
     cells = []
     for cell in experiment.cells:
         dataset.require_window(cell.config.block_size)
-        config, _ = resolve_device(dataclasses.replace(cell.config, data_dir=dataset.folder))
+        config = dataclasses.replace(cell.config, data_dir=dataset.folder)
+        try:
+            config, _ = resolve_device(config)
+        except UserError as error:
+            if not only or cell.arm in only:
+                raise UserError(f"arm '{cell.arm}': {error}; --only runs the other arms") from error
         name = f"{config.preset}-{recipe_digest(config, dataset.fingerprint)}"
         cells.append((dataclasses.replace(cell, config=config), name))
     return cells
@@ -158,7 +166,7 @@ def plan(
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
-    cells = resolved_cells(experiment, dataset)
+    cells = resolved_cells(experiment, dataset, only)
     return [
         PlannedRun(cell, seed, runs / f"{name}-s{seed}")
         for seed in seeds or experiment.seeds
@@ -180,7 +188,8 @@ def write_record(
     del values["data"], values["cells"]
     before = _recorded_runs(path)
     values["cells"] = []
-    for cell, name in resolved_cells(experiment, dataset):
+    arms = {run.cell.arm for run in planned}
+    for cell, name in resolved_cells(experiment, dataset, arms):
         key = (cell.condition, cell.arm)
         seeds = {run.seed for run in planned if (run.cell.condition, run.cell.arm) == key}
         seeds |= {
