@@ -478,7 +478,7 @@ class EmulatedEngine:
                 return super().forward(input)
 
         plain = nn.Linear(*sizes, bias=False)
-        return Kernel(plain, self.emulated, QuantizationState(0), "hardware")
+        return Kernel(plain, self.emulated, QuantizationState(0, max_iters=8), "hardware")
 
     @contextmanager
     def autocast(self, **arguments: Any) -> Iterator[None]:

@@ -49,7 +49,7 @@ class QuantizationState:
     """What the quantised layers of a model share: where training stands, and whether they quantise."""
 
     seed: int
-    max_iters: int = 0
+    max_iters: int
     enabled: bool = True
     iteration: int = 0
     weights_version: int = 0

@@ -142,12 +142,17 @@ def _products(
     """Output and both gradients of a new layer, float32; a missing gradient counts as zeros."""
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight.detach().clone())
-    layer = make_layer(plain, recipe, QuantizationState(seed=0), "self-test", hardware)
+    state = QuantizationState(seed=0, max_iters=1)
+    layer = make_layer(plain, recipe, state, "self-test", hardware)
     input = input.clone().requires_grad_()
-    autocast = torch.autocast(input.device.type, torch.bfloat16)
-    with autocast, nullcontext() if hardware is None else hardware.context():
-        output = layer(input)
-    output.backward(gradient.to(output.dtype))
+    # Delayed scales are made from the step before: TransformerEngine's are 1 in the first.
+    for step in range(2 if recipe.delayed else 1):
+        input.grad = plain.weight.grad = None
+        state.advance(step)
+        autocast = torch.autocast(input.device.type, torch.bfloat16)
+        with autocast, nullcontext() if hardware is None else hardware.context():
+            output = layer(input)
+        output.backward(gradient.to(output.dtype))
     found = []
     for tensor in (input, plain.weight):
         found.append(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
