@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -603,13 +604,11 @@ def test_a_worker_that_is_killed_is_told_from_one_out_of_memory(
     assert outcome == worker.KILLED and "SIGKILL" in reason
 
 
-def test_two_experiments_do_not_train_a_run_twice(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While another process holds the run's name, this one waits, then takes what came of it."""
-    actions = in_process(monkeypatch)
-    run_experiment(planned[:1], Watcher())
-    lock = planned[0].folder.parent / runner.LOCKS / planned[0].folder.name
+@contextmanager
+def elsewhere(run: PlannedRun) -> Iterator[None]:
+    """Another process holds the run's name for three seconds."""
+    lock = run.folder.parent / runner.LOCKS / run.folder.name
+    lock.mkdir(parents=True, exist_ok=True)
     script = (
         "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); "
         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(3)"
@@ -619,7 +618,29 @@ def test_two_experiments_do_not_train_a_run_twice(
     )
     with other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
+        yield
+
+
+def test_two_experiments_do_not_train_a_run_twice(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process holds the run's name, this one waits, then takes what came of it."""
+    actions = in_process(monkeypatch)
+    run_experiment(planned[:1], Watcher())
+    with elsewhere(planned[0]):
         watcher = Watcher()
         assert run_experiment(planned[:1], watcher) == ["finished"]
     assert "waiting for that" in watcher.lines[0] and "trained before" in watcher.lines[1]
     assert actions == ["train"]
+
+
+def test_what_another_process_trains_comes_last(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that two processes on one experiment share its runs instead of waiting in step."""
+    in_process(monkeypatch)
+    with elsewhere(planned[0]):
+        watcher = Watcher()
+        assert run_experiment(planned, watcher) == ["finished", "finished"]
+    told = [line.partition("]")[0] for line in watcher.lines]
+    assert told[0] == "[2/2" and told[-1] == "[1/2"

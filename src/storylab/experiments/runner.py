@@ -281,41 +281,62 @@ def run_experiment(
     """
     total = float(sum(_tokens(run) for run in planned))
     done = 0.0
-    states = []
+    states: dict[int, str] = {}
     seen: set[Path] = set()
-    for number, run in enumerate(planned, start=1):
-        name = f"[{number}/{len(planned)}] {run.label}"
+    left = list(range(len(planned)))
+    while left:
+        # What another process trains is left for later: two on one experiment share the work.
+        index = next((i for i in left if not _taken(planned[i])), left[0])
+        left.remove(index)
+        run = planned[index]
+        name = f"[{index + 1}/{len(planned)}] {run.label}"
         watcher.overall(name, done, total)
         with _alone(run, name, watcher):
-            state = run.state
-            anew = fresh and run.folder not in seen
-            if run.folder.exists() and (state == "damaged" or anew):
-                why = "damaged" if state == "damaged" else "to be trained anew"
-                watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
-                state = "new"
-            seen.add(run.folder)
-            if state in ENDED:
-                note = ", by another version of the code" if run.other_code else ""
-                where = f"trained before{note}: {run.folder}"
-                watcher.line(f"{name}: {outcome_line(run)} ({where})")
-            else:
-                if state == "unfinished" and run.other_code:
-                    watcher.line(f"{name}: begun by another version of the code; going on with it")
-                _train(run, name, watcher, done, total)
-                watcher.line(f"{name}: {outcome_line(run)}")
-                state = run.state
-        states.append(state)
+            states[index] = _settle(
+                run, name, watcher, fresh and run.folder not in seen, done, total
+            )
+        seen.add(run.folder)
         done += _tokens(run)
     watcher.overall("done", total, total)
-    return states
+    return [states[index] for index in range(len(planned))]
+
+
+def _settle(
+    run: PlannedRun, name: str, watcher: Watcher, anew: bool, done: float, total: float
+) -> str:
+    """Train a run unless it has ended; returns its state."""
+    state = run.state
+    if run.folder.exists() and (state == "damaged" or anew):
+        why = "damaged" if state == "damaged" else "to be trained anew"
+        watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
+        state = "new"
+    if state in ENDED:
+        note = ", by another version of the code" if run.other_code else ""
+        where = f"trained before{note}: {run.folder}"
+        watcher.line(f"{name}: {outcome_line(run)} ({where})")
+        return state
+    if state == "unfinished" and run.other_code:
+        watcher.line(f"{name}: begun by another version of the code; going on with it")
+    _train(run, name, watcher, done, total)
+    watcher.line(f"{name}: {outcome_line(run)}")
+    return run.state
+
+
+def _lock(run: PlannedRun) -> Path:
+    return run.folder.parent / LOCKS / run.folder.name
+
+
+def _taken(run: PlannedRun) -> bool:
+    """Whether another process is at a run."""
+    return any(folder.exists() and held(folder) for folder in (_lock(run), run.folder))
 
 
 @contextlib.contextmanager
 def _alone(run: PlannedRun, name: str, watcher: Watcher) -> Iterator[None]:
     """Hold the run's name, so that experiments that share it do not train it twice at once."""
-    lock = run.folder.parent / LOCKS / run.folder.name
+    lock = _lock(run)
     lock.mkdir(parents=True, exist_ok=True)
-    if held(lock) or (run.folder.exists() and held(run.folder)):
+    if _taken(run):
         watcher.line(f"{name}: another process is training it; waiting for that")
     while True:
         with contextlib.ExitStack() as stack:
