@@ -11,13 +11,15 @@ import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import math
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ import conformance
 from conformance import generator
 from conftest import TINY
 from storylab.compiler import cpp_compiler
-from storylab.config import ModelConfig, TrainConfig
+from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model import transformer
 from storylab.model.transformer import Transformer, lean
@@ -59,8 +61,9 @@ from storylab.precision.quantize import (
     per_tensor,
     random_bytes,
 )
-from storylab.precision.recipes import RECIPES, Recipe, find_recipe
+from storylab.precision.recipes import ALIASES, RECIPES, Recipe, find_recipe
 from storylab.precision.selftest import check_layer, check_model, summarize
+from storylab.training import loop
 from storylab.training.loop import train
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
@@ -300,6 +303,12 @@ def test_a_recipe_is_changed_by_words() -> None:
         ("nvfp4", "high_last_share=2", "out of range"),
         ("fp8", "history=many", "must be a number"),
         ("nvfp4", "forward=fp8", "bfloat16 only"),
+        ("mxfp8", "*.gradient.stochastic=true", "stochastic is for nvfp4 scaling"),
+        ("fp8-current", "*.*.square=true", "square is for nvfp4 scaling"),
+        ("fp8-current", "margin=3", "margin and history are for delayed"),
+        ("nvfp4", "*.*.format=e4m3", "for e2m1 elements"),
+        ("mxfp8", "*.*.format=e2m1", "need nvfp4 scaling"),
+        ("fp8", "history=0", "at least 1"),
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused(dtype: str, changes: str, message: str) -> None:
@@ -337,12 +346,27 @@ def test_fused_passes_give_the_same_bits(
     if cpp_compiler() is None:
         pytest.skip("no C++ compiler on this machine")
     torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for x in list(conformance.tensors(128, 256))[:6]:
         monkeypatch.setattr(quantizers, "FUSE_FROM", math.inf)
         eager = quantize(x)
         monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
         assert torch.equal(quantize(x).operand, eager.operand)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+
+
+def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the compiler makes of one function before it gives up."""
+    if cpp_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    x = torch.randn(64, 64, generator=generator(1))
+    for power in range(10):
+        form = dataclasses.replace(E4M3, largest=float(2**power))
+        assert per_tensor(x, form).operand.abs().max() == form.largest
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 10
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -809,6 +833,56 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert losses(resumed) == losses(straight)
 
 
+@pytest.mark.parametrize("calls", [6, 7, 11])
+@pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
+def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
+    dtype: Any,
+    calls: int,
+    tiny_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Delayed scales have then been noted for half of the iteration's micro-batches."""
+    split = {"dtype": dtype, "batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 6}
+    split["recipe"] = "low_forward_share=0.5" if dtype == "nvfp4" else "history=2"
+    straight = train(tiny_config(out_dir=tmp_path / "straight", **split))
+    original, left = loop.StopSignal.check, iter(range(calls))
+
+    def check(self: loop.StopSignal) -> None:
+        if next(left, None) is None and self.number is None:
+            self.number = signal.SIGTERM
+        original(self)
+
+    with monkeypatch.context() as patch, pytest.raises(loop.TrainingInterrupted):
+        patch.setattr(loop.StopSignal, "check", check)
+        train(tiny_config(out_dir=tmp_path / "stopped", **split))
+    resumed = resume(tmp_path / "stopped")
+
+    def numbers(run: Run) -> list[Any]:
+        keys = ("loss", "train_loss", "val_loss")
+        return [[row.get(key) for key in keys] for row in run.metrics]
+
+    assert numbers(resumed) == numbers(straight)
+    assert resumed.summary is not None and straight.summary is not None
+    for key in ("validation", "validation_own_precision"):
+        assert resumed.summary[key] == straight.summary[key]
+
+
+def test_a_run_from_before_there_were_backends_was_emulated(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run = train(tiny_config(dtype="mxfp8", out_dir=tmp_path / "run", max_iters=1))
+    values = json.loads((run.folder / "config.json").read_text())
+    del values["backend"], values["quantization_stats"]
+    (run.folder / "config.json").write_text(json.dumps(values))
+    assert run.config.backend == "emulated"
+    resume(run.folder)
+
+
+def test_every_recipe_has_a_flag() -> None:
+    assert {*RECIPES, *ALIASES, *WIDE_DTYPES} == set(get_args(Dtype))
+
+
 def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -824,7 +898,12 @@ def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     run = train(tiny_config(dtype="mxfp8", out_dir=tmp_path / "run", quantization_stats=True))
     rows = [row for row in run.metrics if row["kind"] == "quantization"]
     evaluations = [row["iteration"] for row in run.metrics if row["kind"] == "evaluation"]
-    assert sorted({row["iteration"] for row in rows}) == [0, *evaluations]
+    products: dict[int, set[tuple[str, str]]] = {}
+    for row in rows:
+        products.setdefault(row["iteration"], set()).add((row["tensor"], row["product"]))
+    assert sorted(products) == [0, *evaluations]
+    # An evaluation just before takes nothing away from what training is seen to quantise.
+    assert all(found == products[0] and len(found) == 6 for found in products.values())
     assert len({row["layer"] for row in rows}) == 4 * TINY.n_layer
     assert all(0 < row["error"] < 0.05 for row in rows if row["tensor"] != "gradient")
     assert (run.folder / "precision.json").exists()

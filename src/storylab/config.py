@@ -28,6 +28,7 @@ Dtype = Literal[
     "fp4",
     "nvf4",
 ]
+WIDE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
@@ -282,8 +283,10 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a field is unknown or missing, for instance in a run of another version.
     """
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
+    if "backend" not in given and values["dtype"] not in WIDE_DTYPES:
+        values["backend"] = "emulated"  # before there was a choice
     if set(values) != names:
         odd = ", ".join(sorted(set(values) ^ names))
         raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")

@@ -19,19 +19,22 @@ class Format:
         mantissa_bits: explicit ones.
         min_exponent: exponent of the smallest normal number; below it the steps stay equal.
         largest: greatest finite value.
+        error: largest relative error of a tensor of normal draws rounded to it, with half as much
+            again; the self-test's bound.
     """
 
     name: str
     mantissa_bits: int
     min_exponent: int
     largest: float
+    error: float
 
 
 # E4M3 and E5M2: OCP 8-bit Floating Point Specification, revision 1.0; E2M1: OCP Microscaling Formats
 # (MX) Specification, version 1.0.
-E4M3 = Format("e4m3", 3, -6, 448.0)
-E5M2 = Format("e5m2", 2, -14, 57344.0)
-E2M1 = Format("e2m1", 1, 0, 6.0)
+E4M3 = Format("e4m3", 3, -6, 448.0, 0.04)
+E5M2 = Format("e5m2", 2, -14, 57344.0, 0.08)
+E2M1 = Format("e2m1", 1, 0, 6.0, 0.16)
 FORMATS = {form.name: form for form in (E4M3, E5M2, E2M1)}
 # Random bits of stochastic rounding: what the hardware's conversion to E2M1 takes for each element.
 RANDOM_BITS = 8

@@ -211,7 +211,8 @@ def te_hardware(recipe: Recipe, card: str, capability: Capability) -> Hardware:
     require_card(recipe, card, capability)
     found = te_arguments(recipe)
     if found is None:
-        raise UserError(f"TransformerEngine has no such recipe: take back a change, or {EMULATED}")
+        other = "use --backend torchao" if torchao_name(recipe) else "take back a change"
+        raise UserError(f"TransformerEngine has no such recipe: {other}, or {EMULATED}")
     try:
         import transformer_engine.pytorch as library
         from transformer_engine.common import recipe as recipes
@@ -238,6 +239,19 @@ def require_te_version(version: str, recipe: Recipe, capability: Capability) -> 
         )
 
 
+TORCHAO_NAMES = {"fp8-current": "tensorwise", "fp8-rowwise": "rowwise"}
+
+
+def torchao_name(recipe: Recipe) -> str | None:
+    """What torchao calls a recipe; None if it has no such one."""
+    return next((t for o, t in TORCHAO_NAMES.items() if _named(o, "") == _core(recipe)), None)
+
+
+def has_library(recipe: Recipe) -> bool:
+    """Whether either library computes a recipe as it is, on some card."""
+    return te_arguments(recipe) is not None or torchao_name(recipe) is not None
+
+
 def torchao_hardware(recipe: Recipe, card: str, capability: Capability) -> Hardware:
     """torchao's float8 for ``recipe`` on a card.
 
@@ -245,17 +259,18 @@ def torchao_hardware(recipe: Recipe, card: str, capability: Capability) -> Hardw
         UserError: card or library cannot run the recipe as it is, or the library is missing.
     """
     require_card(recipe, card, capability)
-    names = {"fp8-current": "tensorwise", "fp8-rowwise": "rowwise"}
-    found = [theirs for ours, theirs in names.items() if _named(ours, "") == _core(recipe)]
-    if not found:
-        raise UserError(f"torchao runs {' and '.join(names)} as they are: use one, or {EMULATED}")
+    name = torchao_name(recipe)
+    if name is None:
+        raise UserError(
+            f"torchao runs {' and '.join(TORCHAO_NAMES)} as they are: use one, or {EMULATED}"
+        )
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError(
             f"torchao is not installed: pip install 'storylab[torchao]', or {EMULATED}"
         ) from error
-    return Torchao(convert_to_float8_training, Float8LinearConfig.from_recipe_name(found[0]))
+    return Torchao(convert_to_float8_training, Float8LinearConfig.from_recipe_name(name))
 
 
 BACKENDS = {"te": te_hardware, "torchao": torchao_hardware}

@@ -104,6 +104,7 @@ class QuantizedLinear(nn.Module):
     """
 
     amax_history: Tensor
+    amax_iteration: Tensor
 
     def __init__(
         self, layer: nn.Linear, recipe: Recipe, state: QuantizationState, name: str
@@ -113,12 +114,15 @@ class QuantizedLinear(nn.Module):
         self.weight = layer.weight
         self.recipe, self.state, self.name = recipe, state, name
         self._training_pass = False
-        self._kept: dict[tuple[Operand, bool], tuple[tuple[int | bool, ...], Quantized]] = {}
+        self._kept: dict[tuple[Operand, bool, bool], tuple[tuple[int, ...], Quantized]] = {}
         if recipe.delayed:
-            # Largest magnitudes of input, weight and output gradient, the current step's first.
-            history = torch.zeros(3, recipe.history, device=layer.weight.device)
-            self.register_buffer("amax_history", history)
-            self._seen = 0
+            # Largest magnitudes of input, weight and output gradient: those of the iteration that the
+            # other buffer names, perhaps half done when a checkpoint is written, then those before.
+            device = layer.weight.device
+            self.register_buffer("amax_history", torch.zeros(3, recipe.history + 1, device=device))
+            self.register_buffer(
+                "amax_iteration", torch.zeros((), dtype=torch.int64, device=device)
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.state.enabled:
@@ -212,10 +216,11 @@ class QuantizedLinear(nn.Module):
             kept = self.weight_operand(operand, transposed=False)
             return Quantized(kept.operand[:, : self.in_features], kept.scale).T
         # Fused optimizers change a weight without counting up its own version.
-        now: tuple[int | bool, ...] = (self.state.weights_version,)
+        # Evaluation has its own: it must leave no trace in training.
+        now: tuple[int, ...] = (self.state.weights_version,)
         if operand.scaling == "delayed":  # made from the steps before this one
-            now = (*now, self.state.iteration, self._training_pass)
-        key = (operand, transposed)
+            now = (*now, self.state.iteration)
+        key = (operand, transposed, self._training_pass)
         version, quantized = self._kept.get(key, (None, None))
         if quantized is None or version != now:
             values = self.weight.detach()
@@ -230,14 +235,16 @@ class QuantizedLinear(nn.Module):
         """The largest magnitude of the steps before, noting this one's; that of this step where
         there is none before it. Repeating a step's forward pass changes nothing."""
         history = self.amax_history[("input", "weight", "gradient").index(kind)]
-        if self._training_pass and self.state.iteration != self._seen:
-            self.amax_history.copy_(self.amax_history.roll(1, dims=1))
-            self.amax_history[:, 0] = 0
-            self._seen = self.state.iteration
-        amax = largest_magnitude(values)
-        before = history[1:].amax() if self._training_pass else history.amax()
+        amax, noted = largest_magnitude(values), int(self.amax_iteration)
         if self._training_pass:
+            if noted != self.state.iteration:
+                self.amax_history.copy_(self.amax_history.roll(1, dims=1))
+                self.amax_history[:, 0] = 0
+                self.amax_iteration.fill_(self.state.iteration)
             history[0] = torch.maximum(history[0], amax)
+        # Evaluation follows the iteration that is done, whether or not the next one has been begun.
+        begun = self._training_pass or noted > self.state.iteration
+        before = (history[1:] if begun else history[:-1]).amax()
         return torch.where(before > 0, before, amax) * 2.0**self.recipe.margin
 
 

@@ -45,25 +45,25 @@ class QuantizationStatistics:
 
 
 def measure(observed: Observed) -> Tensor:
-    """What quantisation did to one tensor, five float64 numbers.
+    """What quantisation did to one tensor, five float32 numbers.
 
     The norm of the error over that of the tensor; the share of its non-zero values that became zero;
     the share beyond the format's largest value at their scale; and the binary logarithms of the
     smallest and largest scale of a block that is not all zeros.
     """
     rows, columns = observed.values.shape
-    values = observed.values.double()
-    quantized = observed.quantized.value[:, :columns].double()
+    values = observed.values.float()
+    quantized = observed.quantized.value[:, :columns]
     norm, nonzero = values.norm(), values != 0
     error = (quantized - values).norm() / norm if norm > 0 else norm
     underflow = (nonzero & (quantized == 0)).sum() / nonzero.sum().clamp(min=1)
     units = _units(observed.values.float(), observed.operand, observed.quantized.scale)
-    units = units[:rows, :columns].double()
+    units = units[:rows, :columns]
     # Where the scale itself became zero, that is underflow.
     beyond = (units > 0) & (values.abs() > units * FORMATS[observed.operand.format].largest)
     used = units[nonzero & (units > 0)]
     low, high = torch.aminmax(used.log2()) if used.numel() else (norm * 0, norm * 0)
-    return torch.stack((error, underflow, beyond.double().mean(), low, high)).cpu()
+    return torch.stack((error, underflow, beyond.float().mean(), low, high)).cpu()
 
 
 def _units(values: Tensor, operand: Operand, scale: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 # From this many elements on a pass over a tensor is worth the compiler.
 FUSE_FROM = 2**18
+KERNELS = 64
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         large = values.device.type == "cpu" and values.numel() >= FUSE_FROM
         if large and works and (compiled := kernel()) is not None:
             try:
-                return compiled(values, *others)
-            except torch._dynamo.exc.TorchDynamoException:
+                # A kernel for every format and shape of block, not one after which it gives up.
+                with torch._dynamo.config.patch(recompile_limit=KERNELS):
+                    return compiled(values, *others)
+            except (
+                Exception
+            ):  # whatever the compiler fails with, the function itself does not need it
                 works = False
         return function(values, *others)
 
@@ -112,8 +117,8 @@ def per_row(values: Tensor, form: Format) -> Quantized:
     """One scale for each row of ``values [M, K]``: the greatest power of two that keeps it in the
     format's range (torchao's rowwise scaling). The scale is ``[M, 1]``."""
     amax = values.abs().amax(dim=1, keepdim=True).float()
-    # In float64 until it is rounded to float32, whose exponent bits alone are kept.
-    ratio = (form.largest / amax.double().clamp(min=1e-12)).float()
+    ratio = torch.div(torch.full_like(amax, form.largest), amax.clamp(min=1e-12))
+    # Its exponent bits alone are the power of two below it.
     scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
     return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
 
@@ -161,8 +166,9 @@ def nvfp4(
         values: ``[M, K]`` float32 or bfloat16, K a multiple of 16.
         square: blocks of 16 x 16 (M a multiple of 16), so that the transpose has the same values.
         random: uint8 of the shape of ``values`` for stochastic rounding; None rounds to nearest.
-        four_over_six: scale each block to 4 instead of 6 where that errs less
-            (Cook et al. 2025, arXiv 2512.02010).
+        four_over_six: scale each block to 4 instead of 6 where that errs less (Cook et al. 2025,
+            arXiv 2512.02010), the tensor's scale being what it is without: where 6 * 256 / amax would
+            leave room for every block, the largest ones stay at 6.
     """
     encode = nvfp4_encode(largest_magnitude(values))
     if square:
@@ -214,8 +220,9 @@ def _nvfp4_blocks(
     if four_over_six:
         other = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, 4.0), encode, random)
         wanted = blocks * encode
-        # In float64, or the order of the sum would decide where the two are close.
-        errors = [(o - wanted).abs().double().sum(dim=axes, keepdim=True) for o in (operand, other)]
+        # In float64 (which MPS lacks), or the order of the sum would decide where the two are close.
+        wide = torch.float32 if blocks.device.type == "mps" else torch.float64
+        errors = [(o - wanted).abs().to(wide).sum(dim=axes, keepdim=True) for o in (operand, other)]
         operand = torch.where(errors[1] < errors[0], other, operand)
     return operand
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from storylab.errors import UserError
+from storylab.precision.formats import FORMATS
 
 Scaling = Literal["delayed", "tensor", "row", "mxfp8", "nvfp4"]
 
@@ -57,7 +58,7 @@ class Recipe:
     low_forward_share: float = 1.0
     """Share of the iterations after which the forward products are in bfloat16."""
     history: int = 1024
-    """Steps whose largest magnitude a delayed scale is made from."""
+    """Past steps whose largest magnitude a delayed scale is made from."""
     margin: int = 0
     """Powers of two that a delayed scale stays below the format's range."""
 
@@ -144,7 +145,24 @@ def find_recipe(name: str, changes: str = "") -> Recipe | None:
         return None
     for change in changes.split():
         recipe = _changed(recipe, change)
+    if fault := _fault(recipe):
+        raise UserError(f"recipe changes '{changes}': {fault}")
     return recipe
+
+
+def _fault(recipe: Recipe) -> str | None:
+    """What in a recipe would be without effect, or cannot be, or None."""
+    for operand in recipe.operands:
+        if operand.scaling == "nvfp4" and operand.format != "e2m1":
+            return "nvfp4 scaling is for e2m1 elements: change scaling too"
+        if operand.scaling != "nvfp4" and operand.format == "e2m1":
+            return f"e2m1 elements need nvfp4 scaling, not {operand.scaling}"
+        for name in ("square", "stochastic", "four_over_six"):
+            if getattr(operand, name) and operand.scaling != "nvfp4":
+                return f"{name} is for nvfp4 scaling, not {operand.scaling}"
+    if not recipe.delayed and (recipe.margin or recipe.history != Recipe.history):
+        return "margin and history are for delayed scaling"
+    return "history must be at least 1" if recipe.history < 1 else None
 
 
 def _changed(recipe: Recipe, change: str) -> Recipe:
@@ -193,7 +211,7 @@ def _parsed(kind: type[Any], name: str, value: str, change: str) -> Any:
     known: dict[str, list[Any]] = {
         "bool": [True, False],
         "Scaling": list(get_args(Scaling)),
-        "format": ["e4m3", "e5m2", "e2m1"],
+        "format": list(FORMATS),
     }
     kind_name = "format" if name == "format" else str(simple[name])
     if kind_name in known:

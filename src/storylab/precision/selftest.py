@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from storylab.errors import UserError
 from storylab.precision.convert import make_layer
+from storylab.precision.formats import FORMATS
 from storylab.precision.hardware import Hardware, HardwareLinear
 from storylab.precision.linear import QuantizationState, QuantizedLinear
 from storylab.precision.recipes import PRODUCTS, Operand, Recipe
@@ -25,8 +26,6 @@ from storylab.precision.recipes import PRODUCTS, Operand, Recipe
 TOKENS = 128
 # A product in bfloat16 errs by 0.003 of its norm on normal draws, one in E4M3 by 0.03 and more.
 LOW_FROM = 0.012
-# Largest relative error of a quantised tensor of normal draws, with half as much again.
-ERRORS = {"e4m3": 0.04, "e5m2": 0.08, "e2m1": 0.16}
 STOCHASTIC_FACTOR = 1.4
 # Hardware adds up in another order and cuts off on the way; the emulation rounds as it does.
 APART = 0.02
@@ -95,6 +94,8 @@ def check_layer(
     """Check the three products of a layer with this weight ``[out, in]``, made anew for it."""
     recipe = dataclasses.replace(recipe, low_forward_share=1.0)
     generator = torch.Generator().manual_seed(0)
+    if not weight.any():  # a matrix that starts at zero shows nothing
+        weight = torch.randn(weight.shape, generator=generator).to(weight.device)
     input, gradient = (
         torch.randn(TOKENS, size, generator=generator).to(weight.device).bfloat16()
         for size in reversed(weight.shape)
@@ -133,7 +134,7 @@ def check_layer(
 
 def _operand_error(operand: Operand) -> float:
     factor = STOCHASTIC_FACTOR if operand.stochastic else 1.0
-    return ERRORS[operand.format] * factor
+    return FORMATS[operand.format].error * factor
 
 
 def _products(

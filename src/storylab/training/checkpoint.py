@@ -22,6 +22,7 @@ from storylab.files import atomic_path
 from storylab.model.transformer import Transformer
 
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+HISTORIES = ("amax_history", "amax_iteration")
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
@@ -108,7 +109,7 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
         weights = model_weights(tensors)
         # Histories of delayed scales are the training's, not the model's.
         known = model.state_dict().keys()
-        extra = [n for n in weights if n.endswith(".amax_history") and n not in known]
+        extra = [n for n in weights if n.rpartition(".")[2] in HISTORIES and n not in known]
         model.load_state_dict({k: v for k, v in weights.items() if k not in extra})
     except RuntimeError as error:
         raise UserError(

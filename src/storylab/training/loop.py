@@ -253,6 +253,8 @@ class Trainer:
             return  # killed before it had trained
         tensors, state = checkpoint.load(run.checkpoint("last"))
         self.progress = Progress.from_dict(state)
+        if self.quantization is not None:
+            self.quantization.advance(max(self.progress.next_iteration - 1, 0))
         checkpoint.restore(self.model, self.optimizer, tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)

@@ -71,6 +71,12 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
     for name, key in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
         if now[key] != then[key]:
             yield f"The {name} is not what the run was started with: bits may differ"
+    recipe = find_recipe(config.dtype, config.recipe)
+    if recipe is not None and recipe.delayed and config.backend != "emulated":
+        yield (
+            f"Delayed scales begin anew: {config.backend} keeps their history to itself, so the first "
+            "steps are not those of an unbroken run"
+        )
     if now["packages"] != then["packages"]:
         yield "The installed packages are not those of the start: bits may differ"
     yield f"Resuming {run.folder} at iteration {done}"
