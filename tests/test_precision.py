@@ -37,6 +37,7 @@ from storylab.precision import quantize as quantizers
 from storylab.precision.convert import low_share, quantize_blocks
 from storylab.precision.formats import (
     E4M3,
+    E5M2,
     FORMATS,
     Format,
     round_nearest,
@@ -79,7 +80,7 @@ def test_every_value_is_that_of_an_independent_implementation(case: str) -> None
         row = conformance.CASES[case]()
     except conformance.OracleMissingError as missing:
         pytest.skip(f"{missing} is not installed")
-    assert row.values > 200_000 and row.mismatches == 0
+    assert row.values > 200_000 and row.mismatches <= row.allowed
 
 
 # Formats
@@ -362,11 +363,15 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    x = torch.randn(64, 64, generator=generator(1))
-    for power in range(10):
-        form = dataclasses.replace(E4M3, largest=float(2**power))
-        assert per_tensor(x, form).operand.abs().max() == form.largest
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 10
+    x = torch.randn(64, 64, generator=generator(1)) * 1e-6
+    forms = [dataclasses.replace(E4M3, largest=float(2**power)) for power in range(10)]
+    for form in (E4M3, E5M2, *forms):
+        for quantize in (per_tensor, mxfp8):
+            monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+            ours = quantize(x, form).operand
+            monkeypatch.setattr(quantizers, "FUSE_FROM", math.inf)
+            assert torch.equal(ours, quantize(x, form).operand)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2 * 12
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

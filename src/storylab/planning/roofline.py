@@ -104,6 +104,8 @@ ATTENTION, QUANTISING = "attention products", "quantising"
 WEIGHT_TRAFFIC = 16
 # Of a parameter in an update by AdamW: weight, gradient and both moments read, all but one written.
 UPDATE_TRAFFIC = 28
+# Of an element of a quantised operand, its block scale included.
+OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
 # Of an element that is quantised: read in bfloat16 twice, written in both layouts.
 QUANTIZED_TRAFFIC = {"fp8": 6.0, "fp4": 5.1}
 
@@ -133,13 +135,24 @@ def parts(
         + layers * model.n_hidden * traffic.gate
         + 2 * layers * width * traffic.residual
     )
+    inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
+    share = low / (3 * layers * linear)
+    # Each product reads two operands and writes its result.
+    moved = layers * (tokens * (inputs + outputs) + weights)
+    head_moved = tokens * (width + vocab_size) + vocab_size * width
     made = [
-        Part("linear layers", tokens * (3 * layers * linear - low), "bfloat16", 0.0, 0),
+        Part(
+            "linear layers",
+            tokens * (3 * layers * linear - low),
+            "bfloat16",
+            (1 - share) * 6.0 * moved,
+            0,
+        ),
         Part(
             "output head",
             tokens * 3 * head_flops(model, vocab_size),
             "bfloat16",
-            0.0,
+            6.0 * head_moved,
             traffic.other_kernels,
         ),
         Part(
@@ -173,10 +186,11 @@ def parts(
         ),
     ]
     if low:
-        inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
         operands = low_layers * tokens * (inputs + outputs) * low_products / 3
+        # Operands are read in the low format, results written as before.
+        low_moved = share * moved * (2.0 + 2.0 * OPERAND_BYTES[form])
         made[1:1] = [
-            Part(f"linear layers in {form.upper()}", tokens * low, form, 0.0, 0),
+            Part(f"linear layers in {form.upper()}", tokens * low, form, low_moved, 0),
             Part(QUANTISING, 0.0, "bfloat16", operands * QUANTIZED_TRAFFIC[form], 0),
         ]
     return made

@@ -18,7 +18,7 @@ from storylab.planning.roofline import (
     parts,
 )
 from storylab.precision.convert import low_share
-from storylab.precision.hardware import families, supported
+from storylab.precision.hardware import families, has_library, supported
 from storylab.precision.recipes import Recipe, find_recipe
 from storylab.training.lines import duration
 
@@ -37,8 +37,22 @@ def head_line(config: TrainConfig, vocab_size: int) -> str:
 
 
 def can_run(card: Card, recipe: Recipe | None) -> bool:
-    """Whether a card can train by a recipe."""
-    return recipe is None or families(recipe) <= set(supported(card.capability))
+    """Whether a card can train by a recipe, and a library has it."""
+    if recipe is None:
+        return True
+    return families(recipe) <= set(supported(card.capability)) and has_library(recipe)
+
+
+def obstacle(card: Card, config: TrainConfig) -> str | None:
+    """Why there is no plan for a run on a card, or None."""
+    recipe = find_recipe(config.dtype, config.recipe)
+    if config.dtype == "float32":
+        return "float32 is not planned for: its products run on other units"
+    if config.backend == "emulated":
+        return "emulated: its time says nothing of hardware"
+    if recipe is not None and not has_library(recipe):
+        return "no library computes this recipe: it can be emulated"
+    return None if can_run(card, recipe) else f"{card.name} cannot train in {config.dtype}"
 
 
 def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str]:
@@ -50,20 +64,22 @@ def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str
         f"{card.name}: {', '.join(rates)} TFLOP/s, {card.bandwidth:g} TB/s, {card.memory:g} GB, "
         f"{card.watts:g} W; everything below is predicted"
     )
-    if not can_run(card, recipe):
-        yield f"  {card.name} cannot train in {config.dtype}"
+    if reason := obstacle(card, config):
+        yield f"  {reason}"
         return
     kinds = [*SOFTWARE.values(), LIMIT]
-    yield f"  {'ms for a micro-batch':<44}" + _columns([kind.name for kind in kinds])
+    yield f"  {'ms for a micro-batch (GFLOP, GB eager)':<62}" + _columns(
+        [kind.name for kind in kinds]
+    )
     tables = [parts(config, vocab_size, kind, recipe) for kind in kinds]
     for i, part in enumerate(tables[0]):
         times = [table[i].seconds(card, kind) for table, kind in zip(tables, kinds, strict=True)]
-        work = f" ({part.flops / 1e9:,.0f} GFLOP)" if part.flops else ""
-        yield f"  {part.name + work:<44}" + _columns([f"{1e3 * t:.2f}" for t in times])
+        work = f"{part.name} ({part.flops / 1e9:,.0f}, {part.bytes / 1e9:.2f})"
+        yield f"  {work:<62}" + _columns([f"{1e3 * t:.2f}" for t in times])
     seconds = [
         micro_batch_seconds(work, card, kind) for work, kind in zip(tables, kinds, strict=True)
     ]
-    yield f"  {'all':<44}" + _columns([f"{1e3 * s:.2f}" for s in seconds])
+    yield f"  {'all':<62}" + _columns([f"{1e3 * s:.2f}" for s in seconds])
     tokens = config.batch_size * config.block_size
     flops = training_flops(config.model, vocab_size, config.block_size) * tokens
     rows = [
@@ -87,7 +103,7 @@ def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str
         largest = [f"{most:.2f}x" for _, most in found]
         rows.append((f"{name} can bring at most (Amdahl)", largest))
     for name, cells in rows:
-        yield f"  {name:<44}" + _columns(cells)
+        yield f"  {name:<62}" + _columns(cells)
     memory = memory_bytes(config.model, config, vocab_size)
     room = "" if memory < card.memory * 1e9 else ": more than the card has, take a smaller batch"
     if config.dtype == "bfloat16":
@@ -123,8 +139,8 @@ def arm_line(
 ) -> str:
     """One arm of an experiment on a card, with one kind of software."""
     recipe = find_recipe(config.dtype, config.recipe)
-    if not can_run(card, recipe):
-        return f"  {name:<44} {card.name} cannot train in {config.dtype}"
+    if reason := obstacle(card, config):
+        return f"  {name:<44} {reason}"
     work = parts(config, vocab_size, software, recipe)
     seconds = micro_batch_seconds(work, card, software)
     tokens = config.batch_size * config.block_size

@@ -34,7 +34,10 @@ NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 # From this many elements on a pass over a tensor is worth the compiler.
 FUSE_FROM = 2**18
-KERNELS = 64
+# A kernel for every format, its numbers built in: as variables of one kernel they come out wrong (torch
+# 2.13, MXFP8 in E5M2 after E4M3, in one process or through the cache on disk). And as many kernels
+# as there are formats and shapes of blocks, not the few after which the compiler gives up.
+COMPILING = {"specialize_int": True, "specialize_float": True, "recompile_limit": 64}
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         large = values.device.type == "cpu" and values.numel() >= FUSE_FROM
         if large and works and (compiled := kernel()) is not None:
             try:
-                # A kernel for every format and shape of block, not one after which it gives up.
-                with torch._dynamo.config.patch(recompile_limit=KERNELS):
+                with torch._dynamo.config.patch(COMPILING):
                     return compiled(values, *others)
             except (
                 Exception

@@ -223,8 +223,8 @@ def positions(outcome: Outcome) -> Spec | None:
 
 
 def quantization(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
-    """Heat maps of what quantisation does to tensors, by caption: the error of every arm, and error
-    and underflow over the training of the first arm that recorded them."""
+    """Heat maps of what quantisation does to tensors, by caption: the error of every arm, and all that
+    was recorded over the training of the arm that errs most."""
     rows = quantization_rows(outcome)
     if not rows:
         return
@@ -244,15 +244,24 @@ def quantization(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
         "Quantisation error by tensor and block, mean over training",
         _heat_map(means, "arm", "arm", "error", "relative error"),
     )
-    first = [row for row in rows if row["arm"] == rows[0]["arm"]]
-    for key, title in (("error", "relative error"), ("underflow", "share that became zero")):
+    by_arm: dict[str, list[Row]] = {}
+    for row in rows:
+        by_arm.setdefault(_where(row), []).append(row)
+    worst = max(
+        by_arm, key=lambda arm: math.fsum(r["error"] for r in by_arm[arm]) / len(by_arm[arm])
+    )
+    for key, title in (
+        ("error", "relative error"),
+        ("underflow", "share that became zero"),
+        ("saturation", "share beyond the format's range"),
+        ("scale range", "binary orders from smallest to largest scale"),
+    ):
         cells = [
             {"iterations": row["iterations"], "place": _place(row), key: row[key]}
-            for row in first
-            if row["condition"] == rows[0]["condition"]
+            for row in by_arm[worst]
         ]
         yield (
-            f"Quantisation over the training of {_where(rows[0])}: {title}",
+            f"Quantisation over the training of {worst}: {title}",
             _heat_map(cells, "iterations", "iterations", key, title),
         )
 

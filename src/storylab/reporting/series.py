@@ -204,6 +204,8 @@ def quantization_rows(outcome: Outcome) -> list[Row]:
                 name: rounded(float(np.mean([row[name] for row in found])))
                 for name in ("error", "underflow", "saturation")
             }
+            spans = [row["scale_high"] - row["scale_low"] for row in found]
+            means["scale range"] = rounded(float(np.mean(spans)))
             place = {"tensor": tensor, "block": block, "iterations": iteration}
             rows.append({"condition": cell.condition, "arm": cell.arm.name} | place | means)
     return rows
