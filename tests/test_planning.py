@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 import plan_check
 from storylab.cli import main
 from storylab.config import TrainConfig
+from storylab.lab_cli import GpuName, SoftwareName
 from storylab.model.flops import attention_flops, training_flops
 from storylab.planning.calibrate import Measured
 from storylab.planning.cards import CARDS, Card
@@ -100,6 +102,11 @@ def test_this_machine_is_measured(
     assert "this machine, from" in capsys.readouterr().out
     config = TrainConfig(max_iters=9, gradient_accumulation_steps=4)
     assert Measured(0.5, 1.0, 0.0).seconds(config) == pytest.approx(10 * (4 * 0.5 + 1.0))
+
+
+def test_every_card_and_kind_of_software_has_a_flag() -> None:
+    assert {*CARDS, "this"} == set(get_args(GpuName))
+    assert set(SOFTWARE) == set(get_args(SoftwareName))
 
 
 def test_an_experiment_is_calibrated_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -381,7 +381,8 @@ def _doctor(args: list[str]) -> int:
     command = parse(DoctorCommand, args, "storylab doctor")
     from storylab.doctor import examine, examine_precision
 
-    measured = examine(command.device, command.presets)
-    for line in examine_precision(command.device) if command.precision else measured:
+    device = command.device
+    lines = examine_precision(device) if command.precision else examine(device, command.presets)
+    for line in lines:
         print(line, flush=True)
     return 0

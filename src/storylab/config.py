@@ -110,6 +110,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def qkv_size(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.n_head + 2 * self.n_kv_head) * self.head_size
+
+    @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """Positions that each layer's queries read, their own included; None: all before them."""
         pattern = parse_attention(self.attention)

@@ -129,8 +129,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.n_head, config.n_kv_head
         self.window = window
         # Query, key and value rows in one matrix: one product instead of three, two of them thin.
-        rows = (self.heads + 2 * self.kv_heads) * config.head_size
-        self.qkv = nn.Linear(config.n_embd, rows, bias=False)
+        self.qkv = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from storylab.config import ModelConfig, TrainConfig
+from storylab.config import TrainConfig
 from storylab.model.flops import attention_flops, head_flops, linear_flops
 from storylab.planning.cards import Card
-from storylab.precision.recipes import PRODUCTS, Recipe
+from storylab.precision.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def parts(
     tokens = config.batch_size * config.block_size
     traffic = software.traffic
     width, layers = model.n_embd, model.n_layer
-    qkv = (model.n_head + 2 * model.n_kv_head) * model.head_size
+    qkv = model.qkv_size
     rotated = (model.n_head + model.n_kv_head) * model.head_size
     linear = linear_flops(model)
     weights = linear // 2
@@ -126,8 +126,7 @@ def parts(
     if recipe is not None:
         low_layers = len(recipe.low_blocks(layers))
         form = "fp4" if any(o.format == "e2m1" for o in recipe.operands) else "fp8"
-        low_products = float(sum(getattr(recipe, product) is not None for product in PRODUCTS))
-        low_products -= (1 - recipe.low_forward_share) if recipe.forward else 0
+        low_products = recipe.low_products
     low = low_layers * linear * low_products
     elementwise = (
         (2 * layers + 1) * width * traffic.norm
@@ -228,11 +227,12 @@ def gains(
     )
 
 
-def memory_bytes(model: ModelConfig, config: TrainConfig, vocab_size: int) -> float:
+def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
     """Peak memory of training on a GPU: weights, gradients and moments in float32, what a micro-batch
     keeps for its backward pass in bfloat16 (float32 in the residual stream), a chunk of logits."""
+    model = config.model
     parameters = model.parameter_count(vocab_size)
     tokens = config.batch_size * config.block_size
-    qkv = (model.n_head + 2 * model.n_kv_head) * model.head_size
+    qkv = model.qkv_size
     kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
     return 16.0 * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048

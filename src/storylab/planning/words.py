@@ -104,7 +104,7 @@ def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str
         rows.append((f"{name} can bring at most (Amdahl)", largest))
     for name, cells in rows:
         yield f"  {name:<62}" + _columns(cells)
-    memory = memory_bytes(config.model, config, vocab_size)
+    memory = memory_bytes(config, vocab_size)
     room = "" if memory < card.memory * 1e9 else ": more than the card has, take a smaller batch"
     if config.dtype == "bfloat16":
         yield "  converted are the linear layers of the blocks; head, attention and what memory bounds stay"
@@ -144,7 +144,7 @@ def arm_line(
     work = parts(config, vocab_size, software, recipe)
     seconds = micro_batch_seconds(work, card, software)
     tokens = config.batch_size * config.block_size
-    memory = memory_bytes(config.model, config, vocab_size) / 1e9
+    memory = memory_bytes(config, vocab_size) / 1e9
     return (
         f"  {name:<44} {tokens / seconds:>11,.0f} tok/s {_run_time(config, seconds):>14} a seed "
         f"{memory:>6.1f} GB"

@@ -8,7 +8,7 @@ from storylab.config import ModelConfig
 from storylab.model.flops import linear_flops, training_flops
 from storylab.precision.hardware import Hardware, HardwareLinear
 from storylab.precision.linear import QuantizationState, QuantizedLinear
-from storylab.precision.recipes import PRODUCTS, Recipe
+from storylab.precision.recipes import Recipe
 
 
 def quantize_blocks(
@@ -56,8 +56,5 @@ def make_layer(
 def low_share(recipe: Recipe, model: ModelConfig, vocab_size: int, block_size: int) -> float:
     """Share of a training run's matrix multiplication, in FLOPs, that the recipe quantises."""
     blocks = len(recipe.low_blocks(model.n_layer))
-    low = float(sum(getattr(recipe, product) is not None for product in PRODUCTS))
-    if recipe.forward is not None:
-        low -= 1 - recipe.low_forward_share
     whole = training_flops(model, vocab_size, block_size)
-    return blocks * low * linear_flops(model) / whole
+    return blocks * recipe.low_products * linear_flops(model) / whole

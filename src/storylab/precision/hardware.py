@@ -298,7 +298,7 @@ def require_aligned(hardware: Hardware, model: ModelConfig, tokens: int) -> None
         "tokens in a sequence": tokens,
         "n_embd": model.n_embd,
         "n_hidden": model.n_hidden,
-        "query, key and value features": (model.n_head + 2 * model.n_kv_head) * model.head_size,
+        "query, key and value features": model.qkv_size,
     }
     for name, size in sizes.items():
         if size % hardware.alignment:

@@ -81,10 +81,8 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             try:
                 with torch._dynamo.config.patch(COMPILING):
                     return compiled(values, *others)
-            except (
-                Exception
-            ):  # whatever the compiler fails with, the function itself does not need it
-                works = False
+            except Exception:
+                works = False  # whatever it failed with, the function itself needs no compiler
         return function(values, *others)
 
     return chosen
@@ -174,7 +172,6 @@ def nvfp4(
     """
     encode = nvfp4_encode(largest_magnitude(values))
     if square:
-        # Rows that share blocks lie side by side: [M/16, K/16, 16, 16] blocks of 256 elements.
         operand = _nvfp4_square_pass(values, encode, random, four_over_six)
     else:
         draws = None if random is None else random.reshape(-1)

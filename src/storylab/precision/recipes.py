@@ -81,6 +81,12 @@ class Recipe:
         first, second = self.input_gradient[0], self.weight_gradient[0]
         return first == second and first.whole_tensor
 
+    @property
+    def low_products(self) -> float:
+        """How many of a quantised layer's three products are, the mean over the iterations."""
+        count = float(sum(getattr(self, product) is not None for product in PRODUCTS))
+        return count - (1 - self.low_forward_share if self.forward else 0.0)
+
     def low_blocks(self, layers: int) -> range:
         """Indices of the blocks whose linear layers are quantised."""
         last = -(-round(self.high_last_share * layers * 1e6) // 10**6)
