@@ -43,8 +43,9 @@ def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], fl
     from storylab.model.transformer import Transformer
     from storylab.precision.convert import quantize_blocks
     from storylab.training.allocator import keep_freed_memory
+    from storylab.training.optimizers import build_optimizers
     from storylab.training.precision import choose_precision
-    from storylab.training.step import build_optimizer, training_step
+    from storylab.training.step import training_step
 
     if keep_memory:
         keep_freed_memory()
@@ -54,7 +55,7 @@ def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], fl
     state = None
     if precision.recipe is not None:
         state = quantize_blocks(model.blocks, precision.recipe, seed=0, max_iters=1000)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config)
     scaler = precision.grad_scaler()
     batch = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1))
     iterations = itertools.count()
@@ -65,7 +66,7 @@ def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], fl
             state.weights_changed()
         return training_step(
             model,
-            optimizer,
+            optimizers,
             scaler,
             precision,
             batch,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,14 @@ SHAPES = [
     ModelConfig(n_layer=1, n_head=6, n_kv_head=2, n_embd=48, n_hidden=64, rope_base=500.0),
 ]
 VOCAB = 97
+OPTIONS: dict[str, Any] = {
+    "zero_init": True,
+    "qk_norm": True,
+    "softcap": 5.0,
+    "embedding_norm": True,
+    "embedding_residual": True,
+    "bigram_rows": 50,
+}
 
 
 def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
@@ -155,23 +165,26 @@ def test_attention_is_that_of_the_definition(
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK + 3])
-def test_head_loss_and_gradients_equal_plain_cross_entropy(count: int) -> None:
+def test_head_loss_and_gradients_equal_plain_cross_entropy(count: int, softcap: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
     weight = torch.randn(31, 8, generator=generator)
     targets = torch.randint(31, (count,), generator=generator)
     a = [t.clone().requires_grad_() for t in (hidden, weight)]
     b = [t.double().requires_grad_() for t in (hidden, weight)]
-    ours = linear_cross_entropy(*a, targets)
-    plain = F.cross_entropy(b[0] @ b[1].T, targets, reduction="sum")
+    ours = linear_cross_entropy(*a, targets, softcap)
+    logits = b[0] @ b[1].T
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    plain = F.cross_entropy(capped, targets, reduction="sum")
     torch.testing.assert_close(ours.double(), plain, rtol=1e-6, atol=1e-6)
     (ours * 0.3).backward()
     (plain * 0.3).backward()
     for mine, theirs in zip(a, b, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
-    each = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
-    ours_each = token_losses(hidden, weight, targets).double()
+    each = F.cross_entropy(capped.detach(), targets, reduction="none")
+    ours_each = token_losses(hidden, weight, targets, softcap).double()
     torch.testing.assert_close(ours_each, each, rtol=1e-5, atol=1e-6)
 
 
@@ -189,8 +202,68 @@ def test_head_under_autocast_stays_near_float32() -> None:
     assert float((grad - expected).norm() / expected.norm()) < 1e-2
 
 
-def test_cache_gives_the_logits_of_the_whole_sequence() -> None:
-    model = Transformer(SHAPES[1], VOCAB, seed=2)
+def with_options(value_residual: str) -> Transformer:
+    """A model with every option on, whose added tables and scales are not where they begin."""
+    config = dataclasses.replace(SHAPES[1], value_residual=value_residual, **OPTIONS)
+    model = Transformer(config, VOCAB, seed=2)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model
+
+
+@pytest.fixture(params=["plain", "first_layer", "token_table"])
+def any_model(request: pytest.FixtureRequest) -> Transformer:
+    plain = request.param == "plain"
+    return Transformer(SHAPES[1], VOCAB, seed=2) if plain else with_options(request.param)
+
+
+def test_every_option_adds_what_is_counted_and_leaves_the_rest_as_it_begins() -> None:
+    plain = dict(Transformer(SHAPES[1], VOCAB, seed=4).named_parameters())
+    for name, value in [
+        *OPTIONS.items(),
+        ("value_residual", "first_layer"),
+        ("value_residual", "token_table"),
+    ]:
+        config = dataclasses.replace(SHAPES[1], **{name: value})
+        model = Transformer(config, VOCAB, seed=4)
+        parameters = dict(model.named_parameters())
+        assert sum(p.numel() for p in parameters.values()) == config.parameter_count(VOCAB)
+        for key, old in plain.items():
+            zeroed = name == "zero_init" and key.endswith(("out.weight", "down.weight"))
+            assert torch.equal(parameters[key], torch.zeros_like(old) if zeroed else old)
+
+
+def test_every_option_changes_the_logits_and_is_trained() -> None:
+    model = with_options("token_table")
+    x = tokens(2, 9)
+    logits = model(x)
+    assert logits.abs().max() < 5.0
+    model.loss(x, tokens(2, 9, seed=1)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    for name in ("qk_norm", "softcap", "embedding_norm", "embedding_residual", "bigram_rows"):
+        other = Transformer(
+            dataclasses.replace(model.config, **{name: type(OPTIONS[name])(0)}), VOCAB
+        )
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert not torch.allclose(other(x), logits), name
+    for kind in ("none", "first_layer"):
+        other = Transformer(dataclasses.replace(model.config, value_residual=kind), VOCAB)
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert not torch.allclose(other(x), logits), kind
+
+
+def test_no_option_lets_later_tokens_through(any_model: Transformer) -> None:
+    x, changed = tokens(2, 12), tokens(2, 12)
+    changed[:, 7] = (changed[:, 7] + 1) % VOCAB
+    before, after = any_model(x), any_model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7], after[:, 7])
+
+
+def test_cache_gives_the_logits_of_the_whole_sequence(any_model: Transformer) -> None:
+    model = any_model
     x = tokens(3, 15)
     cache = KeyValueCache(model.config, 3, 15, torch.device("cpu"))
     parts = [model(x[:, a:b], cache) for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))]
@@ -198,8 +271,8 @@ def test_cache_gives_the_logits_of_the_whole_sequence() -> None:
 
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 40])
-def test_cached_generation_equals_the_slow_one(prompt_length: int) -> None:
-    model = Transformer(SHAPES[1], VOCAB, seed=2)
+def test_cached_generation_equals_the_slow_one(prompt_length: int, any_model: Transformer) -> None:
+    model = any_model
     prompt = tokens(4, prompt_length)
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=7)
     # 30 tokens in a context of 12: the context fills and is cut several times.

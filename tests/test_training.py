@@ -39,11 +39,12 @@ from storylab.training.loop import (
     TrainingInterrupted,
     train,
 )
+from storylab.training.optimizers import build_optimizers, orthogonalize
 from storylab.training.precision import Precision, choose_device, choose_precision
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run, bare_source, open_run
 from storylab.training.sampling import load_story_model
-from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
+from storylab.training.step import NonFiniteError, StepResult, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
 
 MakeConfig = Callable[..., TrainConfig]
@@ -57,18 +58,18 @@ def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
     return torch.randint(VOCAB, (sequences, time), generator=generator)
 
 
-def step(model: Transformer, optimizer: torch.optim.Optimizer, **changes: Any) -> StepResult:
+def step(model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any) -> StepResult:
     values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
     precision = changes.pop("precision", FLOAT32)
     scaler = precision.grad_scaler()
     return training_step(
-        model, optimizer, scaler, precision, changes.pop("batch", batch()), **(values | changes)
+        model, optimizers, scaler, precision, changes.pop("batch", batch()), **(values | changes)
     )
 
 
-def new(**changes: Any) -> tuple[Transformer, torch.optim.AdamW]:
+def new(**changes: Any) -> tuple[Transformer, list[torch.optim.Optimizer]]:
     model = Transformer(TINY, VOCAB, seed=0)
-    return model, build_optimizer(model, TrainConfig(**changes))
+    return model, build_optimizers(model, TrainConfig(**changes))
 
 
 # --- the step
@@ -76,9 +77,9 @@ def new(**changes: Any) -> tuple[Transformer, torch.optim.AdamW]:
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 def test_accumulated_micro_batches_equal_one_large_batch(micro_batch: int) -> None:
-    (one, optimizer), (many, other) = new(), new()
-    a = step(one, optimizer)
-    b = step(many, other, micro_batch=micro_batch)
+    (one, optimizers), (many, others) = new(), new()
+    a = step(one, optimizers)
+    b = step(many, others, micro_batch=micro_batch)
     assert a.loss == pytest.approx(b.loss, rel=1e-6)
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for p, q in zip(one.parameters(), many.parameters(), strict=True):
@@ -87,12 +88,12 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch: int) -> No
 
 def test_a_step_is_adamw_in_float64() -> None:
     """Two steps against Loshchilov & Hutter's algorithm 2 written out, gradients from plain loss."""
-    model, optimizer = new(beta1=0.8, beta2=0.9, weight_decay=0.3)
+    model, optimizers = new(beta1=0.8, beta2=0.9, weight_decay=0.3)
     reference = Transformer(TINY, VOCAB, seed=0).double()
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in
                reference.named_parameters()}  # fmt: skip
     for t in (1, 2):
-        step(model, optimizer, grad_clip=0.0)
+        step(model, optimizers, grad_clip=0.0)
         logits = reference(batch()[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch()[:, 1:].flatten())
         reference.zero_grad()
@@ -111,13 +112,71 @@ def test_a_step_is_adamw_in_float64() -> None:
         torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=2e-5)
 
 
+def test_muon_is_that_of_torch_for_each_projection() -> None:
+    """Three steps against torch.optim.Muon, given the joined matrices in their parts."""
+    model, optimizers = new(optimizer="muon", matrix_lr=0.05, weight_decay=0.3)
+    reference = Transformer(TINY, VOCAB, seed=0)
+    parts = {
+        name: [torch.nn.Parameter(part.clone()) for part in p.detach().split(rows)]
+        for name, p in reference.named_parameters()
+        for matrix, rows in reference.block_matrices()
+        if matrix is p
+    }
+    theirs = torch.optim.Muon(
+        [p for group in parts.values() for p in group], lr=0.05, weight_decay=0.3
+    )
+    for _ in range(3):
+        step(model, optimizers, grad_clip=0.0)
+        for name, p in model.named_parameters():
+            if name in parts:
+                assert p.grad is not None
+                rows = [len(part) for part in parts[name]]
+                for part, grad in zip(parts[name], p.grad.split(rows), strict=True):
+                    part.grad = grad.clone()
+        theirs.param_groups[0]["lr"] = 1e-2 * 0.05 / 1e-4  # as the step's learning rate is
+        theirs.step()
+    for name, p in model.named_parameters():
+        if name in parts:
+            torch.testing.assert_close(p, torch.cat(parts[name]), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 12), (2, 12, 40)])
+def test_orthogonalized_matrices_have_singular_values_near_one(
+    shape: tuple[int, int, int],
+) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices)
+    values = torch.linalg.svdvals(result.double())
+    assert values.min() > 0.5 and values.max() < 1.35
+    u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).float().flatten(1))
+    assert cosine.min() > 0.95
+
+
+def test_cautious_decay_never_works_against_the_update() -> None:
+    models = [
+        new(optimizer="muon", weight_decay=decay, cautious_decay=cautious)
+        for decay, cautious in ((0.0, False), (2.0, True), (2.0, False))
+    ]
+    before = models[0][0].blocks[0].feed_forward.down.weight.detach().clone()
+    for model, optimizers in models:
+        step(model, optimizers)
+    free, cautious, plain = (
+        model.blocks[0].feed_forward.down.weight.detach() - before for model, _ in models
+    )
+    same = free * before < 0  # the update alone makes these smaller
+    torch.testing.assert_close(cautious[same], plain[same])
+    assert torch.equal(cautious[~same], free[~same])
+    assert not torch.equal(plain[~same], free[~same])
+
+
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:
-    model, optimizer = new()
-    free = step(model, optimizer, grad_clip=0.0)
+    model, optimizers = new()
+    free = step(model, optimizers, grad_clip=0.0)
     assert not free.clipped and free.grad_norm is not None
-    model, optimizer = new()
+    model, optimizers = new()
     limit = free.grad_norm / 3
-    clipped = step(model, optimizer, grad_clip=limit)
+    clipped = step(model, optimizers, grad_clip=limit)
     assert clipped.clipped and clipped.grad_norm == pytest.approx(free.grad_norm)
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()
                          if p.grad is not None))  # fmt: skip
@@ -125,39 +184,39 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
-    model, optimizer = new()
+    model, optimizers = new()
     with torch.no_grad():
         model.norm.weight[0] = math.inf
     before = {n: p.clone() for n, p in model.state_dict().items()}
     with pytest.raises(NonFiniteError, match="loss"):
-        step(model, optimizer)
+        step(model, optimizers)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert not optimizer.state
+    assert not optimizers[0].state
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_learns_like_float32(dtype: Any) -> None:
     losses = {}
     for name in ("float32", dtype):
-        model, optimizer = new()
+        model, optimizers = new()
         precision = choose_precision(CPU, name)
         for _ in range(20):
-            result = step(model, optimizer, precision=precision)
+            result = step(model, optimizers, precision=precision)
         losses[name] = result.loss
     assert losses["float32"] < 4.5 < math.log(VOCAB)
     assert losses[dtype] == pytest.approx(losses["float32"], abs=0.05)
 
 
 def test_float16_skips_a_step_whose_scaled_gradient_overflows() -> None:
-    model, optimizer = new()
+    model, optimizers = new()
     precision = choose_precision(CPU, "float16")
     scaler = precision.grad_scaler()
     scaler.scale(torch.zeros(1))  # makes the scale, which is lazy
     scaler.update(2.0**40)
     values = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
     before = model.embedding.weight.clone()
-    result = training_step(model, optimizer, scaler, precision, batch(), **values)  # type: ignore[arg-type]
+    result = training_step(model, optimizers, scaler, precision, batch(), **values)  # type: ignore[arg-type]
     assert result.grad_norm is None and not result.clipped
     assert torch.equal(model.embedding.weight, before)
     assert scaler.get_scale() == 2.0**39
@@ -389,6 +448,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.summary["best_val_loss"] == whole.summary["best_val_loss"]
     assert run.summary["samples"] == whole.summary["samples"]
     assert run.environment["resumed"][0]["iteration"] == at
+
+
+def test_a_run_with_muon_resumes_to_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    whole = train(tiny_config(optimizer="muon", out_dir=tmp_path / "whole"))
+    config = tiny_config(optimizer="muon", out_dir=tmp_path / "stopped")
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(4, signal.SIGTERM))
+    assert weights(resume(config.out_dir)) == weights(whole)
 
 
 def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(

@@ -31,6 +31,8 @@ Dtype = Literal[
 WIDE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "muon"]
+ValueResidual = Literal["none", "first_layer", "token_table"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 
 GPT2_VOCAB_SIZE = 50257
@@ -87,12 +89,29 @@ class ModelConfig:
     attention: str = "full"
     """full, or window:N for a sliding window of N positions; a list such as window:64*3,full is
     dealt out to the layers in turn (here every fourth one is full)."""
+    zero_init: bool = False
+    """Start the two projections of a block that write to the residual stream at zero."""
+    qk_norm: bool = False
+    """Bring queries and keys of every head to a root mean square of 1."""
+    softcap: float = 0.0
+    """Bound of the logits, softcap * tanh(logit / softcap); 0 for none."""
+    embedding_norm: bool = False
+    """Bring token embeddings to a root mean square of 1 before the first block."""
+    embedding_residual: bool = False
+    """Feed every block a learned sum of the residual stream and the embeddings it began with."""
+    value_residual: ValueResidual = "none"
+    """What every layer adds to its attention values, by a learned scale: nothing, the values of the
+    first layer, or a vector of the token's from a table that all layers share."""
+    bigram_rows: int = 0
+    """Rows of a table of embeddings for pairs of neighbouring tokens, found by a hash; 0 for none."""
 
     def __post_init__(self) -> None:
         parse_attention(self.attention)
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             _at_least(1, name, getattr(self, name))
         _at_least(1, "rope_base", self.rope_base)
+        for name in ("softcap", "bigram_rows"):
+            _at_least(0, name, getattr(self, name))
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -120,6 +139,12 @@ class ModelConfig:
         pattern = parse_attention(self.attention)
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layer))
 
+    def adds_values(self, layer: int) -> bool:
+        """Whether ``layer`` adds to its attention values, see ``value_residual``."""
+        return self.value_residual == "token_table" or (
+            self.value_residual == "first_layer" and layer > 0
+        )
+
     @property
     def receptive_field(self) -> int | None:
         """Positions that can influence an output through all layers; None: all before it."""
@@ -135,7 +160,12 @@ class ModelConfig:
         attention = 2 * self.n_embd * (self.n_head + self.n_kv_head) * self.head_size
         feed_forward = 3 * self.n_embd * self.n_hidden
         block = attention + feed_forward + 2 * self.n_embd
-        return vocab_size * self.n_embd + self.n_layer * block + self.n_embd
+        scales = sum(self.adds_values(layer) for layer in range(self.n_layer))
+        scales += 2 * self.n_layer * self.embedding_residual
+        tables = (vocab_size + self.bigram_rows) * self.n_embd
+        if self.value_residual == "token_table":
+            tables += vocab_size * self.n_kv_head * self.head_size
+        return tables + self.n_layer * block + self.n_embd + scales
 
 
 @dataclass(frozen=True)
@@ -202,8 +232,14 @@ class TrainConfig:
     """Iterations of linear warm-up from 0; 0 starts at the peak."""
     schedule: ScheduleName = "cosine"
     """Course of the learning rate after the warm-up."""
+    optimizer: OptimizerName = "adamw"
+    """adamw for everything, or muon for the matrices of the blocks and adamw for the rest."""
+    matrix_lr: float = 0.02
+    """Peak learning rate of the matrices under muon; it follows the course of learning_rate."""
+    cautious_decay: bool = False
+    """Under muon, decay an entry only where its update makes it smaller too."""
     weight_decay: float = 0.1
-    """AdamW weight decay of matrices and embeddings; norm gains are not decayed."""
+    """Weight decay of matrices and embeddings; norm gains are not decayed."""
     beta1: float = 0.9
     """AdamW decay of the gradient average."""
     beta2: float = 0.999
@@ -242,6 +278,7 @@ class TrainConfig:
             "warmup_iters",
             "learning_rate",
             "min_lr",
+            "matrix_lr",
             "weight_decay",
             "grad_clip",
             "checkpoint_minutes",
@@ -252,6 +289,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            raise UserError("muon follows the course of learning_rate: let it be above 0")
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -315,7 +354,24 @@ PRESENTATION_FIELDS = (
 )
 # Fields that the first runs did not have, and what those runs did. A run whose value is this one has
 # the name that it had then.
-ADDED_FIELDS: dict[str, Any] = {"recipe": "", "backend": "auto", "quantization_stats": False}
+ADDED_FIELDS: dict[str, Any] = {
+    "recipe": "",
+    "backend": "auto",
+    "quantization_stats": False,
+    "optimizer": "adamw",
+    "matrix_lr": 0.02,
+    "cautious_decay": False,
+}
+# The same for fields of the model's shape.
+ADDED_MODEL_FIELDS: dict[str, Any] = {
+    "zero_init": False,
+    "qk_norm": False,
+    "softcap": 0.0,
+    "embedding_norm": False,
+    "embedding_residual": False,
+    "value_residual": "none",
+    "bigram_rows": 0,
+}
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -18,8 +18,9 @@ from storylab.precision.hardware import choose_hardware, supported
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
 from storylab.training.lines import duration
+from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import Precision, choose_device, choose_precision
-from storylab.training.step import build_optimizer, training_step
+from storylab.training.step import training_step
 
 RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
 MATRIX = (2048, 768, 2048)
@@ -132,7 +133,7 @@ def _training_speed(name: PresetName, precision: Precision) -> float:
     """Tokens a second of whole training steps of a preset, optimizer included, the best of two."""
     preset, config = PRESETS[name], preset_config(name)
     model = Transformer(preset.model, preset.vocab_size).to(precision.device)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config)
     sequences = 16 if precision.device.type == "cpu" else config.batch_size
     shape = (sequences, config.block_size + 1)
     batch = torch.randint(preset.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -142,7 +143,7 @@ def _training_speed(name: PresetName, precision: Precision) -> float:
         start = time.perf_counter()
         training_step(
             model,
-            optimizer,
+            optimizers,
             scaler,
             precision,
             batch,

@@ -7,7 +7,13 @@ import dataclasses
 import difflib
 from typing import Any
 
-from storylab.config import PRESENTATION_FIELDS, ModelConfig, TrainConfig, differences
+from storylab.config import (
+    ADDED_MODEL_FIELDS,
+    PRESENTATION_FIELDS,
+    ModelConfig,
+    TrainConfig,
+    differences,
+)
 from storylab.errors import UserError
 from storylab.training.schedule import learning_rate
 
@@ -15,14 +21,19 @@ SEED_FIELDS = frozenset({"seed", "data_seed"})
 # How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
 SPLIT_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 LENGTH_FIELDS = frozenset({"max_iters", "warmup_iters"})
+LEARNING_RATE_FIELDS = frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"})
+OPTIMIZER_FIELDS = frozenset(
+    {"optimizer", "matrix_lr", "cautious_decay", "weight_decay", "beta1", "beta2"}
+)
 
 # A factor that takes several fields to say; every other factor is the one field of its name.
 FACTORS: dict[str, frozenset[str]] = {
     "size": frozenset({"preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"}),
     "length": LENGTH_FIELDS,
-    "learning_rate": frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"}),
+    "learning_rate": LEARNING_RATE_FIELDS,
     "batch": SPLIT_FIELDS,
     "precision": frozenset({"dtype", "recipe", "backend"}),
+    "method": LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys(),
 }
 
 

@@ -110,9 +110,13 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     values = configs.to_dict(config)
     for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
         del values[name]
-    for name, before in configs.ADDED_FIELDS.items():
-        if values.get(name) == before:
-            del values[name]
+    for fields, added in (
+        (values, configs.ADDED_FIELDS),
+        (values["model"], configs.ADDED_MODEL_FIELDS),
+    ):
+        for name, before in added.items():
+            if fields.get(name) == before:
+                del fields[name]
     values["sequences"] = config.batch_size * config.gradient_accumulation_steps
     text = json.dumps([values, fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -85,7 +85,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
             trainer.quantization.weights_changed()
         training_step(
             trainer.model,
-            trainer.optimizer,
+            trainer.optimizers,
             trainer.scaler,
             precision,
             batch,

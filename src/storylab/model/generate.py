@@ -92,7 +92,7 @@ def generate(
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
             hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
-            logits = torch.nn.functional.linear(hidden[:, -1], model.embedding.weight)
+            logits = model.logits(hidden[:, -1])
         probabilities = next_token_probabilities(logits.cpu(), sampling)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield token[:, 0]

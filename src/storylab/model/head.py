@@ -16,7 +16,15 @@ ROWS = 8192
 CPU_SOFTMAX_ELEMENTS = 2**21
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), or ``logits`` where ``softcap`` is 0 (Gemma 2, arXiv
+    2408.00118, section 2)."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0
+) -> Tensor:
     """Sum over positions of the cross-entropy of ``targets`` under logits ``hidden @ weight.T``.
 
     The products run in the dtype that autocast has chosen for the device, the softmax in float32.
@@ -27,21 +35,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: ``[N, C]``.
         weight: ``[V, C]``.
         targets: ``[N]`` int64.
+        softcap: bound of the logits, see :func:`soft_capped`; 0 for none.
 
     Returns:
         The sum in nats, a float32 scalar.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+    total: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, targets, _compute_dtype(hidden), softcap
+    )
     return total
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
     dtype = _compute_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses = [
-        _losses(chunk @ weight.T, chunk_targets)
+        _losses(chunk @ weight.T, chunk_targets, softcap)
         for chunk, chunk_targets in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return torch.cat(losses)
@@ -58,17 +69,20 @@ def _softmax_rows(logits: Tensor) -> int:
     return max(1, CPU_SOFTMAX_ELEMENTS // logits.shape[1])
 
 
-def _losses(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False) -> Tensor:
     """Losses ``[N]`` of ``logits [N, V]``; with ``gradient`` the logits become dloss/dlogits."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     rows = _softmax_rows(logits)
     for start in range(0, len(targets), rows):
         part, wanted = logits[start : start + rows], targets[start : start + rows, None]
-        log_probabilities = part.float().log_softmax(dim=-1)
+        capped = soft_capped(part.float(), softcap)
+        log_probabilities = capped.log_softmax(dim=-1)
         losses[start : start + rows] = -log_probabilities.gather(1, wanted)[:, 0]
         if gradient:
             difference = log_probabilities.exp_()
             difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
+            if softcap:  # the derivative of tanh is 1 - tanh^2
+                difference -= difference * (capped / softcap).square_()
             part.copy_(difference)
     return losses
 
@@ -76,7 +90,12 @@ def _losses(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        softcap: float,
     ) -> Tensor:
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -88,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + CHUNK)
                 logits = buffer[: len(targets[rows])]
                 torch.mm(low_hidden[rows], low_weight.T, out=logits)
-                total += _losses(logits, targets[rows], gradient=True).sum()
+                total += _losses(logits, targets[rows], softcap, gradient=True).sum()
                 torch.mm(logits, low_weight, out=hidden_grad[rows])
                 for part, grad in zip(
                     logits.split(ROWS, dim=1), weight_grad.split(ROWS), strict=True
@@ -100,10 +119,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         # In float32: under float16 loss scaling `grad` alone can exceed the 16-bit range.
         scaled = hidden_grad.float() * grad
         # In place: nothing else reads it, and it is as large as the embedding.
-        return scaled.to(hidden_dtype), weight_grad.mul_(grad).to(weight_dtype), None, None
+        weight_grad = weight_grad.mul_(grad).to(weight_dtype)
+        return scaled.to(hidden_dtype), weight_grad, None, None, None

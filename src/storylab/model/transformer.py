@@ -7,7 +7,7 @@ D head size, F hidden width of the feed-forward layer, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from storylab.config import ModelConfig
 from storylab.model.attention import causal_attention
-from storylab.model.head import linear_cross_entropy, token_losses
+from storylab.model.head import linear_cross_entropy, soft_capped, token_losses
 
 INIT_STD = 0.02
+# Where parameters that only some configs have begin, by the end of their names.
+STARTS: dict[str, float | tuple[float, ...]] = {
+    "bigrams.weight": 0.0,
+    "token_values.weight": 0.0,
+    "value_scale": 0.5,
+    "residual_scales": (1.0, 0.0),
+}
 NORM_EPS = 1e-5
 
 
@@ -68,6 +75,8 @@ class KeyValueCache:
         shape = (batch, config.n_kv_head, max_length, config.head_size)
         self.length = 0
         """Positions read so far."""
+        self.last_token: Tensor | None = None
+        """The last of them, ``[B]``."""
         self.layers = [
             LayerCache(shape, device) if window is None else WindowCache(window)
             for window in config.layer_windows
@@ -118,31 +127,56 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def pair_hash(first: Tensor, second: Tensor) -> Tensor:
+    """A number from 0 to 2^31 - 1 for each pair of token ids (int64), spread as by chance.
+
+    Multiply and xor-shift, as the finalizer of MurmurHash3 does.
+    """
+    mixed = (first * 0x9E3779B1 + second * 0x85EBCA77) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 16)) >> 1
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), rotary positions.
 
-    ``window`` is the number of positions that a query reads, its own included; None: all.
+    A query reads as many positions, its own included, as the window of the layer has.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.n_head, config.n_kv_head
-        self.window = window
+        self.window, self.qk_norm = config.layer_windows[layer], config.qk_norm
         # Query, key and value rows in one matrix: one product instead of three, two of them thin.
         self.qkv = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        if config.adds_values(layer):
+            self.value_scale = nn.Parameter(torch.empty(()))
+
+    def values(self, qkv: Tensor) -> Tensor:
+        """The values ``[B, T, K * D]`` within ``qkv [B, T, (H + 2K) * D]``."""
+        return qkv[..., (self.heads + self.kv_heads) * self.out.in_features // self.heads :]
 
     def forward(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | WindowCache | None = None,
+        more_values: Tensor | None = None,
     ) -> Tensor:
-        """Mix ``qkv [B, T, (H + 2K) * D]``, made by the layer of that name, over time: [B, T, C]."""
+        """Mix ``qkv [B, T, (H + 2K) * D]``, made by the layer of that name, over time: [B, T, C].
+
+        ``more_values [B, T, K * D]`` are added to the values by the learned scale.
+        """
         batch, time, _ = qkv.shape
         width = self.out.in_features
         heads = qkv.view(batch, time, -1, width // self.heads).transpose(1, 2)
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if more_values is not None:
+            more = (self.value_scale * more_values).view(batch, time, self.kv_heads, -1)
+            value = value + more.transpose(1, 2).to(value.dtype)
+        if self.qk_norm:  # rotation keeps the length
+            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)
@@ -167,23 +201,38 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.n_embd)
-        self.attention = Attention(config, window)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
+        self.value_residual = config.value_residual
+        self.embedding_residual = config.embedding_residual
+        if config.embedding_residual:
+            # Of the residual stream and of the embeddings (modded-nanogpt, records of 2024-11-06 on).
+            self.residual_scales = nn.Parameter(torch.empty(2))
 
     def forward(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | WindowCache | None = None,
-    ) -> Tensor:
+        embedded: Tensor | None = None,
+        more_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream ``x [B, T, C]`` after this block, and what later blocks add to values.
+
+        ``embedded [B, T, C]`` and ``more_values [B, T, K * D]`` are read where the config says so.
+        """
+        if embedded is not None and self.embedding_residual:
+            x = self.residual_scales[0] * x + self.residual_scales[1] * embedded
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
-        x = x + lean(lambda qkv: self.attention(qkv, rotary, cache), qkv)
+        x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values), qkv)
         gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
-        return x + lean(self.feed_forward, gate_up)
+        if self.value_residual == "first_layer" and more_values is None:
+            more_values = self.attention.values(qkv)
+        return x + lean(self.feed_forward, gate_up), more_values
 
 
 class Transformer(nn.Module):
@@ -199,21 +248,46 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, window) for window in config.layer_windows)
+        if config.bigram_rows:
+            self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
+        if config.value_residual == "token_table":
+            self.token_values = nn.Embedding(vocab_size, config.n_kv_head * config.head_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.reset_parameters(seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """N(0, 0.02); what writes to the residual stream N(0, 0.02/sqrt(2L)); norm gains 1 (GPT-2)."""
+        """N(0, 0.02); what writes to the residual stream N(0, 0.02/sqrt(2L)); norm gains 1 (GPT-2).
+
+        What is added by the options draws nothing, so that weights of one name begin alike with and
+        without them.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
+            start = next((x for end, x in STARTS.items() if name.endswith(end)), None)
+            if start is not None:
+                parameter.copy_(torch.tensor(start))
+                continue
             if parameter.dim() < 2:
                 parameter.fill_(1.0)
                 continue
             writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
             std = INIT_STD / math.sqrt(2 * self.config.n_layer) if writes_residual else INIT_STD
             parameter.normal_(0.0, std, generator=generator)
+            if writes_residual and self.config.zero_init:
+                parameter.zero_()
+
+    def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The blocks' weight matrices, each with the rows of the projections that it joins."""
+        config = self.config
+        key_value = config.n_kv_head * config.head_size
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.attention.qkv.weight, (config.n_embd, key_value, key_value)
+            yield block.attention.out.weight, (config.n_embd,)
+            yield block.feed_forward.gate_up.weight, (config.n_hidden, config.n_hidden)
+            yield block.feed_forward.down.weight, (config.n_embd,)
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).
@@ -223,16 +297,34 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         rotary = rotary_angles(self.config, positions)
-        x = self.embedding(tokens)
+        x = embedded = self._embed(tokens, cache.last_token if cache is not None else None)
+        tables = self.config.value_residual == "token_table"
+        more_values = self.token_values(tokens) if tables else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache.layers[layer] if cache is not None else None)
+            layer_cache = cache.layers[layer] if cache is not None else None
+            x, more_values = block(x, rotary, layer_cache, embedded, more_values)
         if cache is not None:
             cache.length += tokens.shape[1]
+            cache.last_token = tokens[:, -1]
         return self.norm(x)
+
+    def _embed(self, tokens: Tensor, before: Tensor | None) -> Tensor:
+        """Embeddings ``[B, T, C]`` of ``tokens [B, T]``, which follow ``before [B]`` if anything."""
+        x = self.embedding(tokens)
+        if self.config.bigram_rows:
+            # The first token of a window has no pair; -1 stands for what is not there.
+            first = tokens.new_full((len(tokens),), -1) if before is None else before
+            previous = torch.cat((first[:, None], tokens[:, :-1]), dim=1)
+            x = x + self.bigrams(pair_hash(previous, tokens) % self.config.bigram_rows)
+        return F.rms_norm(x, x.shape[-1:]) if self.config.embedding_norm else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of the token after each of the final states ``hidden [..., C]``."""
+        return soft_capped(F.linear(hidden, self.embedding.weight), self.config.softcap)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits ``[B, T, V]`` of the token after each position of ``tokens [B, T]``."""
-        return F.linear(self.hidden(tokens, cache), self.embedding.weight)
+        return self.logits(self.hidden(tokens, cache))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats (float32 scalar) of ``targets [B, T]`` after ``tokens [B, T]``.
@@ -240,12 +332,14 @@ class Transformer(nn.Module):
         The logits of all positions are never in memory at once.
         """
         hidden = self.hidden(tokens).flatten(0, 1)
-        total = linear_cross_entropy(hidden, self.embedding.weight, targets.flatten())
+        weight, softcap = self.embedding.weight, self.config.softcap
+        total = linear_cross_entropy(hidden, weight, targets.flatten(), softcap)
         return total / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every position, ``[B, T]`` float32, without gradient."""
         with torch.no_grad():
             hidden = self.hidden(tokens).flatten(0, 1)
-            losses = token_losses(hidden, self.embedding.weight, targets.flatten())
+            weight, softcap = self.embedding.weight, self.config.softcap
+            losses = token_losses(hidden, weight, targets.flatten(), softcap)
         return losses.view(targets.shape)

@@ -13,7 +13,8 @@ from storylab.model.transformer import Transformer
 from storylab.precision.convert import quantize_blocks
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.loop import resolve_device
-from storylab.training.step import build_optimizer, training_step
+from storylab.training.optimizers import build_optimizers
+from storylab.training.step import training_step
 from storylab.training.telemetry import peak_memory_bytes
 
 # Steps are repeated until this much time has passed, twice at least.
@@ -50,7 +51,7 @@ def calibrate(config: TrainConfig, vocab_size: int) -> Measured:
     if config.compile:
         for block in model.blocks:
             block.compile()
-    optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
+    optimizers, scaler = build_optimizers(model, config), precision.grad_scaler()
     generator = torch.Generator().manual_seed(0)
     shape = (2 * config.batch_size, config.block_size + 1)
     batch = torch.randint(vocab_size, shape, generator=generator)
@@ -63,7 +64,7 @@ def calibrate(config: TrainConfig, vocab_size: int) -> Measured:
                 state.weights_changed()
             training_step(
                 model,
-                optimizer,
+                optimizers,
                 scaler,
                 precision,
                 batch[: count * config.batch_size],

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file each, with its own hash, written all or not at all.
 
-``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, AdamW state and,
+``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, optimizer state and,
 in its header, everything else that a run needs to go on to the same bits: there is no random
 state to keep, because batches are a function of the iteration and the model has no dropout.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +78,30 @@ def _sha256(tensors: dict[str, Tensor], state: str) -> str:
     return hashlib.sha256((weights_sha256(tensors) + state).encode()).hexdigest()
 
 
-def training_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_tensors(
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """Weights and optimizer state under names that :func:`restore` understands."""
     tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"] = value
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"] = value
     return tensors
 
 
 def restore(
-    model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     """Put what :func:`training_tensors` gave back into a model and its optimizer."""
     load_weights(model, tensors)
     parameters = dict(model.named_parameters())
+    of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, value in tensors.items():
         if full_name.startswith(OPTIMIZER_PREFIX):
             key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
-            device = parameters[name].device
-            optimizer.state[parameters[name]][key] = value.to(device)
+            parameter = parameters[name]
+            of[parameter].state[parameter][key] = value.to(parameter.device)
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:

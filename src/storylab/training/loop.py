@@ -31,6 +31,7 @@ from storylab.precision.observe import QuantizationStatistics
 from storylab.training import checkpoint, lines
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
+from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import (
     Precision,
     check_compiler,
@@ -50,7 +51,7 @@ from storylab.training.run_folder import (
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.signals import stop_signals
-from storylab.training.step import NonFiniteError, StepResult, build_optimizer, training_step
+from storylab.training.step import NonFiniteError, StepResult, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
 
 # The first one is the record's.
@@ -222,7 +223,7 @@ class Trainer:
                 config.max_iters,
                 precision.hardware,
             )
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
         self.batches = TrainingBatches(
             dataset.splits[TRAIN],
@@ -255,7 +256,7 @@ class Trainer:
         self.progress = Progress.from_dict(state)
         if self.quantization is not None:
             self.quantization.advance(max(self.progress.next_iteration - 1, 0))
-        checkpoint.restore(self.model, self.optimizer, tensors)
+        checkpoint.restore(self.model, self.optimizers, tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
 
@@ -331,7 +332,7 @@ class Trainer:
         with self._quantization_at(iteration):
             return training_step(
                 self.model,
-                self.optimizer,
+                self.optimizers,
                 self.scaler,
                 self.precision,
                 batch,
@@ -521,7 +522,7 @@ class Trainer:
             self.progress, power=self.telemetry.totals(), scaler=self.scaler.state_dict()
         )
         self.run.sync_metrics()
-        tensors = checkpoint.training_tensors(self.model, self.optimizer)
+        tensors = checkpoint.training_tensors(self.model, self.optimizers)
         checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
         self.saved_at = time.perf_counter()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from storylab.config import TrainConfig
 from storylab.model.transformer import Transformer
+from storylab.training.optimizers import set_learning_rate
 from storylab.training.precision import Precision
 
 
@@ -27,24 +27,9 @@ class StepResult:
     clipped: bool
 
 
-def build_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); decays matrices, not norm gains."""
-    parameters = list(model.parameters())
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
-    )
-
-
 def training_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     precision: Precision,
     batch: Tensor,
@@ -67,7 +52,8 @@ def training_step(
         NonFiniteError: the loss, or under another precision than float16 the gradient, is not
             finite. Weights and optimizer state are as before the step.
     """
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=precision.device)
     for windows in batch.split(micro_batch):
         check()
@@ -76,7 +62,8 @@ def training_step(
             loss = model.loss(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     limit = grad_clip or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     mean_loss = float(total)
@@ -85,9 +72,10 @@ def training_step(
     skipped = not math.isfinite(norm)
     if skipped and not scaler.is_enabled():
         raise NonFiniteError(f"gradient norm is {norm}")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    scaler.step(optimizer)
+    if not skipped:
+        set_learning_rate(optimizers, learning_rate)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     if skipped and scaler.get_scale() < 1:
         raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
