@@ -256,8 +256,9 @@ class TrainConfig:
     """Longest time between checkpoints, besides those at evaluations and at the end."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA where there is one, else the CPU."""
-    compile: bool = False
-    """Compile the model with torch.compile (needs a C++ compiler on the CPU)."""
+    compile: bool | None = None
+    """Compile the blocks with torch.compile (needs a C++ compiler on the CPU); by default where the
+    run is long enough to win the time back, but not in low precision."""
     seed: int = 1337
     """Seed of the initial weights."""
     data_seed: int | None = None

@@ -51,26 +51,36 @@ def parse(
 
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
-    """Turn ``--compile=False`` and ``--compile False``, as nanoGPT has them, into ``--no_compile``."""
+    """Spell ``--flag``, ``--no_flag``, ``--flag=False`` and ``--flag False``, as nanoGPT has them, in
+    the way that the parser takes: a value for a switch that may be left open, else ``--no_flag``."""
     names, rest, result = _switch_names(kind), deque(args), []
     while rest:
         arg = rest.popleft()
         flag, _, value = arg.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names:
-            if not value and rest and rest[0].lower() in ("true", "false"):
-                value = rest.popleft()
-            spelled = {"": f"--{name}", "true": f"--{name}", "false": f"--no_{name}"}
-            arg = spelled.get(value.lower(), arg)
-        result.append(arg)
+        negated = name.startswith("no_") and not value
+        name = name.removeprefix("no_") if negated else name
+        if not flag.startswith("--") or name not in names:
+            result.append(arg)
+            continue
+        if not value and not negated and rest and rest[0].lower() in ("true", "false"):
+            value = rest.popleft()
+        spelled = {"": not negated, "true": True, "false": False}.get(value.lower())
+        if spelled is None:
+            result.append(arg)
+        elif names[name]:
+            result += [f"--{name}", str(spelled)]
+        else:
+            result.append(f"--{name}" if spelled else f"--no_{name}")
     return result
 
 
-def _switch_names(kind: type[Any]) -> set[str]:
-    names: set[str] = set()
+def _switch_names(kind: type[Any]) -> dict[str, bool]:
+    """Names of the fields that are switches, and whether they may be left open (None)."""
+    names: dict[str, bool] = {}
     for f in dataclasses.fields(kind):
-        if f.type in ("bool", bool):
-            names.add(f.name)
+        if f.type in ("bool", bool, "bool | None"):
+            names[f.name] = f.type == "bool | None"
         elif f.name == "config":
             names |= _switch_names(TrainConfig)
     return names

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.config import GPT2_VOCAB_SIZE, TrainConfig, check_seed
+from storylab.config import GPT2_VOCAB_SIZE, WIDE_DTYPES, TrainConfig, check_seed
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.experiments.factors import (
@@ -27,7 +27,7 @@ from storylab.experiments.factors import (
     unexplained,
 )
 from storylab.flags import default_for, parse
-from storylab.model.flops import training_flops
+from storylab.model.flops import training_flops, worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
@@ -223,6 +223,7 @@ class _Reader:
         ]
         experiment = dataclasses.replace(experiment, cells=tuple(cells))
         experiment = dataclasses.replace(experiment, cells=tuple(_matched_cells(experiment)))
+        experiment = dataclasses.replace(experiment, cells=tuple(_alike_compiled(experiment)))
         _check_arms(experiment)
         return experiment
 
@@ -257,6 +258,19 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
         warmup = round(cell.config.warmup_iters * stretch)
         config = dataclasses.replace(cell.config, max_iters=updates - 1, warmup_iters=warmup)
         yield dataclasses.replace(cell, config=config)
+
+
+def _alike_compiled(experiment: Experiment) -> Iterable[Cell]:
+    """The cells, uncompiled where nothing else is said and one of them could not be compiled or is too
+    short for it: arms must not differ in that."""
+    short = any(
+        cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config)
+        for cell in experiment.cells
+    )
+    for cell in experiment.cells:
+        if short and cell.config.compile is None:
+            cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, compile=False))
+        yield cell
 
 
 def _flops(config: TrainConfig, vocab_size: int) -> float:

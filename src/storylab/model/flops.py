@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from storylab.config import ModelConfig
+from storylab.config import ModelConfig, TrainConfig
+
+# Compiling takes some 15 seconds and saves a sixth to a third of the time (docs/performance.md); this
+# much work in the blocks is several minutes on two CPU cores.
+COMPILE_FLOPS = 2e14
 
 
 def linear_flops(config: ModelConfig) -> int:
@@ -33,3 +37,12 @@ def training_flops(config: ModelConfig, vocab_size: int, block_size: int) -> flo
     product of the forward pass has two more for its gradients."""
     linear = config.n_layer * linear_flops(config) + head_flops(config, vocab_size)
     return 3 * (linear + attention_flops(config, block_size))
+
+
+def worth_compiling(config: TrainConfig) -> bool:
+    """Whether a run is long enough to win back the time that compiling its blocks takes.
+
+    A matter of the config and not of the machine, so that the same run is computed in the same way.
+    """
+    flops = training_flops(config.model, 0, config.block_size)  # the head is not compiled
+    return flops * (config.max_iters + 1) * config.tokens_per_iteration >= COMPILE_FLOPS

@@ -34,9 +34,9 @@ from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_spl
 from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import (
     Precision,
-    check_compiler,
     choose_device,
     choose_precision,
+    resolve_compile,
 )
 from storylab.training.run_folder import (
     LOG,
@@ -175,7 +175,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
 
 
 def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
-    """The config with device and data seed filled in, and its precision, for new and old runs.
+    """The config with device, data seed and compiling filled in, and its precision, for new and old runs.
 
     Raises:
         UserError: there is no such device, it lacks the dtype, or nothing can compile for it.
@@ -189,15 +189,12 @@ def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
             "--quantization_stats sees emulated tensors only: leave it out, or add "
             "--backend emulated"
         )
-    if config.compile:
-        check_compiler(precision.device)
-        if precision.recipe is not None:
-            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
     resolved = dataclasses.replace(
         config,
         device=str(precision.device),
         data_seed=config.resolved_data_seed,
         backend=precision.backend,
+        compile=resolve_compile(config, precision),
     )
     return resolved, precision
 

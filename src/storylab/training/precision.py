@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from storylab.compiler import cpp_compiler
-from storylab.config import Backend, Dtype
+from storylab.config import Backend, Dtype, TrainConfig
 from storylab.errors import UserError
+from storylab.model.flops import worth_compiling
 from storylab.precision.hardware import Hardware, choose_hardware
 from storylab.precision.recipes import Recipe, find_recipe
 
@@ -117,7 +119,21 @@ def high_precision(device: torch.device, dtype: Dtype) -> Precision:
     return Precision(device, wide)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise a UserError if torch.compile would find no C++ compiler for the CPU."""
-    if device.type == "cpu" and cpp_compiler() is None:
-        raise UserError("--compile on the CPU needs a C++ compiler: install one, or leave it out")
+def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
+    """Whether to compile the blocks: as the config says, or else where it pays and can be done.
+
+    Raises:
+        UserError: it was asked for and cannot be done.
+    """
+    device = precision.device.type
+    if config.compile:
+        if precision.recipe is not None:
+            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
+        if device == "cpu" and cpp_compiler() is None:
+            raise UserError(
+                "--compile on the CPU needs a C++ compiler: install one, or leave it out"
+            )
+    if config.compile is not None:
+        return config.compile
+    tools = {"cpu": cpp_compiler() is not None, "cuda": find_spec("triton") is not None}
+    return precision.recipe is None and tools.get(device, False) and worth_compiling(config)

@@ -1,0 +1,173 @@
+"""Training steps on random tokens, timed and taken apart: for doctor, plans, calibrations and bench."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from storylab.config import TrainConfig
+from storylab.model.transformer import Transformer
+from storylab.precision.convert import quantize_blocks
+from storylab.training.allocator import keep_freed_memory
+from storylab.training.loop import resolve_device
+from storylab.training.optimizers import build_optimizers
+from storylab.training.precision import Precision
+from storylab.training.step import training_step
+from storylab.training.telemetry import peak_memory_bytes
+
+# What a step's operations belong to: by the annotation or function that they run under, else by
+# their own name. The first that fits counts.
+UNDER = {
+    "optimizer": ("Optimizer.step", "Optimizer.zero_grad"),
+    "head and loss": ("_LinearCrossEntropy",),
+    "quantising": ("_Operands",),
+}
+NAMED = {
+    "linear layers": ("aten::mm", "aten::addmm", "aten::_scaled_mm"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot_product"),
+    "optimizer": ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
+    "casts and copies": ("aten::copy_",),
+}
+ELEMENTWISE = "norms, rotary positions, gates, residuals"
+PARTS = ("linear layers", "attention", ELEMENTWISE, "head and loss", "casts and copies",
+         "quantising", "optimizer")  # fmt: skip
+
+
+class StepTimer:
+    """A model as training has it, and steps of it on random tokens.
+
+    Args:
+        config: the run; its data, lengths and learning rates are not read.
+        vocab_size: number of token ids.
+
+    Raises:
+        UserError: this machine has not got the device or the precision.
+    """
+
+    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+        self.config, self.precision = resolve_device(config)
+        self.device = self.precision.device
+        self.vocab_size = vocab_size
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model = Transformer(config.model, vocab_size).to(self.device)
+        self.quantization = None
+        if self.precision.recipe is not None:
+            self.quantization = quantize_blocks(
+                self.model.blocks, self.precision.recipe, 0, 1, self.precision.hardware
+            )
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizers = build_optimizers(self.model, config)
+        self.scaler = self.precision.grad_scaler()
+
+    def step(self, sequences: int) -> float:
+        """Seconds of a step over ``sequences`` windows, in micro-batches of the config's size."""
+        shape = (sequences, self.config.block_size + 1)
+        batch = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        synchronize(self.device)
+        start = time.perf_counter()
+        if self.quantization is not None:
+            self.quantization.weights_changed()
+        training_step(
+            self.model,
+            self.optimizers,
+            self.scaler,
+            self.precision,
+            batch,
+            micro_batch=self.config.batch_size,
+            learning_rate=0.0,
+            grad_clip=self.config.grad_clip,
+        )
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def median(self, sequences: int, seconds: float, least: int = 2) -> float:
+        """Median of the seconds of steps, the first one left out, until ``seconds`` have passed."""
+        started = time.perf_counter()
+        self.step(sequences)
+        times: list[float] = []
+        while len(times) < least or time.perf_counter() - started < seconds:
+            times.append(self.step(sequences))
+        return statistics.median(times)
+
+    def memory(self) -> int:
+        """Peak memory so far, in bytes: of a CUDA device, else resident in this process."""
+        return peak_memory_bytes(self.device)
+
+    def shares(self, sequences: int) -> dict[str, float]:
+        """Share of a step's time that each of :data:`PARTS` takes, by torch's profiler."""
+        cuda = self.device.type == "cuda"
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
+        with torch.profiler.profile(activities=kinds) as profile:
+            self.step(sequences)
+        times: dict[str, float] = defaultdict(float)
+        for event in profile.events() or ():
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[_part(event)] += own
+        total = sum(times.values())
+        return {part: times[part] / total for part in PARTS}
+
+
+def _part(event: Any) -> str:
+    """The part of a step that an operation in a profile belongs to."""
+    names = []
+    above = event
+    while above is not None:
+        names.append(above.name)
+        above = above.cpu_parent
+    for part, functions in UNDER.items():
+        if any(function in name for name in names for function in functions):
+            return part
+    for part, operations in NAMED.items():
+        if event.name.startswith(operations):
+            return part
+    return ELEMENTWISE
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(rows: int, inner: int, columns: int, precision: Precision) -> float:
+    """FLOP/s of ``[rows, inner] @ [inner, columns]`` alone, the best of several."""
+    a = torch.randn(rows, inner, device=precision.device, dtype=precision.dtype)
+    b = torch.randn(columns, inner, device=precision.device, dtype=precision.dtype)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(precision.device)
+        start = time.perf_counter()
+        torch.mm(a, b.T)
+        synchronize(precision.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns / best
+
+
+def products_seconds(
+    config: TrainConfig, vocab_size: int, tokens: int, precision: Precision
+) -> float:
+    """Seconds of the matrix products of a step over ``tokens`` if each ran alone: what is left when
+    everything else costs nothing. Attention's are left out; the head's are cut as training cuts them."""
+    model = config.model
+    layers = [
+        (model.n_embd, model.qkv_size),
+        (model.n_embd, model.n_embd),
+        (model.n_embd, 2 * model.n_hidden),
+        (model.n_hidden, model.n_embd),
+    ]
+
+    def seconds(rows: int, inner: int, columns: int) -> float:
+        shapes = [(rows, inner, columns), (rows, columns, inner), (columns, rows, inner)]
+        flops = 2 * rows * inner * columns
+        return sum(flops / product_rate(*shape, precision) for shape in shapes)
+
+    blocks = sum(seconds(tokens, *shape) for shape in layers)
+    return model.n_layer * blocks + seconds(tokens, model.n_embd, vocab_size)
