@@ -44,6 +44,7 @@ usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)
   experiment new FILE   write the skeleton of an experiment file
   experiment report     write the log and the page of all experiments
   plan      what a run or an experiment will take, and what FP8 or NVFP4 can bring
+  bench     speed, memory and where the time goes, for each precision and attention here
   compare   is one run better than another, by how much, and may they be compared
   noise     how much the loss moves with the seed alone
   list      the runs in a folder
@@ -202,6 +203,7 @@ def _run_verb(verb: str, args: list[str]) -> int:
         "sample": _sample,
         "experiment": lab_cli.experiment,
         "plan": lab_cli.plan,
+        "bench": lab_cli.bench,
         "compare": lab_cli.compare,
         "noise": lab_cli.noise,
         "list": lab_cli.list_runs,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 
 import psutil
@@ -13,14 +13,12 @@ import torch
 from storylab.compiler import cpp_compiler
 from storylab.config import PRESETS, Backend, Dtype, PresetName, TrainConfig, preset_config
 from storylab.errors import UserError
-from storylab.model.transformer import Transformer
 from storylab.precision.hardware import choose_hardware, supported
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
 from storylab.training.lines import duration
-from storylab.training.optimizers import build_optimizers
-from storylab.training.precision import Precision, choose_device, choose_precision
-from storylab.training.step import training_step
+from storylab.training.measure import StepTimer, product_rate
+from storylab.training.precision import choose_device, choose_precision
 
 RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
 MATRIX = (2048, 768, 2048)
@@ -51,17 +49,17 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     rates: dict[Dtype, float] = {}
     for dtype in dtypes:
         try:
-            rates[dtype] = _matrix_rate(choose_precision(device, dtype))
+            rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
             yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s"
         except (UserError, RuntimeError) as error:
             yield f"  {dtype:<9} cannot run: {error}"
     best = max(rates, key=lambda dtype: rates[dtype])
     yield f"fastest: --dtype {best}"
     yield ""
-    yield f"training steps in {best} (a few micro-batches each, so expect 20 % either way):"
+    yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
     for name in presets:
         try:
-            speed = _training_speed(name, choose_precision(device, best))
+            speed = _training_speed(name, device, best)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
             continue
@@ -110,47 +108,12 @@ def _matrix_units() -> str:
     return f" with {', '.join(units)}" if units else " (no bfloat16 units: float32 may be faster)"
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _matrix_rate(precision: Precision) -> float:
-    """FLOP/s of one matrix product, the best of several."""
-    rows, inner, columns = MATRIX
-    a = torch.randn(rows, inner, device=precision.device, dtype=precision.dtype)
-    b = torch.randn(columns, inner, device=precision.device, dtype=precision.dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        _synchronize(precision.device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * inner * columns / best
-
-
-def _training_speed(name: PresetName, precision: Precision) -> float:
-    """Tokens a second of whole training steps of a preset, optimizer included, the best of two."""
-    preset, config = PRESETS[name], preset_config(name)
-    model = Transformer(preset.model, preset.vocab_size).to(precision.device)
-    optimizers = build_optimizers(model, config)
-    sequences = 16 if precision.device.type == "cpu" else config.batch_size
-    shape = (sequences, config.block_size + 1)
-    batch = torch.randint(preset.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    scaler = precision.grad_scaler()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        training_step(
-            model,
-            optimizers,
-            scaler,
-            precision,
-            batch,
-            micro_batch=sequences,
-            learning_rate=1e-4,
-            grad_clip=1.0,
-        )
-        _synchronize(precision.device)
-        best = min(best, time.perf_counter() - start)
-    return sequences * config.block_size / best
+def _training_speed(name: PresetName, device: torch.device, dtype: Dtype) -> float:
+    """Tokens a second of whole training steps of a preset, optimizer included."""
+    config = preset_config(name)
+    sequences = 16 if device.type == "cpu" else config.batch_size
+    config = dataclasses.replace(
+        config, batch_size=sequences, dtype=dtype, device=str(device), compile=False
+    )
+    timer = StepTimer(config, PRESETS[name].vocab_size)
+    return sequences * config.block_size / timer.median(sequences, 0.0)

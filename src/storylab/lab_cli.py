@@ -1,7 +1,9 @@
-"""The verbs about many runs: experiment, compare, noise, list, watch."""
+"""The verbs about many runs, and about what they take: experiment, plan, bench, compare, noise, list,
+watch."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from storylab.config import PRESETS, TrainConfig
+from storylab.config import PRESETS, Dtype, TrainConfig
 from storylab.errors import UserError
 from storylab.flags import default_for, parse
 
@@ -107,6 +109,28 @@ class PlanCommand:
     """For an experiment: how well its products and kernels use the card."""
     vocab_size: int = 0
     """Token ids; 0: as many as the preset is counted with, or the experiment's tokenizer has."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class BenchCommand:
+    """Time training steps here in every precision and attention: tok/s, share of the card's peak,
+    memory, energy, and where the time goes. Nothing is kept.
+
+    On a CPU a micro-batch is 8 sequences here unless --batch_size says otherwise, and what a
+    low-precision dtype takes is the time of its emulation.
+
+    Examples: storylab bench --preset 10m | storylab bench --dtypes bfloat16 float32 --compile
+    """
+
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4")
+    """What to time."""
+    attentions: tuple[str, ...] = ("window:64",)
+    """Attention patterns to time in bfloat16 beside the model's own."""
+    seconds: float = 40.0
+    """Time for steps, shared by all; starting, warming up and profiling come on top."""
+    vocab_size: int = 0
+    """Token ids; 0: as many as the preset is counted with."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -372,6 +396,36 @@ def plan(args: list[str]) -> int:
         for cell in experiment.cells:
             name = under(cell.arm, cell.condition)
             print(arm_line(name, cell.config, vocab_size, CARDS[gpu], software))
+    return 0
+
+
+def bench(args: list[str]) -> int:
+    """``storylab bench``."""
+    default = default_for(args)
+    command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default))
+    from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
+    from storylab.training.loop import resolve_device
+
+    config = command.config
+    if not command.seconds > 0:
+        raise UserError(f"seconds is {command.seconds}: it must be above 0")
+    if not command.dtypes:
+        raise UserError("give at least one of --dtypes")
+    if any(arg.partition("=")[0].replace("-", "_") == "__dtype" for arg in args):
+        raise UserError("a bench has --dtypes, one or more, instead of --dtype")
+    first = dataclasses.replace(config, dtype=command.dtypes[0], backend="auto", compile=False)
+    device = resolve_device(first)[0].device
+    if device == "cpu" and config.batch_size == default.batch_size:
+        config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
+    config = dataclasses.replace(config, compile=bool(config.compile))
+    vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
+    print(
+        f"{config.preset} on {device}: steps of one micro-batch, {config.batch_size} x "
+        f"{config.block_size} tokens, {vocab_size:,} ids, the update included"
+    )
+    configs = list(variants(config, command.dtypes, command.attentions))
+    for line in bench_lines(configs, vocab_size, command.seconds):
+        print(line, flush=True)
     return 0
 
 

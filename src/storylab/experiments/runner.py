@@ -259,9 +259,15 @@ def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
 
 def _calibration(config: TrainConfig) -> dict[str, float] | None:
     """What a worker measures; None if it fails: training will find out why, and keep it as a result."""
+    measured, _ = ask("measure", config)
+    return measured
+
+
+def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any] | None, str]:
+    """What a worker measures, in a process of its own; None and the reason if it fails."""
     answers: list[dict[str, Any]] = []
-    _Child("measure", config).serve(answers.append)
-    return next((answer for answer in answers if answer["event"] == "measured"), None)
+    _, reason = _Child(action, config, **options).serve(answers.append)
+    return next((answer for answer in answers if answer["event"] == "measured"), None), reason
 
 
 def _expected(config: TrainConfig, measured: dict[str, float]) -> Estimate:
@@ -433,8 +439,9 @@ def outcome_line(run: PlannedRun) -> str:
 class _Child:
     """A worker process that serves one request, and stops when this process is told to."""
 
-    def __init__(self, action: str, config: TrainConfig) -> None:
-        self.request = json.dumps({"action": action, "config": configs.to_dict(config)})
+    def __init__(self, action: str, config: TrainConfig, **options: Any) -> None:
+        request = {"action": action, "config": configs.to_dict(config), "options": options}
+        self.request = json.dumps(request)
         self.stopped_by: int | None = None
 
     def serve(self, tell: Any) -> tuple[str, str]:

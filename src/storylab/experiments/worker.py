@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,23 +22,20 @@ from storylab.data.sources import VALIDATION
 from storylab.errors import UserError
 from storylab.training.evaluation import EVAL_BATCH, window_losses
 from storylab.training.loop import (
-    SilentReporter,
-    Trainer,
     TrainingDiverged,
     TrainingInterrupted,
-    resolve_device,
     train,
 )
+from storylab.training.measure import StepTimer, products_seconds
 from storylab.training.resume import resume
 from storylab.training.run_folder import CONFIG, open_run
-from storylab.training.step import training_step
-from storylab.training.telemetry import peak_memory_bytes
+from storylab.training.telemetry import PowerTotals, Telemetry
 
 # Outcomes of a request.
 DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted"
 OUT_OF_MEMORY, KILLED = "out of memory", "killed"
-# Micro-batches and repetitions that a calibration times.
-CALIBRATION_BATCHES, CALIBRATION_REPEATS = 2, 3
+# Micro-batches that a calibration times.
+CALIBRATION_BATCHES = 2
 
 
 class _Events:
@@ -54,10 +53,10 @@ def send(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, **values}), flush=True)
 
 
-def work(action: str, config: TrainConfig) -> None:
+def work(action: str, config: TrainConfig, **options: Any) -> None:
     """Train (or go on training), or measure, and send what comes of it."""
-    if action == "measure":
-        send("measured", **measure(config))
+    if action in MEASUREMENTS:
+        send("measured", **MEASUREMENTS[action](config, **options))
         return
     assert config.out_dir is not None
     if (config.out_dir / CONFIG).exists():
@@ -70,40 +69,49 @@ def work(action: str, config: TrainConfig) -> None:
 
 def measure(config: TrainConfig) -> dict[str, float]:
     """Seconds of a micro-batch and of an evaluation batch, and peak memory in bytes, from a few."""
-    config, precision = resolve_device(config)
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
-    trainer = Trainer(config, dataset, precision, SilentReporter())
+    timer = StepTimer(config, dataset.vocab_size)
     batches = min(CALIBRATION_BATCHES, config.gradient_accumulation_steps)
-    batch = trainer.batches(0)[: batches * config.batch_size]
-    step = evaluation = float("inf")
+    step = timer.median(batches * config.batch_size, 0.0)
     split = dataset.splits[VALIDATION]
     starts = evaluation_windows(split, config.block_size, EVAL_BATCH)
-    for _ in range(CALIBRATION_REPEATS):
+    evaluation = float("inf")
+    for _ in range(2):
         start = time.perf_counter()
-        if trainer.quantization is not None:
-            trainer.quantization.weights_changed()
-        training_step(
-            trainer.model,
-            trainer.optimizers,
-            trainer.scaler,
-            precision,
-            batch,
-            micro_batch=config.batch_size,
-            learning_rate=0.0,
-            grad_clip=config.grad_clip,
-        )
-        step = min(step, time.perf_counter() - start)
-        start = time.perf_counter()
-        window_losses(trainer.model, split, starts, config.block_size, precision)
+        window_losses(timer.model, split, starts, config.block_size, timer.precision)
         evaluation = min(evaluation, time.perf_counter() - start)
     windows = -(-len(split) // config.block_size)
     return {
         "micro_batch_seconds": step / batches,
         "evaluation_batch_seconds": evaluation * EVAL_BATCH / len(starts),
         "evaluation_batches": windows / EVAL_BATCH,
-        "peak_memory_bytes": peak_memory_bytes(precision.device),
+        "peak_memory_bytes": timer.memory(),
     }
+
+
+def bench(config: TrainConfig, vocab_size: int, seconds: float) -> dict[str, Any]:
+    """Seconds, joules and the parts' shares of a step of one micro-batch, and peak memory; and the seconds
+    of its matrix products alone, where they are not quantised."""
+    timer = StepTimer(config, vocab_size)
+    timer.step(config.batch_size)
+    with Telemetry(timer.device, PowerTotals()) as telemetry:
+        times = timer.times(config.batch_size, seconds)
+        joules = telemetry.latest()["energy_joules"]
+    found: dict[str, Any] = {
+        "seconds": statistics.median(times),
+        "joules": None if joules is None else joules / len(times),
+        "memory": timer.memory(),
+        "shares": timer.shares(config.batch_size),
+        "products": None,
+    }
+    if timer.precision.recipe is None:
+        tokens = config.batch_size * config.block_size
+        found["products"] = products_seconds(config, vocab_size, tokens, timer.precision)
+    return found
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "bench": bench}
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -123,7 +131,7 @@ def main() -> None:
     """Serve the request on standard input."""
     request = json.load(sys.stdin)
     try:
-        work(request["action"], from_dict(request["config"]))
+        work(request["action"], from_dict(request["config"]), **request["options"])
     except TrainingDiverged as stop:
         send("end", outcome=DIVERGED, reason=str(stop))
     except TrainingInterrupted as stop:

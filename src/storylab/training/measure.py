@@ -19,19 +19,19 @@ from storylab.training.precision import Precision
 from storylab.training.step import training_step
 from storylab.training.telemetry import peak_memory_bytes
 
-# What a step's operations belong to: by the annotation or function that they run under, else by
-# their own name. The first that fits counts.
+# What a step's operations belong to, the first rule that fits: the annotations or functions that they
+# run under, or else how their own names begin.
 UNDER = {
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad"),
     "head and loss": ("_LinearCrossEntropy",),
-    "quantising": ("_Operands",),
 }
 NAMED = {
     "linear layers": ("aten::mm", "aten::addmm", "aten::_scaled_mm"),
     "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot_product"),
     "optimizer": ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
-    "casts and copies": ("aten::copy_",),
 }
+LAST_UNDER = {"quantising": ("_Operands", "_Product")}
+LAST_NAMED = {"casts and copies": ("aten::copy_",)}
 ELEMENTWISE = "norms, rotary positions, gates, residuals"
 PARTS = ("linear layers", "attention", ELEMENTWISE, "head and loss", "casts and copies",
          "quantising", "optimizer")  # fmt: skip
@@ -87,14 +87,18 @@ class StepTimer:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def median(self, sequences: int, seconds: float, least: int = 2) -> float:
-        """Median of the seconds of steps, the first one left out, until ``seconds`` have passed."""
+    def times(self, sequences: int, seconds: float, least: int = 2) -> list[float]:
+        """Seconds of each of the steps that fit into ``seconds``, of ``least`` in any case."""
         started = time.perf_counter()
+        found: list[float] = []
+        while len(found) < least or time.perf_counter() - started < seconds:
+            found.append(self.step(sequences))
+        return found
+
+    def median(self, sequences: int, seconds: float, least: int = 2) -> float:
+        """Median of :meth:`times` after a step that warms up."""
         self.step(sequences)
-        times: list[float] = []
-        while len(times) < least or time.perf_counter() - started < seconds:
-            times.append(self.step(sequences))
-        return statistics.median(times)
+        return statistics.median(self.times(sequences, seconds, least))
 
     def memory(self) -> int:
         """Peak memory so far, in bytes: of a CUDA device, else resident in this process."""
@@ -122,12 +126,13 @@ def _part(event: Any) -> str:
     while above is not None:
         names.append(above.name)
         above = above.cpu_parent
-    for part, functions in UNDER.items():
-        if any(function in name for name in names for function in functions):
-            return part
-    for part, operations in NAMED.items():
-        if event.name.startswith(operations):
-            return part
+    for under, named in ((UNDER, NAMED), (LAST_UNDER, LAST_NAMED)):
+        for part, functions in under.items():
+            if any(function in name for name in names for function in functions):
+                return part
+        for part, operations in named.items():
+            if event.name.startswith(operations):
+                return part
     return ELEMENTWISE
 
 
@@ -141,11 +146,12 @@ def product_rate(rows: int, inner: int, columns: int, precision: Precision) -> f
     """FLOP/s of ``[rows, inner] @ [inner, columns]`` alone, the best of several."""
     a = torch.randn(rows, inner, device=precision.device, dtype=precision.dtype)
     b = torch.randn(columns, inner, device=precision.device, dtype=precision.dtype)
+    out = a.new_empty(rows, columns)  # new memory at every product would be timed with it
     best = float("inf")
     for _ in range(5):
         synchronize(precision.device)
         start = time.perf_counter()
-        torch.mm(a, b.T)
+        torch.mm(a, b.T, out=out)
         synchronize(precision.device)
         best = min(best, time.perf_counter() - start)
     return 2 * rows * inner * columns / best
