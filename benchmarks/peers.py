@@ -113,16 +113,20 @@ class Storylab:
     def step(self, batch: Any, learning_rate: float) -> float:
         from storylab.training.step import training_step
 
-        return training_step(
-            self.model,
-            self.optimizers,
-            self.scaler,
-            self.precision,
-            batch,
-            micro_batch=len(batch),
-            learning_rate=learning_rate,
-            grad_clip=1.0,
-        ).loss
+        return (
+            training_step(
+                self.model,
+                self.optimizers,
+                self.scaler,
+                self.precision,
+                batch,
+                micro_batch=len(batch),
+                learning_rate=learning_rate,
+                grad_clip=1.0,
+            )
+            .read()
+            .loss
+        )
 
     def token_losses(self, tokens: Any, targets: Any) -> Any:
         import torch
@@ -389,7 +393,12 @@ PROGRAMS: dict[str, Make] = {
     "storylab bfloat16, compiled": lambda a: Storylab(a, "bfloat16", True, ""),
     "storylab float32": lambda a: Storylab(a, "float32", False, ""),
 }
-PEERS = {"llama2.c": llama2c, "litgpt": litgpt, "transformers Llama": transformers, "nanoGPT": nanogpt}
+PEERS = {
+    "llama2.c": llama2c,
+    "litgpt": litgpt,
+    "transformers Llama": transformers,
+    "nanoGPT": nanogpt,
+}
 for _name, _make in PEERS.items():
     PROGRAMS[f"{_name}, autocast"] = lambda a, make=_make: make(a, True, False)
     PROGRAMS[f"{_name}, autocast, compiled"] = lambda a, make=_make: make(a, True, True)
@@ -414,9 +423,7 @@ def batches_of(args: argparse.Namespace) -> Any:
 
     dataset = load_dataset(args.data_dir)
     args.vocab_size = dataset.vocab_size
-    make = TrainingBatches(
-        dataset.splits["train"], dataset.fingerprint, 1, LENGTH, args.sequences
-    )
+    make = TrainingBatches(dataset.splits["train"], dataset.fingerprint, 1, LENGTH, args.sequences)
     return dataset, make
 
 

@@ -64,16 +64,20 @@ def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], fl
         if state is not None:
             state.advance(next(iterations))
             state.weights_changed()
-        return training_step(
-            model,
-            optimizers,
-            scaler,
-            precision,
-            batch,
-            micro_batch=SEQUENCES,
-            learning_rate=1e-4,
-            grad_clip=1.0,
-        ).loss
+        return (
+            training_step(
+                model,
+                optimizers,
+                scaler,
+                precision,
+                batch,
+                micro_batch=SEQUENCES,
+                learning_rate=1e-4,
+                grad_clip=1.0,
+            )
+            .read()
+            .loss
+        )
 
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     return step, flops_per_token(matrices, config.model.n_layer, config.model.n_embd)

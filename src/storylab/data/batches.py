@@ -79,10 +79,13 @@ class TrainingBatches:
 
 
 class Prefetcher:
-    """Makes the batch of the next iteration in a thread while the model works on this one."""
+    """Makes the batch of the next iteration in a thread while the model works on this one.
 
-    def __init__(self, make: Callable[[int], torch.Tensor]) -> None:
-        self._make = make
+    ``pin`` puts it into memory from which a GPU copies without the host waiting.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], pin: bool = False) -> None:
+        self._make = (lambda iteration: make(iteration).pin_memory()) if pin else make
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[int, Future[torch.Tensor]] | None = None
 

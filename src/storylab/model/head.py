@@ -71,20 +71,19 @@ def _softmax_rows(logits: Tensor) -> int:
 
 def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False) -> Tensor:
     """Losses ``[N]`` of ``logits [N, V]``; with ``gradient`` the logits become dloss/dlogits."""
-    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    losses = []
     rows = _softmax_rows(logits)
-    for start in range(0, len(targets), rows):
-        part, wanted = logits[start : start + rows], targets[start : start + rows, None]
+    for part, wanted in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
         capped = soft_capped(part.float(), softcap)
         log_probabilities = capped.log_softmax(dim=-1)
-        losses[start : start + rows] = -log_probabilities.gather(1, wanted)[:, 0]
+        losses.append(-log_probabilities.gather(1, wanted).squeeze(1))
         if gradient:
             difference = log_probabilities.exp_()
             difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
             if softcap:  # the derivative of tanh is 1 - tanh^2
                 difference -= difference * (capped / softcap).square_()
             part.copy_(difference)
-    return losses
+    return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -103,16 +102,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         buffer = low_hidden.new_empty(min(CHUNK, len(targets)), len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), CHUNK):
-                rows = slice(start, start + CHUNK)
-                logits = buffer[: len(targets[rows])]
-                torch.mm(low_hidden[rows], low_weight.T, out=logits)
-                total += _losses(logits, targets[rows], softcap, gradient=True).sum()
-                torch.mm(logits, low_weight, out=hidden_grad[rows])
+            chunks = (tensor.split(CHUNK) for tensor in (low_hidden, hidden_grad, targets))
+            for states, states_grad, wanted in zip(*chunks, strict=True):
+                logits = buffer.narrow(0, 0, len(wanted))
+                torch.mm(states, low_weight.T, out=logits)
+                total += _losses(logits, wanted, softcap, gradient=True).sum()
+                torch.mm(logits, low_weight, out=states_grad)
                 for part, grad in zip(
                     logits.split(ROWS, dim=1), weight_grad.split(ROWS), strict=True
                 ):
-                    grad += part.T @ low_hidden[rows]
+                    grad += part.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total

@@ -115,7 +115,7 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tenso
     """
     half = config.head_size // 2
     exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    angles = positions.float()[:, None] * config.rope_base**-exponents
+    angles = positions.float().unsqueeze(1) * config.rope_base**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -155,7 +155,8 @@ class Attention(nn.Module):
 
     def values(self, qkv: Tensor) -> Tensor:
         """The values ``[B, T, K * D]`` within ``qkv [B, T, (H + 2K) * D]``."""
-        return qkv[..., (self.heads + self.kv_heads) * self.out.in_features // self.heads :]
+        size = self.out.in_features // self.heads
+        return qkv.split(((self.heads + self.kv_heads) * size, self.kv_heads * size), dim=-1)[1]
 
     def forward(
         self,
@@ -226,7 +227,8 @@ class Block(nn.Module):
         ``embedded [B, T, C]`` and ``more_values [B, T, K * D]`` are read where the config says so.
         """
         if embedded is not None and self.embedding_residual:
-            x = self.residual_scales[0] * x + self.residual_scales[1] * embedded
+            of_stream, of_embedding = self.residual_scales.unbind()
+            x = of_stream * x + of_embedding * embedded
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
         x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values), qkv)
         gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
@@ -314,7 +316,8 @@ class Transformer(nn.Module):
         if self.config.bigram_rows:
             # The first token of a window has no pair; -1 stands for what is not there.
             first = tokens.new_full((len(tokens),), -1) if before is None else before
-            previous = torch.cat((first[:, None], tokens[:, :-1]), dim=1)
+            before_last = tokens.narrow(1, 0, tokens.shape[1] - 1)
+            previous = torch.cat((first.unsqueeze(1), before_last), dim=1)
             x = x + self.bigrams(pair_hash(previous, tokens) % self.config.bigram_rows)
         return F.rms_norm(x, x.shape[-1:]) if self.config.embedding_norm else x
 

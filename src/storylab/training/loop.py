@@ -51,7 +51,7 @@ from storylab.training.run_folder import (
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.signals import stop_signals
-from storylab.training.step import NonFiniteError, StepResult, training_step
+from storylab.training.step import NonFiniteError, StepReport, StepResult, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
 
 # The first one is the record's.
@@ -126,6 +126,15 @@ class Progress:
             return cls(**(values | {"power": PowerTotals(**values["power"])}))
         except (KeyError, TypeError) as error:
             raise UserError(f"the checkpoint is of another version of storylab: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """An iteration under way: its result, and the seconds that the host waited for its batch."""
+
+    iteration: int
+    result: StepResult
+    waited: float
 
 
 class StopSignal:
@@ -266,7 +275,10 @@ class Trainer:
         if self.config.compile:
             for block in self.model.blocks:
                 block.compile()  # in place, so that names in checkpoints stay as they are
-        self.prefetcher = Prefetcher(self.batches)
+        cuda = self.precision.device.type == "cuda"
+        self.prefetcher = Prefetcher(self.batches, pin=cuda)
+        self.unread: list[_Iteration] = []
+        self.read_at_once = not cuda
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
@@ -286,6 +298,7 @@ class Trainer:
             self._iterate()
             self._finish()
         except _StopRequested:
+            self._read()
             self._save_last()
             number = self.stop.number or signal.SIGINT
             message = (
@@ -317,13 +330,45 @@ class Trainer:
             if self._evaluation_due(iteration):
                 self._evaluate(iteration)
             started = time.perf_counter()
-            batch = self.prefetcher(iteration)
+            if not self.unread:
+                self.unread_since = started
+            batch = self.prefetcher(iteration).to(self.precision.device, non_blocking=True)
             waited = time.perf_counter() - started
             result = self._step(iteration, batch)
-            self._record(iteration, result, time.perf_counter() - started, waited)
-            self.progress.next_iteration = iteration + 1
-            if self._checkpoint_due(iteration):
+            self.unread.append(_Iteration(iteration, result, waited))
+            checkpoint_due = self._checkpoint_due(iteration)
+            line_due = iteration % self.config.log_interval == 0
+            if (
+                self.read_at_once
+                or line_due
+                or checkpoint_due
+                or self._evaluation_due(iteration + 1)
+            ):
+                self._read()
+            if checkpoint_due:
                 self._save_last()
+        self._read()
+
+    def _read(self) -> None:
+        """Wait for the iterations that are under way and write down how they went.
+
+        On a GPU the host runs ahead of it until a line is due, so what is known is the time of all
+        of them together; each is given its share.
+        """
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        reports = []
+        for number, entry in enumerate(unread):
+            try:
+                reports.append(entry.result.read())
+            except NonFiniteError:
+                self.progress.next_iteration = unread[number].iteration
+                raise
+        seconds = (time.perf_counter() - self.unread_since) / len(unread)
+        for entry, report in zip(unread, reports, strict=True):
+            self._record(entry.iteration, report, seconds, entry.waited)
+            self.progress.next_iteration = entry.iteration + 1
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
         with self._quantization_at(iteration):
@@ -406,7 +451,7 @@ class Trainer:
         self.stop.check()
         self.reporter.progress("evaluating", done, total)
 
-    def _record(self, iteration: int, result: StepResult, seconds: float, waited: float) -> None:
+    def _record(self, iteration: int, report: StepReport, seconds: float, waited: float) -> None:
         """Write the iteration's metrics and, at intervals, its line."""
         state, config = self.progress, self.config
         now = time.perf_counter()
@@ -421,10 +466,10 @@ class Trainer:
         self._metric(
             "iteration",
             iteration,
-            loss=result.loss,
+            loss=report.loss,
             learning_rate=rate,
-            grad_norm=result.grad_norm,
-            clipped=result.clipped,
+            grad_norm=report.grad_norm,
+            clipped=report.clipped,
             tokens=(iteration + 1) * config.tokens_per_iteration,
             tokens_per_second=config.tokens_per_iteration / seconds,
             step_seconds=seconds,
@@ -435,7 +480,7 @@ class Trainer:
         if iteration % config.log_interval == 0 or iteration == config.max_iters:
             tokens = (iteration - state.last_line) * config.tokens_per_iteration
             elapsed = state.seconds_since_line
-            self._line(lines.iteration_line(iteration, result.loss, elapsed, tokens, rate))
+            self._line(lines.iteration_line(iteration, report.loss, elapsed, tokens, rate))
             state.last_line, state.seconds_since_line = iteration, 0.0
         self.reporter.progress("training", iteration + 1, config.max_iters + 1)
 

@@ -70,6 +70,7 @@ class StepTimer:
         """Seconds of a step over ``sequences`` windows, in micro-batches of the config's size."""
         shape = (sequences, self.config.block_size + 1)
         batch = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        batch = batch.to(self.device)
         synchronize(self.device)
         start = time.perf_counter()
         if self.quantization is not None:

@@ -53,6 +53,15 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
+def skip_where(optimizers: Iterable[torch.optim.Optimizer], skip: Tensor) -> None:
+    """Let the next step change nothing where ``skip`` (a bool scalar) is true, without reading it.
+
+    By the attribute that torch's fused optimizers look at, see torch.amp.GradScaler.
+    """
+    for optimizer in optimizers:
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update has all singular values near 1 (Jordan et al. 2024, see above).
 
@@ -83,14 +92,18 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update from the gradients at hand."""
         assert closure is None
+        skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                moved = momentum.lerp(parameter.grad, 1 - MUON_MOMENTUM)
+                momentum.copy_(moved if skip is None else moved.where(skip == 0, momentum))
                 ahead = parameter.grad.lerp(momentum, MUON_MOMENTUM)
                 rows = self.rows[parameter]
                 for weight, update in zip(parameter.split(rows), ahead.split(rows), strict=True):
@@ -99,15 +112,11 @@ class Muon(torch.optim.Optimizer):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 updates = orthogonalize(torch.stack([update for _, update in parts])) * scale
                 for (weight, _), update in zip(parts, updates, strict=True):
-                    _decay(weight, update, group["lr"] * group["weight_decay"], group["cautious"])
-                    weight.sub_(update, alpha=group["lr"])
-
-
-def _decay(weight: Tensor, update: Tensor, share: float, cautious: bool) -> None:
-    if cautious:
-        weight.sub_(weight * (weight * update > 0), alpha=share)
-    else:
-        weight.mul_(1 - share)
+                    shrink = weight * group["weight_decay"]
+                    if group["cautious"]:
+                        shrink *= weight * update > 0
+                    change = (update + shrink) * -group["lr"]
+                    weight.add_(change if skip is None else change.where(skip == 0, 0.0))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

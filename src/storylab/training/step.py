@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storylab.model.transformer import Transformer
-from storylab.training.optimizers import set_learning_rate
+from storylab.training.optimizers import set_learning_rate, skip_where
 from storylab.training.precision import Precision
 
 
@@ -19,12 +20,46 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step reports; ``grad_norm`` is before clipping, None where float16 skipped the step."""
+class StepReport:
+    """What a step did; ``grad_norm`` is before clipping, None where float16 skipped the step."""
 
     loss: float
     grad_norm: float | None
     clipped: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of a step, scalars still on its device, so that nothing waits for it.
+
+    Attributes:
+        loss: mean over the batch, in nats.
+        grad_norm: before clipping.
+        limit: norm above which the gradient was clipped.
+        scale: of a float16 loss; None in other precisions.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    limit: float
+    scale: float | None = None
+
+    def read(self) -> StepReport:
+        """Wait for the step and report it.
+
+        Raises:
+            NonFiniteError: loss or gradient was not finite.
+        """
+        loss, norm = torch.stack((self.loss, self.grad_norm.to(self.loss))).tolist()
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss}")
+        if math.isfinite(norm):
+            return StepReport(loss, norm, norm > self.limit)
+        if self.scale is None:
+            raise NonFiniteError(f"gradient norm is {norm}")
+        if self.scale < 1:
+            raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
+        return StepReport(loss, None, False)
 
 
 def training_step(
@@ -41,8 +76,11 @@ def training_step(
 ) -> StepResult:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
 
+    Where loss or gradient is not finite nothing is updated. On CUDA the host waits for nothing, unless in
+    float16, whose loss scale it has to read; elsewhere such a step raises before its update.
+
     Args:
-        batch: ``[S, T + 1]`` int64 token windows.
+        batch: ``[S, T + 1]`` int64 token windows on the model's device.
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
@@ -50,14 +88,14 @@ def training_step(
 
     Raises:
         NonFiniteError: the loss, or under another precision than float16 the gradient, is not
-            finite. Weights and optimizer state are as before the step.
+            finite. Weights and optimizer state are as before the step. On CUDA it is the result's
+            ``read`` that raises.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=precision.device)
+    total = torch.zeros((), device=batch.device)
     for windows in batch.split(micro_batch):
         check()
-        windows = windows.to(precision.device, non_blocking=True)
         with precision.autocast():
             loss = model.loss(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
@@ -65,18 +103,30 @@ def training_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     limit = grad_clip or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-    mean_loss = float(total)
-    if not math.isfinite(mean_loss):
-        raise NonFiniteError(f"loss is {mean_loss}")
-    skipped = not math.isfinite(norm)
-    if skipped and not scaler.is_enabled():
-        raise NonFiniteError(f"gradient norm is {norm}")
-    if not skipped:
-        set_learning_rate(optimizers, learning_rate)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    set_learning_rate(optimizers, learning_rate)
+    result = StepResult(total, norm, limit)
+    if scaler.is_enabled():
+        return _scaled_update(result, optimizers, scaler)
+    if batch.device.type == "cuda":
+        skip_where(optimizers, ~(total + norm).isfinite())
+    else:
+        result.read()
+    for optimizer in optimizers:
+        optimizer.step()
+    return result
+
+
+def _scaled_update(
+    result: StepResult, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+) -> StepResult:
+    """The update of a float16 step, left out where its scaled gradient overflowed."""
+    loss, norm = float(result.loss), float(result.grad_norm)
+    if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:
             scaler.step(optimizer)
-    scaler.update()
-    if skipped and scaler.get_scale() < 1:
-        raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
-    return StepResult(mean_loss, None if skipped else norm, not skipped and norm > limit)
+    if math.isfinite(loss):
+        scaler.update()
+    result = dataclasses.replace(result, scale=scaler.get_scale())
+    result.read()
+    return result

@@ -1,0 +1,191 @@
+"""The CUDA path as far as it can be proved without a card.
+
+The forward pass is traced on fake CUDA tensors, which have a device, a shape and a dtype but no values:
+whatever would make the host wait for one (item, float, bool, nonzero) raises, and so does an operation
+across devices. The backward pass cannot be, without a CUDA build of torch; it and the update run on
+the CPU, where what would wait is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from storylab.config import ModelConfig, TrainConfig
+from storylab.model.transformer import Transformer
+from storylab.training.optimizers import build_optimizers, skip_where
+from storylab.training.precision import Precision
+from storylab.training.step import StepResult, training_step
+
+CUDA = torch.device("cuda")
+BFLOAT16 = Precision(CUDA, torch.bfloat16)
+VOCAB = 300
+MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
+FAST = dataclasses.replace(
+    MODEL,
+    zero_init=True,
+    qk_norm=True,
+    softcap=15.0,
+    embedding_norm=True,
+    embedding_residual=True,
+    value_residual="token_table",
+    bigram_rows=64,
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called, and the elements of the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names[str(function)] += 1
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    # Autocast would be switched off where torch has no card.
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def fake_loss(model_config: ModelConfig, vocab: int = VOCAB, time: int = 128) -> torch.Tensor:
+    """The loss of four sequences in a forward pass on fake CUDA tensors, in bfloat16."""
+    model = Transformer(model_config, vocab)
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device=CUDA)))
+    tokens = torch.zeros(4, time + 1, dtype=torch.int64, device=CUDA)
+    with BFLOAT16.autocast():
+        # Slices with brackets ask for a card where torch has none, so the model does without them.
+        return model.loss(tokens.narrow(1, 0, time), tokens.narrow(1, 1, time))
+
+
+@pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
+def test_a_forward_pass_stays_on_the_card(fake: FakeTensorMode, model: ModelConfig) -> None:
+    with Operations() as seen:
+        loss = fake_loss(model)
+    assert loss.device.type == "cuda" and loss.dtype == torch.float32
+    assert any("scaled_dot_product" in name for name in seen.names)
+    # The one softmax is the loss's: attention's is inside of its kernel.
+    assert not any("_softmax" in n and "log_softmax" not in n for n in seen.names)
+    with pytest.raises(RuntimeError):
+        float(loss)  # so a read anywhere in the pass would have raised
+
+
+def test_all_logits_are_never_in_memory(fake: FakeTensorMode) -> None:
+    vocab, time = 50257, 1024
+    with Operations() as seen:
+        fake_loss(MODEL, vocab, time)
+    assert vocab * MODEL.n_embd <= seen.largest < 4 * time * vocab / 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
+def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
+    monkeypatch: pytest.MonkeyPatch, model: ModelConfig, optimizer: str
+) -> None:
+    config = TrainConfig(model=model, optimizer=optimizer)  # type: ignore[arg-type]
+    network = Transformer(model, VOCAB)
+    precision = Precision(torch.device("cpu"), torch.bfloat16)
+    optimizers, scaler = build_optimizers(network, config), precision.grad_scaler()
+    batch = torch.zeros(8, 33, dtype=torch.int64)
+
+    def step() -> Counter[str]:
+        with Operations() as seen:
+            training_step(
+                network,
+                optimizers,
+                scaler,
+                precision,
+                batch,
+                micro_batch=4,
+                learning_rate=1e-3,
+                grad_clip=1.0,
+            )
+        return seen.names
+
+    def refuse(self: torch.Tensor) -> None:
+        raise AssertionError("the host waits")
+
+    # What becomes a call that can be counted, and what does not.
+    with Operations() as control:
+        assert bool(torch.zeros(()) == 0)
+    assert any("_local_scalar_dense" in name for name in control.names)
+    for method in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    with pytest.raises(AssertionError, match="waits"):
+        step()  # on a CPU it reads its result
+    monkeypatch.setattr(StepResult, "read", lambda self: None)
+    names = step()
+    waits = ("_local_scalar_dense", "nonzero", "masked_select")
+    assert not any(wait in name for name in names for wait in waits)
+    fused = sum(count for name, count in names.items() if "_fused_adamw" in name)
+    assert fused == 2  # what decays and what does not
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
+def test_a_block_is_one_graph(model: ModelConfig) -> None:
+    """What --compile compiles has no break, and one graph serves all of the first micro-batches' shape."""
+    network = Transformer(model, VOCAB)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in network.blocks:
+        block.compile(backend=backend, fullgraph=True)
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    for _ in range(3):
+        network.loss(tokens, tokens).backward()
+    # The layers differ in what they are given only where values are handed on.
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_on_the_device(optimizer: str) -> None:
+    """What CUDA relies on, on the CPU: the skip is part of the update."""
+    config = TrainConfig(model=MODEL, optimizer=optimizer, weight_decay=0.3)  # type: ignore[arg-type]
+    model = Transformer(MODEL, VOCAB)
+    optimizers = build_optimizers(model, config)
+
+    def update(value: float, skip: bool) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        skip_where(optimizers, torch.tensor(skip))
+        for each in optimizers:
+            each.step()
+
+    def state() -> list[torch.Tensor]:
+        kept = [t for o in optimizers for s in o.state.values() for t in s.values()]
+        return [t.clone() for t in (*model.parameters(), *kept)]
+
+    update(0.1, False)
+    before = state()
+    update(float("nan"), True)
+    after = state()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    update(0.1, False)
+    assert not any(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
