@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -265,6 +266,29 @@ def test_losses_of_stories_equal_a_plain_loop(dataset: Dataset) -> None:
     bits = losses.sum() / math.log(2) / dataset.manifest["splits"]["validation"]["text_bytes"]
     assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(losses[1:].mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("block", [5, 16, 400])
+def test_aligned_windows_read_a_token_from_its_own_story_alone(
+    dataset: Dataset, block: int
+) -> None:
+    model = Transformer(TINY, VOCAB, seed=4)
+    split = dataset.splits["validation"]
+    result = evaluate_split(model, split, block, FLOAT32, aligned=True)
+    ids = torch.from_numpy(split.read(0, len(split)))
+    borders = [0, *(int(i) + 1 for i in (ids == dataset.tokenizer.end_of_text).nonzero())]
+    for number, (begin, end) in enumerate(itertools.pairwise(borders)):
+        if end + block > len(ids):
+            break  # the last windows reach back so as to be whole
+        start, total = max(begin - 1, 0), 0.0
+        while start < end - 1:
+            stop = min(start + block, end - 1)
+            logits = model(ids[None, start:stop])[0]
+            total += F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum").item()
+            start = stop
+        assert result.story_losses[number] == pytest.approx(total, rel=1e-4)
+    plain = evaluate_split(model, split, block, FLOAT32)
+    np.testing.assert_array_equal(result.story_tokens, plain.story_tokens)
 
 
 def test_the_standard_error_is_that_of_the_jackknife() -> None:
@@ -711,6 +735,10 @@ def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> No
     assert run.summary is not None
     again = evaluate_run(run.folder, device="cpu")
     assert again.loss == run.summary["validation"]["loss"]
+    other = evaluate_run(run.folder, device="cpu", block_size=7, aligned=True)
+    assert len(other.position_losses) == 7
+    with pytest.raises(UserError, match="block_size"):
+        evaluate_run(run.folder, device="cpu", block_size=0)
     train_split = evaluate_run(run.folder, split="train", device="cpu")
     assert len(train_split.story_losses) == 285
 

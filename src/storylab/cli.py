@@ -92,7 +92,10 @@ class ResumeCommand:
 class EvalCommand:
     """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
 
+    A loss holds for the length of the windows and for where they begin: compare like with like.
+
     Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
+    | storylab eval runs/a --block_size 512 --aligned
     """
 
     run: RunFolder
@@ -101,6 +104,10 @@ class EvalCommand:
     """The newest weights, or those with the best validation loss."""
     split: Literal["validation", "train"] = "validation"
     """Which stories."""
+    block_size: int | None = None
+    """Tokens in a window; by default as many as in training."""
+    aligned: bool = False
+    """Begin windows anew at every story, instead of running through all stories in turn."""
     data_dir: Path | None = None
     """Where the run's data set is now, if it has moved."""
     device: str = "auto"
@@ -330,6 +337,8 @@ def _eval(args: list[str]) -> int:
             command.data_dir,
             command.device,
             lambda done, total: reporter.progress("evaluating", done, total),
+            command.block_size,
+            command.aligned,
         )
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")

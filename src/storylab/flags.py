@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from storylab.config import TrainConfig, preset_config
+from storylab.config import DEFAULT_PRESET, TrainConfig, preset_config
 from storylab.errors import UserError
 
 T = TypeVar("T")
@@ -105,10 +105,10 @@ def _one_line(box: str) -> str:
 
 
 def default_for(args: Sequence[str]) -> TrainConfig:
-    """The config that the flags start from: the one of --preset, so that help shows its values."""
-    default = TrainConfig()
+    """The config of --preset and --method, which the other flags start from, so help shows its values."""
+    chosen: dict[str, str] = {}
     for i, arg in enumerate(args):  # the last one counts, as it does for every flag
         flag, _, value = arg.partition("=")
-        if flag == "--preset":
-            default = preset_config(value or (args[i + 1] if i + 1 < len(args) else ""))
-    return default
+        if flag in ("--preset", "--method"):
+            chosen[flag] = value or (args[i + 1] if i + 1 < len(args) else "")
+    return preset_config(chosen.get("--preset", DEFAULT_PRESET), chosen.get("--method", "record"))

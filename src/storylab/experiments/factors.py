@@ -33,7 +33,7 @@ FACTORS: dict[str, frozenset[str]] = {
     "learning_rate": LEARNING_RATE_FIELDS,
     "batch": SPLIT_FIELDS,
     "precision": frozenset({"dtype", "recipe", "backend"}),
-    "method": LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys(),
+    "method": LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys() | {"method"},
 }
 
 
@@ -83,9 +83,10 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
         changed = {k: v for k, v in changed.items() if k not in FACTORS["learning_rate"]}
     if windows(a) == windows(b):
         changed.pop("attention", None)
-    # The preset is the name of a shape: where the shape is the same, it says nothing.
-    if not set(changed) & (FACTORS["size"] - {"preset"}):
-        changed.pop("preset", None)
+    # Preset and method are names of values: where those are the same, they say nothing.
+    for name, fields in (("preset", FACTORS["size"]), ("method", FACTORS["method"])):
+        if not set(changed) & (fields - {name}):
+            changed.pop(name, None)
     return {k: v for k, v in changed.items() if k not in SEED_FIELDS}
 
 

@@ -13,6 +13,7 @@ import torch
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import Split
 from storylab.data.sources import VALIDATION
+from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.training.precision import Precision
 from storylab.training.run_folder import open_run
@@ -109,25 +110,33 @@ def evaluate_split(
     block_size: int,
     precision: Precision,
     tick: Tick = lambda done, total: None,
+    aligned: bool = False,
 ) -> Evaluation:
     """Loss of every token of ``split`` (but the first), read in windows of ``block_size``.
 
     Windows follow each other without overlap, so a token is predicted from 1 to ``block_size``
     tokens before it; the last window reaches back to be whole, and only its new tokens count.
+    With ``aligned`` they begin anew at every story, with the end of the one before it, so that a
+    token is predicted from its own story alone.
     """
-    last = len(split) - 1 - block_size
-    starts = np.arange(0, last + 1, block_size)
-    if starts[-1] != last:
-        starts = np.append(starts, last)
-    losses = window_losses(model, split, starts, block_size, precision, tick)
-    # Entry i is the loss of token i + 1: story borders move one to the left.
-    whole = (last // block_size + 1) * block_size
-    tail = losses[-1, whole - len(split) + 1 :] if whole < len(split) - 1 else losses[:0, 0]
-    by_target = np.concatenate((losses.reshape(-1)[:whole], tail))
+    targets = (
+        len(split) - 1
+    )  # entry i is the loss of token i + 1: story borders move one to the left
     begins = np.maximum(split.stories[:-1, 0] - 1, 0)
+    ends = split.stories[1:, 0] - 1
+    if aligned:
+        pieces = [np.arange(*story, block_size) for story in zip(begins, ends, strict=True)]
+        new = np.concatenate(pieces)
+    else:
+        new = np.arange(0, targets, block_size)
+    starts = np.minimum(new, targets - block_size)
+    losses = window_losses(model, split, starts, block_size, precision, tick)
+    by_target = np.empty(targets, dtype=np.float32)
+    for row, start, first, end in zip(losses, starts, new, [*new[1:], targets], strict=True):
+        by_target[first:end] = row[first - start : end - start]
     sums = np.add.reduceat(by_target, begins, dtype=np.float64)
-    story_tokens = split.stories[1:, 0] - 1 - begins
-    return Evaluation(sums, story_tokens, losses.mean(axis=0, dtype=np.float64), split.text_bytes)
+    positions = losses.mean(axis=0, dtype=np.float64)
+    return Evaluation(sums, ends - begins, positions, split.text_bytes)
 
 
 def evaluate_run(
@@ -137,8 +146,11 @@ def evaluate_run(
     data_dir: Path | None = None,
     device: str = "auto",
     tick: Tick = lambda done, total: None,
+    block_size: int | None = None,
+    aligned: bool = False,
 ) -> Evaluation:
-    """Evaluate a run's model on a whole split of its data.
+    """Evaluate a run's model on a whole split of its data, in windows of the length it was trained with or
+    of ``block_size``.
 
     Raises:
         UserError: the run, its checkpoint or its data cannot be used.
@@ -146,7 +158,10 @@ def evaluate_run(
     run = open_run(folder)
     dataset = run.load_data(data_dir or run.config.data_dir)
     writer = load_story_model(run, checkpoint_name, device)
-    dataset.require_window(writer.block_size)
+    length = writer.block_size if block_size is None else block_size
+    if length < 1:
+        raise UserError(f"block_size is {length}: it must be at least 1")
+    dataset.require_window(length)
     return evaluate_split(
-        writer.model, dataset.splits[split], writer.block_size, writer.precision, tick
+        writer.model, dataset.splits[split], length, writer.precision, tick, aligned
     )
