@@ -96,10 +96,9 @@ class Storylab:
         from storylab.training.precision import choose_precision
 
         keep_freed_memory()
-        config = preset_config(args.preset)
-        config = dataclasses.replace(config, beta2=0.95, learning_rate=args.learning_rate)
-        if method:
-            config = METHODS[method](config)
+        config = preset_config(args.preset, method)
+        if method == "record":  # with the peers' AdamW
+            config = dataclasses.replace(config, beta2=0.95, learning_rate=args.learning_rate)
         self.peak = config.learning_rate
         self.model = Transformer(config.model, args.vocab_size, seed=0)
         if compiled:
@@ -108,7 +107,6 @@ class Storylab:
         self.precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = self.precision.grad_scaler()
-        self.compiled = compiled
 
     def step(self, batch: Any, learning_rate: float) -> float:
         from storylab.training.step import training_step
@@ -133,9 +131,6 @@ class Storylab:
 
         with torch.compiler.set_stance("force_eager"), self.precision.autocast():
             return self.model.token_losses(tokens, targets)
-
-
-METHODS: dict[str, Callable[[Any], Any]] = {}
 
 
 def start(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -389,9 +384,10 @@ def trainer_times(args: argparse.Namespace, batches: list[Any], autocast: bool) 
 
 Make = Callable[[argparse.Namespace], Any]
 PROGRAMS: dict[str, Make] = {
-    "storylab bfloat16": lambda a: Storylab(a, "bfloat16", False, ""),
-    "storylab bfloat16, compiled": lambda a: Storylab(a, "bfloat16", True, ""),
-    "storylab float32": lambda a: Storylab(a, "float32", False, ""),
+    "storylab bfloat16, compiled": lambda a: Storylab(a, "bfloat16", True, "record"),
+    "storylab bfloat16": lambda a: Storylab(a, "bfloat16", False, "record"),
+    "storylab float32": lambda a: Storylab(a, "float32", False, "record"),
+    "storylab bfloat16, compiled, fast": lambda a: Storylab(a, "bfloat16", True, "fast"),
 }
 PEERS = {
     "llama2.c": llama2c,

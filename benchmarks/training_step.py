@@ -1,165 +1,100 @@
-"""Speed and peak memory of training steps, each in its own process, in turns.
+"""Speed and peak memory of storylab's own training steps, each in its own process, in turns.
 
-    git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/training_step.py peers --nanogpt nanoGPT
     python benchmarks/training_step.py precision
     python benchmarks/training_step.py allocator
+    python benchmarks/training_step.py profile
 
-``peers`` holds storylab beside nanoGPT's model, ``precision`` the emulated recipes beside bfloat16, and
-``allocator`` the memory allocator as training sets it beside the C library's default.
+``precision`` holds the emulated recipes beside bfloat16, ``allocator`` the memory allocator as training
+sets it beside the C library's default, and ``profile`` compiled steps beside uncompiled ones, with the
+share of the time that each part of a step takes, the share that its matrix products would take alone,
+and how many times faster a token is evaluated than trained on.
 
-storylab's 113M model and nanoGPT's 124M GPT-2 (its own model.py and optimizer, 12 layers, width 768,
-50,257 ids, dropout 0) run the same step: micro-batches of 32 x 128 tokens, gradient clipping at 1.0, AdamW.
-nanoGPT's train.py uses no autocast on a CPU, whatever --dtype says; it is timed as it is (float32) and with
-bfloat16 autocast around its forward pass. The shapes differ, so tok/s is given beside FLOP/s counted as
-6 x matrix parameters (blocks and head) + 12 x layers x width x length per token, the same way for both.
-Runs take turns (A B C C B A ...); reported are medians of the per-process medians, and the ratios.
+The steps are those of the 113M model: a micro-batch of 32 x 128 random tokens of 50,257, gradient clipping
+at 1.0, AdamW. Runs take turns (A B C C B A ...); reported are medians of the per-process medians, and the
+ratios. benchmarks/peers.py has other programs beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-SEQUENCES, LENGTH, VOCAB = 32, 128, 50257
-
-
-def flops_per_token(matrix_parameters: int, layers: int, width: int) -> int:
-    return 6 * matrix_parameters + 12 * layers * width * LENGTH
-
-
-def storylab_step(dtype: str, keep_memory: bool = True) -> tuple[Callable[[], float], int]:
-    import torch
-
-    from storylab.config import preset_config
-    from storylab.model.transformer import Transformer
-    from storylab.precision.convert import quantize_blocks
-    from storylab.training.allocator import keep_freed_memory
-    from storylab.training.optimizers import build_optimizers
-    from storylab.training.precision import choose_precision
-    from storylab.training.step import training_step
-
-    if keep_memory:
-        keep_freed_memory()
-    config = preset_config("113m")
-    model = Transformer(config.model, VOCAB, seed=0)
-    precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
-    state = None
-    if precision.recipe is not None:
-        state = quantize_blocks(model.blocks, precision.recipe, seed=0, max_iters=1000)
-    optimizers = build_optimizers(model, config)
-    scaler = precision.grad_scaler()
-    batch = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1))
-    iterations = itertools.count()
-
-    def step() -> float:
-        if state is not None:
-            state.advance(next(iterations))
-            state.weights_changed()
-        return (
-            training_step(
-                model,
-                optimizers,
-                scaler,
-                precision,
-                batch,
-                micro_batch=SEQUENCES,
-                learning_rate=1e-4,
-                grad_clip=1.0,
-            )
-            .read()
-            .loss
-        )
-
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    return step, flops_per_token(matrices, config.model.n_layer, config.model.n_embd)
-
-
-def nanogpt_step(folder: Path, autocast: bool) -> tuple[Callable[[], float], int]:
-    sys.path.insert(0, str(folder))
-    import torch
-    from model import GPT, GPTConfig  # nanoGPT's own
-
-    torch.manual_seed(0)
-    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False}
-    model = GPT(GPTConfig(block_size=LENGTH, vocab_size=VOCAB, **shape))
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.999), "cpu")
-    batch = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1))
-    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.item())
-
-    positions = model.transformer.wpe.weight.numel()
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - positions
-    return step, flops_per_token(matrices, 12, 768)
-
-
-Maker = Callable[[Path], tuple[Callable[[], float], int]]
-MAKERS: dict[str, Maker] = {
-    "storylab bfloat16": lambda _: storylab_step("bfloat16"),
-    "storylab float32": lambda _: storylab_step("float32"),
-    "nanoGPT bfloat16 (autocast added)": lambda folder: nanogpt_step(folder, True),
-    "nanoGPT float32 (as it is)": lambda folder: nanogpt_step(folder, False),
+PRESET, SEQUENCES, VOCAB = "113m", 32, 50257
+# dtype, compiled, and whether freed memory is kept.
+Kind = tuple[str, bool, bool]
+KINDS: dict[str, Kind] = {
+    "bfloat16": ("bfloat16", False, True),
+    "bfloat16, compiled": ("bfloat16", True, True),
     **{
-        f"storylab {name}, emulated": lambda _, name=name: storylab_step(name)
+        f"{name}, emulated": (name, False, True)
         for name in ("fp8", "fp8-current", "mxfp8", "nvfp4")
     },
-    "storylab bfloat16, allocator by default": lambda _: storylab_step("bfloat16", False),
+    "bfloat16, allocator by default": ("bfloat16", False, False),
 }
 TABLES = {
-    "peers": [name for name in MAKERS if "emulated" not in name and "allocator" not in name],
-    "precision": ["storylab bfloat16", *(name for name in MAKERS if "emulated" in name)],
-    "allocator": ["storylab bfloat16", "storylab bfloat16, allocator by default"],
+    "precision": ["bfloat16", *(name for name in KINDS if "emulated" in name)],
+    "allocator": ["bfloat16", "bfloat16, allocator by default"],
+    "profile": ["bfloat16", "bfloat16, compiled"],
 }
 
 
-def measure(name: str, nanogpt: Path, steps: int) -> dict[str, float]:
-    step, flops = MAKERS[name](nanogpt)
-    step()  # the first one allocates
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
-    tokens = SEQUENCES * LENGTH
-    return {
+def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
+    from storylab.config import preset_config
+    from storylab.model.flops import training_flops
+    from storylab.training import measure as measuring
+
+    dtype, compiled, keep_memory = kind
+    if not keep_memory:
+        measuring.keep_freed_memory = lambda: None
+    config = preset_config(PRESET)
+    config = dataclasses.replace(config, batch_size=SEQUENCES, dtype=dtype, compile=compiled)
+    timer = measuring.StepTimer(config, VOCAB)
+    median = timer.median(SEQUENCES, 0.0, steps)
+    tokens = SEQUENCES * config.block_size
+    found = {
         "tokens_per_second": tokens / median,
-        "gflops": flops * tokens / median / 1e9,
-        "peak_gb": peak / 1e9,
+        "gflops": training_flops(config.model, VOCAB, config.block_size) * tokens / median / 1e9,
+        "peak_gb": timer.memory() / 1e9,
     }
+    if profile:
+        alone = measuring.products_seconds(config, VOCAB, tokens, timer.precision)
+        found |= timer.shares(SEQUENCES) | {"its matrix products alone": alone / median}
+        found["evaluation, times faster"] = median / evaluation_seconds(timer)
+    return found
+
+
+def evaluation_seconds(timer: Any) -> float:
+    """Seconds to evaluate as many tokens as a step trains on, as training evaluates: uncompiled."""
+    import torch
+
+    tokens = torch.randint(VOCAB, (SEQUENCES, timer.config.block_size))
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.compiler.set_stance("force_eager"), timer.precision.autocast():
+            timer.model.token_losses(tokens, tokens)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--nanogpt", type=Path, default=Path("nanoGPT"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print("RESULT", json.dumps(measure(args.only, args.nanogpt, args.steps)))
+        print("RESULT", json.dumps(measure(KINDS[args.only], args.steps, args.table == "profile")))
         return
     names = TABLES[args.table]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(args.repeats):
         for name in names if turn % 2 == 0 else names[::-1]:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
@@ -167,8 +102,11 @@ def main() -> None:
             row = next(line for line in out.splitlines() if line.startswith("RESULT "))
             results[name].append(json.loads(row.removeprefix("RESULT ")))
             print(f"turn {turn + 1}: {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    base = {k: _median(results[names[0]], k) for k in results[names[0]][0]}
-    print("| model | tok/s (min to max) | GFLOP/s | peak memory | storylab's speed / memory |")
+    base_keys = ("tokens_per_second", "gflops", "peak_gb")
+    base = {k: _median(results[names[0]], k) for k in base_keys}
+    print(
+        "| step | tok/s (min to max) | GFLOP/s | peak memory | the first's speed / memory over its |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for name, rows in results.items():
         speeds = [row["tokens_per_second"] for row in rows]
@@ -179,8 +117,17 @@ def main() -> None:
             f"{base['peak_gb'] / _median(rows, 'peak_gb'):.0%} |"
         )
 
+    shares = [k for k in next(iter(results.values()))[0] if k not in base_keys]
+    if shares:
+        print("\n| share of the time | " + " | ".join(names) + " |")
+        print("| --- |" + " --- |" * len(names))
+        for part in shares:
+            form = "{:.1f}" if "times" in part else "{:.0%}"
+            cells = [form.format(_median(results[name], part)) for name in names]
+            print(f"| {part} | " + " | ".join(cells) + " |")
 
-def _median(rows: list[dict[str, float]], key: str) -> float:
+
+def _median(rows: list[dict[str, Any]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 

@@ -122,6 +122,8 @@ def test_legacy_flags_are_taken_either_way() -> None:
         (["--compile=False"], False),
         (["--compile", "False"], False),
         (["--no_compile"], False),
+        (["--no-compile"], False),
+        ([], None),
     ],
 )
 def test_switches_as_nanogpt_writes_them(args: list[str], value: bool) -> None:

@@ -12,8 +12,18 @@ from pathlib import Path
 import pytest
 
 from storylab import config as configs
-from storylab.config import PRESETS, ModelConfig, TrainConfig, differences, from_dict, to_dict
+from storylab.config import (
+    PRESETS,
+    ModelConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    preset_config,
+    to_dict,
+)
 from storylab.errors import UserError
+from storylab.experiments.factors import changed_fields, factor_fields
+from storylab.flags import default_for, parse
 from storylab.model.transformer import Transformer
 
 SOURCE = Path(configs.__file__).parent
@@ -71,6 +81,22 @@ def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> 
 def test_shapes_that_do_not_fit_are_refused(shape: dict[str, int]) -> None:
     with pytest.raises(UserError):
         ModelConfig(**shape)  # type: ignore[arg-type]
+
+
+def test_a_method_is_a_start_for_the_other_flags() -> None:
+    fast = preset_config("3m", "fast")
+    assert fast.optimizer == "muon" and fast.model.qk_norm and fast.model.n_embd == 192
+    assert dataclasses.replace(fast, **{
+        f.name: getattr(TrainConfig(), f.name) for f in dataclasses.fields(TrainConfig)
+    }) == TrainConfig()  # fmt: skip
+    args = ["--method", "fast", "--preset=3m", "--matrix_lr", "0.01", "--no_qk_norm"]
+    parsed = parse(TrainConfig, args, "", default_for(args))
+    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 0.0 and not parsed.model.qk_norm
+    with pytest.raises(UserError, match="unknown method 'quick': choose one of record, fast"):
+        default_for(["--method", "quick"])
+    # The name alone is no difference between two runs, and the factor of that name covers the rest.
+    assert changed_fields(fast, dataclasses.replace(fast, method="record")) == {}
+    assert set(changed_fields(fast, preset_config("3m"))) <= factor_fields("method")
 
 
 def test_a_config_survives_its_json() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import get_args
 
 import pytest
 
 import plan_check
 from storylab.cli import main
-from storylab.config import TrainConfig
+from storylab.config import TrainConfig, preset_config
 from storylab.lab_cli import GpuName, SoftwareName
 from storylab.model.flops import attention_flops, training_flops
+from storylab.planning.bench import known_card
 from storylab.planning.calibrate import Measured
 from storylab.planning.cards import CARDS, Card
 from storylab.planning.roofline import (
@@ -24,6 +26,7 @@ from storylab.planning.roofline import (
 )
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
+from storylab.training.measure import PARTS, StepTimer
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -102,6 +105,55 @@ def test_this_machine_is_measured(
     assert "this machine, from" in capsys.readouterr().out
     config = TrainConfig(max_iters=9, gradient_accumulation_steps=4)
     assert Measured(0.5, 1.0, 0.0).seconds(config) == pytest.approx(10 * (4 * 0.5 + 1.0))
+
+
+def test_a_bench_times_every_precision_and_attention(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (
+        "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
+    )
+    dtypes = "--dtypes bfloat16 nvfp4 --attentions window:8"
+    assert main(["bench", *flags.split(), *dtypes.split()]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if re.match(r"\w+, \S+", line)]
+    names = ["bfloat16, full", "nvfp4, full", "bfloat16, window:8"]
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == names
+    assert all("GB" in row and "unknown" in row and "not available" in row for row in rows)
+    assert "quantising" in out and "linear layers" in out
+    for wrong in (["--seconds", "0"], ["--dtype", "fp8"], ["--dtypes"], ["--attentions", "x"]):
+        assert main(["bench", *wrong]) == 2
+
+
+def test_the_parts_of_a_step_are_its_whole() -> None:
+    config = preset_config("nano")
+    config = dataclasses.replace(config, batch_size=2, block_size=32, device="cpu", dtype="mxfp8")
+    shares = StepTimer(config, 300).shares(2)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert set(shares) == set(PARTS) and all(share >= 0 for share in shares.values())
+    for part in ("linear layers", "quantising", "head and loss", "optimizer"):
+        assert shares[part] > 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "card"),
+    [
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_card_is_known_by_the_name_its_driver_gives(driver: str, card: str | None) -> None:
+    """Names as nvidia-smi prints them; a peak that is another card's would be worse than none."""
+    found = known_card(driver)
+    assert found == (CARDS[card] if card else None)
 
 
 def test_every_card_and_kind_of_software_has_a_flag() -> None:

@@ -41,7 +41,12 @@ from storylab.training.loop import (
     train,
 )
 from storylab.training.optimizers import build_optimizers, orthogonalize
-from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    resolve_compile,
+)
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run, bare_source, open_run
 from storylab.training.sampling import load_story_model
@@ -421,6 +426,64 @@ def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: Ma
     assert 0 < run.summary["iterations"] == len(run.metrics)
     again = evaluate_run(run.folder, device="cpu")
     assert math.isfinite(again.loss)
+
+
+def test_a_host_that_runs_ahead_writes_the_same_run(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: results are read when a line, an evaluation or a checkpoint is due."""
+    config = {"max_iters": 11, "log_interval": 4, "eval_interval": 6}
+    at_once = train(tiny_config(out_dir=tmp_path / "at-once", **config))
+    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
+    assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
+    times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
+    assert times[1] == times[2] == times[3] == times[4] != times[5]
+    with pytest.raises(TrainingInterrupted):
+        train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
+    resumed = resume(tmp_path / "stopped")
+    assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
+
+
+def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    whole = training_step
+
+    def poisoned(*args: Any, **values: Any) -> Any:
+        result = whole(*args, **values)
+        late = next(calls) == 3
+        return dataclasses.replace(result, loss=result.loss * math.nan) if late else result
+
+    calls = itertools.count()
+    monkeypatch.setattr("storylab.training.loop.training_step", poisoned)
+    config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
+    with pytest.raises(TrainingDiverged, match="iteration 3"):
+        train(config)
+    run = open_run(config.out_dir)
+    assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "compiler", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"max_iters": 0, "gradient_accumulation_steps": 1}, True, False),
+        ({"max_iters": 0, "gradient_accumulation_steps": 1, "compile": True}, True, True),
+        ({"compile": False}, True, False),
+        ({"dtype": "fp8"}, True, False),
+    ],
+)
+def test_long_runs_are_compiled_where_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
+) -> None:
+    found = "/usr/bin/c++" if compiler else None
+    monkeypatch.setattr("storylab.training.precision.cpp_compiler", lambda: found)
+    config = TrainConfig(device="cpu", **changes)
+    precision = choose_precision(CPU, config.dtype)
+    assert resolve_compile(config, precision) is expected
 
 
 @pytest.mark.parametrize("which", ["estimate_loss", "evaluate_split"])

@@ -278,7 +278,6 @@ class Trainer:
         cuda = self.precision.device.type == "cuda"
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
         self.unread: list[_Iteration] = []
-        self.read_at_once = not cuda
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
@@ -349,6 +348,10 @@ class Trainer:
                 self._save_last()
         self._read()
 
+    def _reads_at_once(self) -> bool:
+        """Whether the host would gain nothing by running ahead."""
+        return self.precision.device.type != "cuda"
+
     def _read(self) -> None:
         """Wait for the iterations that are under way and write down how they went.
 
@@ -356,19 +359,20 @@ class Trainer:
         of them together; each is given its share.
         """
         unread, self.unread = self.unread, []
-        if not unread:
-            return
-        reports = []
-        for number, entry in enumerate(unread):
+        reports: list[StepReport] = []
+        fault: NonFiniteError | None = None
+        for entry in unread:
             try:
                 reports.append(entry.result.read())
-            except NonFiniteError:
-                self.progress.next_iteration = unread[number].iteration
-                raise
-        seconds = (time.perf_counter() - self.unread_since) / len(unread)
-        for entry, report in zip(unread, reports, strict=True):
+            except NonFiniteError as error:
+                fault = error  # what came after it is of no use
+                break
+        seconds = (time.perf_counter() - self.unread_since) / max(len(reports), 1)
+        for entry, report in zip(unread, reports, strict=False):
             self._record(entry.iteration, report, seconds, entry.waited)
             self.progress.next_iteration = entry.iteration + 1
+        if fault is not None:
+            raise fault
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
         with self._quantization_at(iteration):
