@@ -294,6 +294,11 @@ def test_the_factor_of_two_configs_is_found_if_there_is_one() -> None:
     assert infer_factor({"learning_rate", "min_lr"}) == "learning_rate"
     assert infer_factor({"beta1", "block_size"}) is None
     assert infer_factor(set()) is None
+    # A recipe is made of all of these, but runs that differ in two of them are two factors apart.
+    assert infer_factor({"learning_rate", "weight_decay"}) is None
+    assert infer_factor({"learning_rate", "batch_size"}) is None
+    assert infer_factor({"optimizer", "qk_norm"}) is None
+    assert infer_factor({"method", "optimizer", "learning_rate", "qk_norm"}) == "method"
 
 
 def test_a_recipe_is_its_config_and_data_and_nothing_else() -> None:

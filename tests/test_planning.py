@@ -7,12 +7,15 @@ import re
 from typing import get_args
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import plan_check
 from storylab.cli import main
-from storylab.config import TrainConfig, preset_config
+from storylab.config import ModelConfig, TrainConfig, preset_config
 from storylab.lab_cli import GpuName, SoftwareName
 from storylab.model.flops import attention_flops, training_flops
+from storylab.model.transformer import Transformer
 from storylab.planning.bench import known_card
 from storylab.planning.calibrate import Measured
 from storylab.planning.cards import CARDS, Card
@@ -27,6 +30,7 @@ from storylab.planning.roofline import (
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
 from storylab.training.measure import PARTS, StepTimer
+from storylab.training.optimizers import build_optimizers
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -47,6 +51,20 @@ def test_products_are_those_of_the_model() -> None:
         again = 0.5 * attention_flops(RECORD.model, RECORD.block_size)
         expected = training_flops(RECORD.model, VOCAB, RECORD.block_size) + again
         assert sum(part.flops for part in work) == pytest.approx(tokens * expected)
+
+
+def test_the_products_of_a_muon_update_are_counted() -> None:
+    """Against torch's counter, on a step of the optimizer itself."""
+    shape = ModelConfig(n_layer=2, n_head=4, n_kv_head=1, n_embd=64, n_hidden=160)
+    config = TrainConfig(model=shape, optimizer="muon", gradient_accumulation_steps=1)
+    model = Transformer(shape, 300)
+    muon, _ = build_optimizers(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    (update,) = (part for part in parts(config, 300, LIMIT) if part.name == "update")
+    assert update.flops == counter.get_total_flops() > 0
 
 
 def test_no_software_is_faster_than_the_limit() -> None:

@@ -95,7 +95,8 @@ class ModelConfig:
     zero_init: bool = False
     """Start the two projections of a block that write to the residual stream at zero."""
     qk_norm: bool = False
-    """Bring queries and keys of every head to a root mean square of 1."""
+    """Bring queries and keys of every head to a root mean square of 1 (Henry et al. 2020, arXiv
+    2010.04245)."""
     softcap: float = 0.0
     """Bound of the logits, softcap * tanh(logit / softcap); 0 for none."""
     embedding_norm: bool = False
@@ -104,7 +105,8 @@ class ModelConfig:
     """Feed every block a learned sum of the residual stream and the embeddings it began with."""
     value_residual: ValueResidual = "none"
     """What every layer adds to its attention values, by a learned scale: nothing, the values of the
-    first layer, or a vector of the token's from a table that all layers share."""
+    first layer (Zhou et al. 2024, arXiv 2410.17897), or a vector of the token's from a table that
+    all layers share."""
     bigram_rows: int = 0
     """Rows of a table of embeddings for pairs of neighbouring tokens, found by a hash; 0 for none."""
 

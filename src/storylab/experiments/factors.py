@@ -26,6 +26,8 @@ OPTIMIZER_FIELDS = frozenset(
     {"optimizer", "matrix_lr", "cautious_decay", "weight_decay", "beta1", "beta2"}
 )
 
+METHOD_FIELDS = LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys() | {"method"}
+
 # A factor that takes several fields to say; every other factor is the one field of its name.
 FACTORS: dict[str, frozenset[str]] = {
     "size": frozenset({"preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"}),
@@ -33,8 +35,11 @@ FACTORS: dict[str, frozenset[str]] = {
     "learning_rate": LEARNING_RATE_FIELDS,
     "batch": SPLIT_FIELDS,
     "precision": frozenset({"dtype", "recipe", "backend"}),
-    "method": LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys() | {"method"},
+    "method": METHOD_FIELDS,
+    "training": METHOD_FIELDS | SPLIT_FIELDS | LENGTH_FIELDS,
 }
+# Whole recipes rather than single causes: an experiment has to name them, or the arms their method.
+WHOLE_RECIPES = ("method", "training")
 
 
 def under(name: str, condition: str) -> str:
@@ -122,11 +127,14 @@ def windows(config: TrainConfig) -> tuple[int | None, ...]:
 
 
 def infer_factor(changed: set[str]) -> str | None:
-    """The one factor that covers all of ``changed``, the narrowest first; None if none does."""
+    """The one factor that covers all of ``changed``, the narrowest first; None if none does.
+
+    Runs that differ in several things are not one factor apart because a recipe is made of them all.
+    """
     if len(changed) == 1:
         (name,) = changed
         return next((f for f in FACTORS if f == name), name)
     for name, fields in sorted(FACTORS.items(), key=lambda item: len(item[1])):
-        if changed and changed <= fields:
+        if changed and changed <= fields and (name not in WHOLE_RECIPES or name in changed):
             return name
     return None

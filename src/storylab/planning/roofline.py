@@ -11,9 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storylab.config import TrainConfig
-from storylab.model.flops import attention_flops, head_flops, linear_flops
+from storylab.model.flops import (
+    attention_flops,
+    head_flops,
+    linear_flops,
+    orthogonalization_flops,
+)
 from storylab.planning.cards import Card
 from storylab.precision.recipes import Recipe
+from storylab.training.optimizers import NEWTON_SCHULZ_STEPS
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ def parts(
     )
     inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
     share = low / (3 * layers * linear)
+    muon = config.optimizer == "muon"
+    update_flops = orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) if muon else 0
     # Each product reads two operands and writes its result.
     moved = layers * (tokens * (inputs + outputs) + weights)
     head_moved = tokens * (width + vocab_size) + vocab_size * width
@@ -178,7 +186,7 @@ def parts(
         ),
         Part(
             "update",
-            0.0,
+            update_flops / config.gradient_accumulation_steps,
             "bfloat16",
             model.parameter_count(vocab_size) * UPDATE_TRAFFIC / config.gradient_accumulation_steps,
             0,

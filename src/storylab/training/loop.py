@@ -338,7 +338,7 @@ class Trainer:
             checkpoint_due = self._checkpoint_due(iteration)
             line_due = iteration % self.config.log_interval == 0
             if (
-                self.read_at_once
+                self._reads_at_once()
                 or line_due
                 or checkpoint_due
                 or self._evaluation_due(iteration + 1)
