@@ -299,6 +299,22 @@ def test_hashes_that_should_be_shared_are_compared(runs: Path, key: str, message
     assert message in text
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "explained"),
+    [("zero_init", True, True), ("value_residual", "first_layer", True), ("qk_norm", True, False)],
+)
+def test_other_initial_weights_are_explained_by_fields_that_make_them(
+    runs: Path, field: str, value: Any, explained: bool
+) -> None:
+    path = runs / "high-s1" / "config.json"
+    config = json.loads(path.read_text())
+    change(runs / "high-s1", "config.json", model=config["model"] | {field: value})
+    change(runs / "high-s1", "environment.json", initial_weights_sha256="0" * 64)
+    arms = (Arm(n, (load_result(runs / f"{n}-s1"),)) for n in ("high", "low"))
+    c = compare_arms(*arms, allowed=RATES | {field})
+    assert (c.confounds == ()) == explained
+
+
 def test_a_resume_by_other_code_is_another_version(runs: Path) -> None:
     stage = json.loads((runs / "high-s1/environment.json").read_text())
     resumed = [stage | {"code_sha256": "1" * 64}]

@@ -18,7 +18,12 @@ import numpy as np
 
 from storylab.errors import UserError
 from storylab.experiments import statistics
-from storylab.experiments.factors import changed_fields, infer_factor, unexplained
+from storylab.experiments.factors import (
+    WEIGHT_FIELDS,
+    changed_fields,
+    infer_factor,
+    unexplained,
+)
 from storylab.experiments.results import Result, load_result
 from storylab.experiments.statistics import ALPHA, Interval
 from storylab.training.run_folder import CONFIG, Run
@@ -337,9 +342,9 @@ def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> I
         a.story_losses[:, 1], b.story_losses[:, 1]
     ):
         yield "evaluation: other stories or tokens"
-    same_shape = not {"n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"} & set(changed)
+    same_weights = not WEIGHT_FIELDS & set(changed)
     ours, theirs = a.environment, b.environment
-    if paired and same_shape and _differ(ours, theirs, "initial_weights_sha256"):
+    if paired and same_weights and _differ(ours, theirs, "initial_weights_sha256"):
         yield "initial weights: other hashes for the same seed"
     same_batch = a.config.block_size == b.config.block_size
     same_batch &= a.config.tokens_per_iteration == b.config.tokens_per_iteration

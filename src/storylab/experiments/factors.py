@@ -38,6 +38,14 @@ FACTORS: dict[str, frozenset[str]] = {
     "method": METHOD_FIELDS,
     "training": METHOD_FIELDS | SPLIT_FIELDS | LENGTH_FIELDS,
 }
+# Fields with which a model has other initial weights, or more of them. Those of one name and shape begin
+# alike all the same.
+WEIGHT_FIELDS = (FACTORS["size"] - {"preset"}) | {
+    "zero_init",
+    "embedding_residual",
+    "value_residual",
+    "bigram_rows",
+}
 # Whole recipes rather than single causes: an experiment has to name them, or the arms their method.
 WHOLE_RECIPES = ("method", "training")
 

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +37,7 @@ from storylab.training.precision import (
     choose_precision,
     resolve_compile,
 )
+from storylab.training.progress import PendingIteration, Progress, StopRequested, StopSignal
 from storylab.training.run_folder import (
     LOG,
     METRICS,
@@ -52,7 +52,7 @@ from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError, StepReport, StepResult, training_step
-from storylab.training.telemetry import PowerTotals, Telemetry, peak_memory_bytes
+from storylab.training.telemetry import Telemetry, peak_memory_bytes
 
 # The first one is the record's.
 SAMPLE_PROMPTS = (
@@ -92,65 +92,6 @@ class TrainingInterrupted(Exception):  # noqa: N818 - asked for, so no error
 
 class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
     """Loss or gradients became non-finite; the weights from before are saved."""
-
-
-class _StopRequested(Exception):  # noqa: N818
-    """Unwinds the iteration or evaluation that a signal cut short."""
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; saved with every checkpoint. Times in seconds."""
-
-    next_iteration: int = 0
-    last_line: int = 0
-    seconds_since_line: float = 0.0
-    seconds: float = 0.0
-    training_seconds: float = 0.0
-    train_loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    best_iteration: int | None = None
-    peak_memory_bytes: int = 0
-    power: PowerTotals = field(default_factory=PowerTotals)
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """Rebuild what a checkpoint's header holds.
-
-        Raises:
-            UserError: it is of another version.
-        """
-        try:
-            return cls(**(values | {"power": PowerTotals(**values["power"])}))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint is of another version of storylab: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Iteration:
-    """An iteration under way: its result, and the seconds that the host waited for its batch."""
-
-    iteration: int
-    result: StepResult
-    waited: float
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C, noted when it comes and acted on where it is safe to leave."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def check(self) -> None:
-        """Leave the current work if a signal has come."""
-        if self.number is not None:
-            raise _StopRequested
-
-    def note(self, number: int) -> None:
-        """A signal has come."""
-        self.number = number
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
@@ -277,7 +218,7 @@ class Trainer:
                 block.compile()  # in place, so that names in checkpoints stay as they are
         cuda = self.precision.device.type == "cuda"
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
-        self.unread: list[_Iteration] = []
+        self.unread: list[PendingIteration] = []
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
@@ -296,7 +237,7 @@ class Trainer:
             self._test_precision()
             self._iterate()
             self._finish()
-        except _StopRequested:
+        except StopRequested:
             self._read()
             self._save_last()
             number = self.stop.number or signal.SIGINT
@@ -334,7 +275,7 @@ class Trainer:
             batch = self.prefetcher(iteration).to(self.precision.device, non_blocking=True)
             waited = time.perf_counter() - started
             result = self._step(iteration, batch)
-            self.unread.append(_Iteration(iteration, result, waited))
+            self.unread.append(PendingIteration(iteration, result, waited))
             checkpoint_due = self._checkpoint_due(iteration)
             line_due = iteration % self.config.log_interval == 0
             if (
@@ -359,6 +300,8 @@ class Trainer:
         of them together; each is given its share.
         """
         unread, self.unread = self.unread, []
+        if not unread:
+            return
         reports: list[StepReport] = []
         fault: NonFiniteError | None = None
         for entry in unread:
