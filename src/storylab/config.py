@@ -202,7 +202,7 @@ METHODS: dict[MethodName, dict[str, Any]] = {
     "fast": {
         "optimizer": "muon",
         "matrix_lr": 0.02,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-2,
         "min_lr": 0.0,
         "warmup_iters": 20,
         "schedule": "linear",

@@ -277,7 +277,8 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
     yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration"
     yield (
         "optimizer",
-        ("Muon for the blocks' matrices, else " if c.optimizer == "muon" else "")
+        ("" if c.method == "record" else f"method {c.method}: ")
+        + ("Muon for the blocks' matrices, else " if c.optimizer == "muon" else "")
         + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}",
     )

@@ -117,7 +117,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     Raises:
         UserError: there is no such device, it lacks the dtype, or ``out_dir`` is in use.
     """
-    name = f"{config.preset}-{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
+    method = "" if config.method == "record" else f"{config.method}-"
+    name = f"{config.preset}-{method}{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = config.out_dir or Path("runs") / name
     config, precision = resolve_device(dataclasses.replace(config, out_dir=folder))
     require_free(folder)
