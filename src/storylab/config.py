@@ -210,7 +210,6 @@ METHODS: dict[MethodName, dict[str, Any]] = {
         "model": {
             "qk_norm": True,
             "value_residual": "first_layer",
-            "embedding_norm": True,
             "embedding_residual": True,
         },
     },

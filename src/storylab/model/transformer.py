@@ -232,9 +232,12 @@ class Block(nn.Module):
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
         x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values), qkv)
         gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
+        handed_on = (
+            more_values  # another name: what redoes the attention above reads that one again
+        )
         if self.value_residual == "first_layer" and more_values is None:
-            more_values = self.attention.values(qkv)
-        return x + lean(self.feed_forward, gate_up), more_values
+            handed_on = self.attention.values(qkv)
+        return x + lean(self.feed_forward, gate_up), handed_on
 
 
 class Transformer(nn.Module):
