@@ -60,7 +60,7 @@ class StepTimer:
             self.quantization = quantize_blocks(
                 self.model.blocks, self.precision.recipe, 0, 1, self.precision.hardware
             )
-        if config.compile:
+        if self.config.compile:
             for block in self.model.blocks:
                 block.compile()
         self.optimizers = build_optimizers(self.model, config)
