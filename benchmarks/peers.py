@@ -30,6 +30,7 @@ import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -363,7 +364,7 @@ def trainer_times(args: argparse.Namespace, batches: list[Any], autocast: bool) 
     # It shifts labels by itself: the window's last token is left without a loss, which costs 1 in 128.
     data = [{"input_ids": w[:-1], "labels": w[:-1]} for w in windows]
     settings = TrainingArguments(
-        output_dir="/tmp/trainer-output",
+        output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         bf16=autocast,
         per_device_train_batch_size=len(batches[0]),
