@@ -34,6 +34,7 @@ from storylab.training.run_folder import SUMMARY, Run
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
+STUDIES = sorted((ROOT / "experiments").glob("*/*.toml"))
 
 TEN_LINES = """
 title = "Two rates"
@@ -92,6 +93,13 @@ class Watcher:
 
 
 # The file
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_files_behind_the_docs_are_experiments(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert len(experiment.cells) == len(experiment.arms) > 1
+    assert experiment.data.tokenizer == "bpe:4096"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
