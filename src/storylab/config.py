@@ -195,8 +195,8 @@ PRESETS: dict[PresetName, Preset] = {
     "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
 }
 DEFAULT_PRESET: PresetName = "113m"
-# Named ways of training: what each changes of the record's. Every part of `fast` has been held, on Muon, against
-# Muon without it (docs/time-to-loss.md).
+# Named ways of training: what each changes of the record's. Every part of `fast` has been held against Muon
+# without it (docs/time-to-loss.md).
 METHODS: dict[MethodName, dict[str, Any]] = {
     "record": {},
     "fast": {
