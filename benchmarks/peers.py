@@ -103,8 +103,7 @@ class Storylab:
         self.peak = config.learning_rate
         self.model = Transformer(config.model, args.vocab_size, seed=0)
         if compiled:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = self.precision.grad_scaler()

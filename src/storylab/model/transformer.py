@@ -232,9 +232,8 @@ class Block(nn.Module):
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
         x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values), qkv)
         gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
-        handed_on = (
-            more_values  # another name: what redoes the attention above reads that one again
-        )
+        # Another name: what redoes the attention above reads the first one again.
+        handed_on = more_values
         if self.value_residual == "first_layer" and more_values is None:
             handed_on = self.attention.values(qkv)
         return x + lean(self.feed_forward, gate_up), handed_on
@@ -282,6 +281,11 @@ class Transformer(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
             if writes_residual and self.config.zero_init:
                 parameter.zero_()
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks in place, so that names in checkpoints stay as they are."""
+        for block in self.blocks:
+            block.compile()
 
     def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The blocks' weight matrices, each with the rows of the projections that it joins."""

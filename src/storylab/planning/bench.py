@@ -87,10 +87,7 @@ def peak_rate(config: TrainConfig) -> float | None:
         return None
     card = known_card(torch.cuda.get_device_name(device))
     recipe = find_recipe(config.dtype, config.recipe)
-    form = "bfloat16"
-    if recipe is not None:
-        form = "fp4" if any(o.format == "e2m1" for o in recipe.operands) else "fp8"
-    rate = card.tflops(form) if card else None
+    rate = card.tflops(recipe.form if recipe else "bfloat16") if card else None
     return rate * 1e12 if rate else None
 
 

@@ -131,7 +131,7 @@ def parts(
     low_layers, form, low_products = 0, "bfloat16", 0.0
     if recipe is not None:
         low_layers = len(recipe.low_blocks(layers))
-        form = "fp4" if any(o.format == "e2m1" for o in recipe.operands) else "fp8"
+        form = recipe.form
         low_products = recipe.low_products
     low = low_layers * linear * low_products
     elementwise = (

@@ -82,6 +82,11 @@ class Recipe:
         return first == second and first.whole_tensor
 
     @property
+    def form(self) -> Literal["fp8", "fp4"]:
+        """What hardware multiplies: FP4 where any operand is E2M1, else FP8."""
+        return "fp4" if any(o.format == "e2m1" for o in self.operands) else "fp8"
+
+    @property
     def low_products(self) -> float:
         """How many of a quantised layer's three products are, the mean over the iterations."""
         count = float(sum(getattr(self, product) is not None for product in PRODUCTS))

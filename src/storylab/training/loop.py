@@ -215,8 +215,7 @@ class Trainer:
         """
         self.run = run
         if self.config.compile:
-            for block in self.model.blocks:
-                block.compile()  # in place, so that names in checkpoints stay as they are
+            self.model.compile_blocks()
         cuda = self.precision.device.type == "cuda"
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
         self.unread: list[PendingIteration] = []

@@ -61,8 +61,7 @@ class StepTimer:
                 self.model.blocks, self.precision.recipe, 0, 1, self.precision.hardware
             )
         if self.config.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = self.precision.grad_scaler()
 
