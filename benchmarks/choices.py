@@ -4,9 +4,10 @@
 
 Shapes are those of the 113M model at 32 x 128 tokens: head 768 to 50,257, attention 12 query and 3
 key/value heads of 64, whole or in a window of 64, in bfloat16 under autocast, forward and backward;
-"model" is the whole model, redoing elementwise work in the backward pass (lean) or keeping everything
-for it. Every alternative runs in a process of its own, in turns (A B C C B A ...); reported are medians
-over processes, and peak memory.
+"model" is the whole model at 32 or 8 x 128 tokens, redoing elementwise work in the backward pass (lean)
+or keeping everything for it, or with the blocks' matrices in bfloat16 before it begins: the most that
+casting weights once an iteration rather than once a micro-batch could bring. Every alternative runs in a
+process of its own, in turns (A B C C B A ...); reported are medians over processes, and peak memory.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def attention(kind: str, length: int) -> Callable[[], float]:
     return run
 
 
-def model(kind: str) -> Callable[[], float]:
+def model(kind: str, sequences: int) -> Callable[[], float]:
     import torch
 
     import storylab.model.transformer as transformer
@@ -99,7 +100,10 @@ def model(kind: str) -> Callable[[], float]:
         transformer.lean = lambda function, x: function(x)
     precision = choose_precision(torch.device("cpu"), "bfloat16")
     language_model = transformer.Transformer(preset_config("113m").model, VOCAB)
-    windows = torch.randint(VOCAB, (32, 129))
+    if kind == "weights cast before":
+        for weight, _ in language_model.block_matrices():
+            weight.data = weight.data.bfloat16()
+    windows = torch.randint(VOCAB, (sequences, 129))
 
     def run() -> float:
         language_model.zero_grad(set_to_none=True)
@@ -112,9 +116,11 @@ def model(kind: str) -> Callable[[], float]:
 
 
 def measure(name: str) -> dict[str, float]:
-    part, kind, *length = name.split(":")
-    makers = {"head": head, "model": model}
-    run = makers[part](kind) if part in makers else attention(kind, int(length[0]))
+    part, kind, *size = name.split(":")
+    if part == "head":
+        run = head(kind)
+    else:
+        run = {"attention": attention, "model": model}[part](kind, int(size[0]))
     run()
     seconds, result = [], 0.0
     for _ in range(5):
@@ -138,7 +144,8 @@ def main() -> None:
     heads = [f"head:{kind}" for kind in ("ours", "all logits", "torch chunked")]
     lengths = (128, 256, 512, 1024)
     attentions = [f"attention:{kind}:{n}" for n in lengths for kind in ATTENTIONS]
-    models = ["model:lean", "model:keep all"]
+    models = ["model:lean:32", "model:keep all:32", "model:weights cast before:32"]
+    models += ["model:lean:8", "model:weights cast before:8"]
     names = [name for name in heads + attentions + models if name.startswith(args.part or "")]
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(args.repeats):

@@ -2,12 +2,14 @@
 
     python benchmarks/training_step.py precision
     python benchmarks/training_step.py allocator
+    python benchmarks/training_step.py compiling
     python benchmarks/training_step.py profile
 
 ``precision`` holds the emulated recipes beside bfloat16, ``allocator`` the memory allocator as training
-sets it beside the C library's default, and ``profile`` compiled steps beside uncompiled ones, with the
-share of the time that each part of a step takes, the share that its matrix products would take alone,
-and how many times faster a token is evaluated than trained on.
+sets it beside the C library's default and beside huge pages, ``compiling`` the cost of the first step
+with a filled and with an empty cache of compiled code, and ``profile`` compiled steps beside uncompiled
+ones, with the share of the time that each part of a step takes, the share that its matrix products would
+take alone, and how many times faster a token is evaluated than trained on.
 
 The steps are those of the 113M model: a micro-batch of 32 x 128 random tokens of 50,257, gradient clipping
 at 1.0, AdamW. Runs take turns (A B C C B A ...); reported are medians of the per-process medians, and the
@@ -19,27 +21,48 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 PRESET, SEQUENCES, VOCAB = "113m", 32, 50257
-# dtype, compiled, and whether freed memory is kept.
-Kind = tuple[str, bool, bool]
-KINDS: dict[str, Kind] = {
-    "bfloat16": ("bfloat16", False, True),
-    "bfloat16, compiled": ("bfloat16", True, True),
-    **{
-        f"{name}, emulated": (name, False, True)
-        for name in ("fp8", "fp8-current", "mxfp8", "nvfp4")
-    },
-    "bfloat16, allocator by default": ("bfloat16", False, False),
+
+
+class Kind(NamedTuple):
+    """What a process measures."""
+
+    dtype: str = "bfloat16"
+    compiled: bool = False
+    keep_memory: bool = True
+    huge_pages: bool = False
+    empty_cache: bool = False
+
+    def environment(self) -> dict[str, str]:
+        """Variables that its process needs from its start."""
+        found = dict(os.environ)
+        if self.huge_pages:  # glibc's own switch: madvise(MADV_HUGEPAGE) for what malloc maps
+            found["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        if self.empty_cache:
+            found["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+        return found
+
+
+KINDS = {
+    "bfloat16": Kind(),
+    "bfloat16, compiled": Kind(compiled=True),
+    "bfloat16, compiled, empty cache": Kind(compiled=True, empty_cache=True),
+    **{f"{name}, emulated": Kind(name) for name in ("fp8", "fp8-current", "mxfp8", "nvfp4")},
+    "bfloat16, allocator by default": Kind(keep_memory=False),
+    "bfloat16, huge pages": Kind(huge_pages=True),
 }
 TABLES = {
     "precision": ["bfloat16", *(name for name in KINDS if "emulated" in name)],
-    "allocator": ["bfloat16", "bfloat16, allocator by default"],
+    "allocator": ["bfloat16", "bfloat16, allocator by default", "bfloat16, huge pages"],
+    "compiling": ["bfloat16", *(name for name in KINDS if "compiled" in name)],
     "profile": ["bfloat16", "bfloat16, compiled"],
 }
 
@@ -47,20 +70,24 @@ TABLES = {
 def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.config import preset_config
     from storylab.model.flops import training_flops
+    from storylab.training import learner
     from storylab.training import measure as measuring
 
-    dtype, compiled, keep_memory = kind
-    if not keep_memory:
-        measuring.keep_freed_memory = lambda: None
+    if not kind.keep_memory:
+        learner.keep_freed_memory = lambda: None
     config = preset_config(PRESET)
-    config = dataclasses.replace(config, batch_size=SEQUENCES, dtype=dtype, compile=compiled)
+    config = dataclasses.replace(
+        config, batch_size=SEQUENCES, dtype=kind.dtype, compile=kind.compiled
+    )
     timer = measuring.StepTimer(config, VOCAB)
-    median = timer.median(SEQUENCES, 0.0, steps)
+    first = timer.step(SEQUENCES)
+    median = statistics.median(timer.times(SEQUENCES, 0.0, steps))
     tokens = SEQUENCES * config.block_size
     found = {
         "tokens_per_second": tokens / median,
         "gflops": training_flops(config.model, VOCAB, config.block_size) * tokens / median / 1e9,
         "peak_gb": timer.memory() / 1e9,
+        "first_seconds": first - median,
     }
     if profile:
         alone = measuring.products_seconds(config, VOCAB, tokens, timer.precision)
@@ -98,21 +125,25 @@ def main() -> None:
     for turn in range(args.repeats):
         for name in names if turn % 2 == 0 else names[::-1]:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            row = next(line for line in out.splitlines() if line.startswith("RESULT "))
+            done = subprocess.run(
+                command, env=KINDS[name].environment(), check=True, capture_output=True, text=True
+            )
+            row = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
             results[name].append(json.loads(row.removeprefix("RESULT ")))
             print(f"turn {turn + 1}: {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    base_keys = ("tokens_per_second", "gflops", "peak_gb")
+    base_keys = ("tokens_per_second", "gflops", "peak_gb", "first_seconds")
     base = {k: _median(results[names[0]], k) for k in base_keys}
     print(
-        "| step | tok/s (min to max) | GFLOP/s | peak memory | the first's speed / memory over its |"
+        "| step | tok/s (min to max) | GFLOP/s | first step more | peak memory "
+        "| the first's speed / memory over its |"
     )
-    print("| --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, rows in results.items():
         speeds = [row["tokens_per_second"] for row in rows]
         print(
             f"| {name} | {statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f}) "
-            f"| {_median(rows, 'gflops'):.0f} | {_median(rows, 'peak_gb'):.2f} GB "
+            f"| {_median(rows, 'gflops'):.0f} | {_median(rows, 'first_seconds'):.1f} s "
+            f"| {_median(rows, 'peak_gb'):.2f} GB "
             f"| {base['tokens_per_second'] / statistics.median(speeds):.2f} x / "
             f"{base['peak_gb'] / _median(rows, 'peak_gb'):.0%} |"
         )

@@ -457,7 +457,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
         return dataclasses.replace(result, loss=result.loss * math.nan) if late else result
 
     calls = itertools.count()
-    monkeypatch.setattr("storylab.training.loop.training_step", poisoned)
+    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(TrainingDiverged, match="iteration 3"):
         train(config)

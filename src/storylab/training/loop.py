@@ -22,15 +22,13 @@ from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.sources import TRAIN, VALIDATION
 from storylab.errors import UserError
 from storylab.files import exclusive, write_json
-from storylab.model.transformer import Transformer
 from storylab.precision import selftest
-from storylab.precision.convert import low_share, quantize_blocks
+from storylab.precision.convert import low_share
 from storylab.precision.hardware import require_aligned
 from storylab.precision.observe import QuantizationStatistics
 from storylab.training import checkpoint, lines
-from storylab.training.allocator import keep_freed_memory
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
-from storylab.training.optimizers import build_optimizers
+from storylab.training.learner import Learner
 from storylab.training.precision import (
     Precision,
     choose_device,
@@ -51,7 +49,7 @@ from storylab.training.run_folder import (
 from storylab.training.sampling import StoryModel
 from storylab.training.schedule import learning_rate
 from storylab.training.signals import stop_signals
-from storylab.training.step import NonFiniteError, StepReport, StepResult, training_step
+from storylab.training.step import NonFiniteError, StepReport, StepResult
 from storylab.training.telemetry import Telemetry, peak_memory_bytes
 
 # The first one is the record's.
@@ -158,21 +156,8 @@ class Trainer:
     ) -> None:
         self.config, self.dataset = config, dataset
         self.precision, self.reporter = precision, reporter
-        if precision.device.type == "cpu":
-            keep_freed_memory()
-        self.model = Transformer(config.model, dataset.vocab_size, config.seed)
-        self.model.to(precision.device)
-        self.quantization = None
-        if precision.recipe is not None:
-            self.quantization = quantize_blocks(
-                self.model.blocks,
-                precision.recipe,
-                config.seed,
-                config.max_iters,
-                precision.hardware,
-            )
-        self.optimizers = build_optimizers(self.model, config)
-        self.scaler = precision.grad_scaler()
+        self.learner = Learner(config, dataset.vocab_size, precision)
+        self.model, self.quantization = self.learner.model, self.learner.quantization
         self.batches = TrainingBatches(
             dataset.splits[TRAIN],
             dataset.fingerprint,
@@ -204,9 +189,9 @@ class Trainer:
         self.progress = Progress.from_dict(state)
         if self.quantization is not None:
             self.quantization.advance(max(self.progress.next_iteration - 1, 0))
-        checkpoint.restore(self.model, self.optimizers, tensors)
+        checkpoint.restore(self.model, self.learner.optimizers, tensors)
         if self.progress.scaler:
-            self.scaler.load_state_dict(self.progress.scaler)
+            self.learner.scaler.load_state_dict(self.progress.scaler)
 
     def train(self, run: Run) -> Run:
         """Train from where the progress stands to ``max_iters``, evaluate, and sum up.
@@ -214,8 +199,6 @@ class Trainer:
         The caller holds the run folder, so that no other process writes to it.
         """
         self.run = run
-        if self.config.compile:
-            self.model.compile_blocks()
         cuda = self.precision.device.type == "cuda"
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
         self.unread: list[PendingIteration] = []
@@ -319,17 +302,8 @@ class Trainer:
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
         with self._quantization_at(iteration):
-            return training_step(
-                self.model,
-                self.optimizers,
-                self.scaler,
-                self.precision,
-                batch,
-                micro_batch=self.config.batch_size,
-                learning_rate=learning_rate(self.config, iteration),
-                grad_clip=self.config.grad_clip,
-                check=self.stop.check,
-            )
+            rate = learning_rate(self.config, iteration)
+            return self.learner.step(batch, rate, self.stop.check)
 
     @contextmanager
     def _quantization_at(self, iteration: int) -> Iterator[None]:
@@ -508,10 +482,10 @@ class Trainer:
 
     def _save_last(self) -> None:
         state = dataclasses.replace(
-            self.progress, power=self.telemetry.totals(), scaler=self.scaler.state_dict()
+            self.progress, power=self.telemetry.totals(), scaler=self.learner.scaler.state_dict()
         )
         self.run.sync_metrics()
-        tensors = checkpoint.training_tensors(self.model, self.optimizers)
+        tensors = checkpoint.training_tensors(self.model, self.learner.optimizers)
         checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
         self.saved_at = time.perf_counter()
 

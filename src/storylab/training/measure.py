@@ -10,13 +10,9 @@ from typing import Any
 import torch
 
 from storylab.config import TrainConfig
-from storylab.model.transformer import Transformer
-from storylab.precision.convert import quantize_blocks
-from storylab.training.allocator import keep_freed_memory
+from storylab.training.learner import Learner
 from storylab.training.loop import resolve_device
-from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import Precision
-from storylab.training.step import training_step
 from storylab.training.telemetry import peak_memory_bytes
 
 # What a step's operations belong to, the first rule that fits: the annotations or functions that they
@@ -52,18 +48,8 @@ class StepTimer:
         self.config, self.precision = resolve_device(config)
         self.device = self.precision.device
         self.vocab_size = vocab_size
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.model = Transformer(config.model, vocab_size).to(self.device)
-        self.quantization = None
-        if self.precision.recipe is not None:
-            self.quantization = quantize_blocks(
-                self.model.blocks, self.precision.recipe, 0, 1, self.precision.hardware
-            )
-        if self.config.compile:
-            self.model.compile_blocks()
-        self.optimizers = build_optimizers(self.model, config)
-        self.scaler = self.precision.grad_scaler()
+        self.learner = Learner(self.config, vocab_size, self.precision)
+        self.model = self.learner.model
 
     def step(self, sequences: int) -> float:
         """Seconds of a step over ``sequences`` windows, in micro-batches of the config's size."""
@@ -72,18 +58,9 @@ class StepTimer:
         batch = batch.to(self.device)
         synchronize(self.device)
         start = time.perf_counter()
-        if self.quantization is not None:
-            self.quantization.weights_changed()
-        training_step(
-            self.model,
-            self.optimizers,
-            self.scaler,
-            self.precision,
-            batch,
-            micro_batch=self.config.batch_size,
-            learning_rate=0.0,
-            grad_clip=self.config.grad_clip,
-        )
+        if self.learner.quantization is not None:
+            self.learner.quantization.weights_changed()
+        self.learner.step(batch, learning_rate=0.0)
         synchronize(self.device)
         return time.perf_counter() - start
 

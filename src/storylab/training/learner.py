@@ -1,0 +1,66 @@
+"""A model with all that a step changes or needs: what a run, a plan and a benchmark train alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from storylab.config import TrainConfig
+from storylab.model.transformer import Transformer
+from storylab.precision.convert import quantize_blocks
+from storylab.training.allocator import keep_freed_memory
+from storylab.training.optimizers import build_optimizers
+from storylab.training.precision import Precision
+from storylab.training.step import StepResult, training_step
+
+
+class Learner:
+    """Initial weights, compiled and quantised as the config says, and what updates them.
+
+    Args:
+        config: the run, with device and compiling filled in.
+        vocab_size: number of token ids.
+        precision: the config's.
+    """
+
+    def __init__(self, config: TrainConfig, vocab_size: int, precision: Precision) -> None:
+        self.config, self.precision = config, precision
+        if precision.device.type == "cpu":
+            keep_freed_memory()
+        self.model = Transformer(config.model, vocab_size, config.seed).to(precision.device)
+        self.quantization = None
+        if precision.recipe is not None:
+            self.quantization = quantize_blocks(
+                self.model.blocks,
+                precision.recipe,
+                config.seed,
+                config.max_iters,
+                precision.hardware,
+            )
+        if config.compile:
+            self.model.compile_blocks()
+        self.optimizers = build_optimizers(self.model, config)
+        self.scaler = precision.grad_scaler()
+
+    def step(
+        self, batch: Tensor, learning_rate: float, check: Callable[[], None] = lambda: None
+    ) -> StepResult:
+        """Train on ``batch [S, T + 1]`` (int64) in micro-batches of the config's size.
+
+        ``check`` is called between them and may raise to leave.
+
+        Raises:
+            NonFiniteError: see :func:`training_step`.
+        """
+        return training_step(
+            self.model,
+            self.optimizers,
+            self.scaler,
+            self.precision,
+            batch,
+            micro_batch=self.config.batch_size,
+            learning_rate=learning_rate,
+            grad_clip=self.config.grad_clip,
+            check=check,
+        )
