@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import plan_check
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.lab_cli import GpuName, SoftwareName
 from storylab.model.flops import attention_flops, training_flops
 from storylab.model.transformer import Transformer
+from storylab.plan_cli import GpuName, SoftwareName
 from storylab.planning.bench import known_card
 from storylab.planning.calibrate import Measured
 from storylab.planning.cards import CARDS, Card

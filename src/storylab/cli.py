@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from storylab import lab_cli
+from storylab import lab_cli, plan_cli
 from storylab.config import (
     DEFAULT_DATA_DIR,
     DEFAULT_PRESET,
@@ -209,8 +209,8 @@ def _run_verb(verb: str, args: list[str]) -> int:
         "eval": _eval,
         "sample": _sample,
         "experiment": lab_cli.experiment,
-        "plan": lab_cli.plan,
-        "bench": lab_cli.bench,
+        "plan": plan_cli.plan,
+        "bench": plan_cli.bench,
         "compare": lab_cli.compare,
         "noise": lab_cli.noise,
         "list": lab_cli.list_runs,

@@ -1,0 +1,130 @@
+"""The verbs about what training takes: plan foretells, bench measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from storylab.config import PRESETS, Dtype, TrainConfig
+from storylab.errors import UserError
+from storylab.flags import default_for, parse
+
+GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
+SoftwareName = Literal["eager", "compiled", "handwritten"]
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """What a run, or an experiment, is expected to take on a card: speed, time, energy, memory, and the
+    most that FP8 and NVFP4 can bring there, part by part. Nothing is run, but for --gpu this.
+
+    Examples: storylab plan --gpu rtx5090 | storylab plan --preset nano --gpu this
+    | storylab plan experiments/02-fp8.toml --scale record --gpu rtx4090 --software compiled
+    """
+
+    file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """Experiment file; without one, the run that the flags describe."""
+    gpu: tuple[GpuName, ...] = ("rtx5090",)
+    """Cards, or this: the machine itself, after some 20 seconds of training steps."""
+    scale: str | None = None
+    """One of the experiment's scales."""
+    software: SoftwareName = "eager"
+    """For an experiment: how well its products and kernels use the card."""
+    vocab_size: int = 0
+    """Token ids; 0: as many as the preset is counted with, or the experiment's tokenizer has."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class BenchCommand:
+    """Time training steps here in every precision and attention: tok/s, share of the card's peak,
+    memory, energy, and where the time goes. Nothing is kept.
+
+    On a CPU a micro-batch is 8 sequences here unless --batch_size says otherwise, and what a
+    low-precision dtype takes is the time of its emulation.
+
+    Examples: storylab bench --preset 10m | storylab bench --dtypes bfloat16 float32 --compile
+    """
+
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4")
+    """What to time."""
+    attentions: tuple[str, ...] = ("window:64",)
+    """Attention patterns to time in bfloat16 beside the model's own."""
+    seconds: float = 40.0
+    """Time for steps, shared by all; starting, warming up and profiling come on top."""
+    vocab_size: int = 0
+    """Token ids; 0: as many as the preset is counted with."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+def plan(args: list[str]) -> int:
+    """``storylab plan``."""
+    command = parse(PlanCommand, args, "storylab plan", PlanCommand(config=default_for(args)))
+    from storylab.experiments.factors import under
+    from storylab.experiments.spec import load_experiment
+    from storylab.planning.calibrate import calibrate
+    from storylab.planning.cards import CARDS
+    from storylab.planning.roofline import SOFTWARE
+    from storylab.planning.words import arm_line, card_lines, head_line, measured_lines
+
+    if command.file is None:
+        config = command.config
+        vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
+        print(head_line(config, vocab_size))
+        for gpu in command.gpu:
+            lines = (
+                measured_lines(calibrate(config, vocab_size), config)
+                if gpu == "this"
+                else card_lines(CARDS[gpu], config, vocab_size)
+            )
+            print("", *lines, sep="\n")
+        return 0
+    experiment = load_experiment(command.file, command.scale)
+    vocab_size = command.vocab_size or experiment.vocab_size
+    print(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
+    for gpu in command.gpu:
+        if gpu == "this":
+            raise UserError(
+                f"for this machine: storylab experiment run {shlex.quote(str(command.file))} --dry_run"
+            )
+        software = SOFTWARE[command.software]
+        print(f"\n{CARDS[gpu].name}, {software.name}, predicted:")
+        for cell in experiment.cells:
+            name = under(cell.arm, cell.condition)
+            print(arm_line(name, cell.config, vocab_size, CARDS[gpu], software))
+    return 0
+
+
+def bench(args: list[str]) -> int:
+    """``storylab bench``."""
+    default = default_for(args)
+    command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default))
+    from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
+    from storylab.training.loop import resolve_device
+
+    config = command.config
+    if not command.seconds > 0:
+        raise UserError(f"seconds is {command.seconds}: it must be above 0")
+    if not command.dtypes:
+        raise UserError("give at least one of --dtypes")
+    if any(arg.partition("=")[0].replace("-", "_") == "__dtype" for arg in args):
+        raise UserError("a bench has --dtypes, one or more, instead of --dtype")
+    first = dataclasses.replace(config, dtype=command.dtypes[0], backend="auto", compile=False)
+    device = resolve_device(first)[0].device
+    if device == "cpu" and config.batch_size == default.batch_size:
+        config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
+    config = dataclasses.replace(config, compile=bool(config.compile))
+    vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
+    print(
+        f"{config.preset} on {device}: steps of one micro-batch, {config.batch_size} x "
+        f"{config.block_size} tokens, {vocab_size:,} ids, the update included"
+    )
+    configs = list(variants(config, command.dtypes, command.attentions))
+    for line in bench_lines(configs, vocab_size, command.seconds):
+        print(line, flush=True)
+    return 0
