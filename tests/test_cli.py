@@ -179,12 +179,15 @@ def test_from_stories_to_samples(tmp_path: Path) -> None:
     assert "\x1b" not in trained.stdout + trained.stderr and trained.stderr == ""
     assert trained.stdout.startswith("iter 0:    loss ")
     assert "\nSaved new best model (val loss: " in trained.stdout
+    assert "; windows of 16 tokens running through the stories in turn\n" in trained.stdout
     log = (tmp_path / "runs/a/log.txt").read_text()
     assert trained.stdout.startswith(log)
     sampled = run("sample", "runs/a", "--prompt", "Tom", "--samples", "2", cwd=tmp_path)
     assert sampled.returncode == 0 and sampled.stdout.count("Tom") >= 2
     evaluated = run("eval", "runs/a", "--checkpoint", "best", cwd=tmp_path)
     assert evaluated.returncode == 0 and "bits per byte" in evaluated.stdout
+    other = run("eval", "runs/a", "--block_size", "32", "--aligned", cwd=tmp_path)
+    assert "windows of 32 tokens beginning anew at every story\n" in other.stdout
     extended = run("resume", "runs/a", cwd=tmp_path)
     assert extended.returncode == 0 and "is finished" in extended.stdout
     again = run("train", *SMALL, *data, "--out_dir", "runs/a", cwd=tmp_path)

@@ -328,6 +328,7 @@ def _eval(args: list[str]) -> int:
     command = parse(EvalCommand, args, "storylab eval")
     from storylab.console import ConsoleReporter
     from storylab.training.evaluation import evaluate_run
+    from storylab.training.lines import windows_words
 
     with ConsoleReporter() as reporter:
         result = evaluate_run(
@@ -340,6 +341,7 @@ def _eval(args: list[str]) -> int:
             command.block_size,
             command.aligned,
         )
+    print(f"read in        {windows_words(result.block_size, command.aligned)}")
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
     print(f"perplexity     {result.perplexity:,.2f}")

@@ -78,9 +78,10 @@ def markdown(
         "# TinyStories training experiments",
         "",
         "Made from run folders by `storylab experiment report`; only the remarks are written by hand. "
-        "Final losses are nats per token on the whole validation split, under the final weights; "
-        "losses along a run are its estimates on a few fixed windows. Every figure is measured in the "
-        "runs unless it is called predicted; what was not measured is said to be missing. Arms of an "
+        "Final losses are nats per token on the whole validation split, under the final weights, in "
+        "windows as long as those of training that run through the stories in turn; losses along a run "
+        "are its estimates on a few fixed windows. Every figure is measured in the runs unless it is "
+        "called predicted; what was not measured is said to be missing. Arms of an "
         "experiment share initial weights (where shapes allow), data order and evaluation windows; "
         "intervals are 95 %, over paired seeds unless stated, and verdicts are corrected for the number "
         "of comparisons in their experiment.",
@@ -274,7 +275,7 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
         f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
         f"key/value heads, hidden {m.n_hidden}, {parameters:,} parameters",
     )
-    yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration"
+    yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration, in windows of {c.block_size:,}"
     yield (
         "optimizer",
         ("" if c.method == "record" else f"method {c.method}: ")

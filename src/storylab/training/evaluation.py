@@ -42,6 +42,11 @@ class Evaluation:
     text_bytes: int
 
     @property
+    def block_size(self) -> int:
+        """Tokens in a window: a loss holds for this length."""
+        return len(self.position_losses)
+
+    @property
     def loss(self) -> float:
         """Mean cross-entropy in nats per token."""
         return float(self.story_losses.sum() / self.story_tokens.sum())

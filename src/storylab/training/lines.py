@@ -78,6 +78,12 @@ def _with_perplexity(loss: float | None) -> str:
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):,.2f})"
 
 
+def windows_words(block_size: int, aligned: bool = False) -> str:
+    """The windows that a whole split was read in, without which its loss means little."""
+    course = "beginning anew at every story" if aligned else "running through the stories in turn"
+    return f"windows of {block_size:,} tokens {course}"
+
+
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The results of a run, as the record lists them, from its ``summary.json``."""
     full = summary["validation"]
@@ -90,6 +96,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             f"loss {full['loss']:.4f} +/- {_figure(full['standard_error'], '{:.4f}', 'unknown')} "
             f"(standard error over {full['stories']:,} stories), perplexity {full['perplexity']:,.2f}, "
             f"{full['bits_per_byte']:.4f} bits per byte"
+            + (f"; {windows_words(full['block_size'])}" if "block_size" in full else "")
             if full
             else "not evaluated",
         ),

@@ -509,4 +509,5 @@ def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
         "bits_per_byte": evaluation.bits_per_byte,
         "stories": len(evaluation.story_losses),
         "tokens": int(evaluation.story_tokens.sum()),
+        "block_size": evaluation.block_size,
     }
