@@ -14,6 +14,9 @@ CHUNK = 512
 ROWS = 8192
 # Logits that the CPU widens to float32 at once (8 MB), so that a softmax's passes stay in cache.
 CPU_SOFTMAX_ELEMENTS = 2**21
+# A GPU's matrix units want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix
+# Multiplication Background User's Guide, section 3.1); a CPU's do not care (docs/performance.md).
+CUDA_VOCAB_MULTIPLE = 64
 
 
 def soft_capped(logits: Tensor, softcap: float) -> Tensor:
@@ -50,9 +53,9 @@ def linear_cross_entropy(
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
     dtype = _compute_dtype(hidden)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
     losses = [
-        _losses(chunk @ weight.T, chunk_targets, softcap)
+        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), chunk_targets, softcap)
         for chunk, chunk_targets in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return torch.cat(losses)
@@ -61,6 +64,24 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _vocab_multiple(device: torch.device) -> int:
+    return CUDA_VOCAB_MULTIPLE if device.type == "cuda" else 1
+
+
+def _low_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight [V, C]`` in ``dtype`` with rows of zeros behind it that make V a round number.
+
+    Logits of those rows have to be cut off before the softmax; as they stay 0, they add nothing to
+    any gradient.
+    """
+    more = -len(weight) % _vocab_multiple(weight.device)
+    if not more:
+        return weight.to(dtype)
+    low = weight.new_zeros(len(weight) + more, weight.shape[1], dtype=dtype)
+    low.narrow(0, 0, len(weight)).copy_(weight)
+    return low
 
 
 def _softmax_rows(logits: Tensor) -> int:
@@ -96,18 +117,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         softcap: float,
     ) -> Tensor:
-        low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
+        low_hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(low_hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        buffer = low_hidden.new_empty(min(CHUNK, len(targets)), len(weight))
+        buffer = low_hidden.new_empty(min(CHUNK, len(targets)), len(low_weight))
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = (tensor.split(CHUNK) for tensor in (low_hidden, hidden_grad, targets))
             for states, states_grad, wanted in zip(*chunks, strict=True):
-                logits = buffer.narrow(0, 0, len(wanted))
-                torch.mm(states, low_weight.T, out=logits)
+                padded = buffer.narrow(0, 0, len(wanted))
+                torch.mm(states, low_weight.T, out=padded)
+                logits = padded.narrow(1, 0, len(weight))
                 total += _losses(logits, wanted, softcap, gradient=True).sum()
-                torch.mm(logits, low_weight, out=states_grad)
+                torch.mm(padded, low_weight, out=states_grad)
                 for part, grad in zip(
                     logits.split(ROWS, dim=1), weight_grad.split(ROWS), strict=True
                 ):

@@ -285,7 +285,7 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay as they are."""
         for block in self.blocks:
-            block.compile()
+            block.compile(dynamic=False)
 
     def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The blocks' weight matrices, each with the rows of the projections that it joins."""
