@@ -194,6 +194,15 @@ def test_head_loss_and_gradients_equal_plain_cross_entropy(
     torch.testing.assert_close(ours_each, each, rtol=1e-5, atol=1e-6)
 
 
+def test_the_loss_of_a_word_held_for_impossible_is_finite() -> None:
+    """Its probability is 0 in float32, its logarithm is not."""
+    hidden = torch.tensor([[500.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([2]))
+    loss.backward()
+    assert loss.item() == 1000.0 and hidden.grad is not None and hidden.grad.item() == 2.0
+
+
 def test_head_under_autocast_stays_near_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(600, 64, generator=generator)

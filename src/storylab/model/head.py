@@ -12,8 +12,8 @@ from torch import Tensor
 CHUNK = 512
 # Rows of the weight gradient that are made at once before they are added up in float32.
 ROWS = 8192
-# Logits that the CPU widens to float32 at once (8 MB), so that a softmax's passes stay in cache.
-CPU_SOFTMAX_ELEMENTS = 2**21
+# Logits that a CPU thread widens to float32 at once (1 MB), so that a softmax's passes stay in its cache.
+CPU_SOFTMAX_ELEMENTS = 2**18
 # A GPU's matrix units want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix
 # Multiplication Background User's Guide, section 3.1); a CPU's do not care (docs/performance.md).
 CUDA_VOCAB_MULTIPLE = 64
@@ -87,7 +87,7 @@ def _low_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _softmax_rows(logits: Tensor) -> int:
     if logits.device.type != "cpu":
         return CHUNK
-    return max(1, CPU_SOFTMAX_ELEMENTS // logits.shape[1])
+    return max(1, CPU_SOFTMAX_ELEMENTS * torch.get_num_threads() // logits.shape[1])
 
 
 def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False) -> Tensor:
@@ -96,14 +96,18 @@ def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = Fa
     rows = _softmax_rows(logits)
     for part, wanted in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
         capped = soft_capped(part.float(), softcap)
-        log_probabilities = capped.log_softmax(dim=-1)
-        losses.append(-log_probabilities.gather(1, wanted).squeeze(1))
-        if gradient:
-            difference = log_probabilities.exp_()
-            difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
-            if softcap:  # the derivative of tanh is 1 - tanh^2
-                difference -= difference * (capped / softcap).square_()
-            part.copy_(difference)
+        if not gradient:
+            losses.append(-capped.log_softmax(dim=-1).gather(1, wanted).squeeze(1))
+            continue
+        # One pass of exp gives both: the largest probability is exp(0) over the sum.
+        below_largest = capped.amax(dim=1, keepdim=True) - capped.gather(1, wanted)
+        difference = capped.softmax(dim=-1)
+        log_sum = -difference.amax(dim=1, keepdim=True).log()
+        losses.append((below_largest + log_sum).squeeze(1))
+        difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
+        if softcap:  # the derivative of tanh is 1 - tanh^2
+            difference -= difference * (capped / softcap).square_()
+        part.copy_(difference)
     return torch.cat(losses)
 
 
