@@ -99,7 +99,7 @@ def test_all_logits_are_never_in_memory() -> None:
     assert 512 * vocab <= seen.largest < 2 * time * vocab / 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
 def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
     monkeypatch: pytest.MonkeyPatch, model: ModelConfig, optimizer: str
@@ -165,7 +165,7 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_a_step_that_is_not_finite_changes_nothing_on_the_device(optimizer: str) -> None:
     """What CUDA relies on, on the CPU: the skip is part of the update."""
     config = TrainConfig(model=MODEL, optimizer=optimizer, weight_decay=0.3)  # type: ignore[arg-type]

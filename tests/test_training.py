@@ -31,7 +31,7 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint
+from storylab.training import checkpoint, learner
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.loop import (
     SilentReporter,
@@ -157,6 +157,78 @@ def test_orthogonalized_matrices_have_singular_values_near_one(
     u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
     cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).float().flatten(1))
     assert cosine.min() > 0.95
+
+
+def test_normuon_is_muon_with_rows_alike() -> None:
+    """Three steps against Li et al. 2025, algorithm 1, in float64 for everything after the
+    orthogonalization, with the norm of Muon's update."""
+    model, optimizers = new(optimizer="normuon", matrix_lr=1e-4, weight_decay=0.0)
+    matrices = dict(model.block_matrices())
+    momenta = {p: torch.zeros_like(p) for p in matrices}
+    squares = {p: torch.zeros(len(p), 1, dtype=torch.float64) for p in matrices}
+    for _ in range(3):
+        before = {p: p.detach().clone() for p in matrices}
+        step(model, optimizers, grad_clip=0.0, learning_rate=1e-4)
+        for p, rows in matrices.items():
+            assert p.grad is not None
+            momenta[p] = 0.95 * momenta[p] + 0.05 * p.grad
+            ahead = 0.95 * momenta[p] + 0.05 * p.grad
+            updates = []
+            for part, mean in zip(ahead.split(rows), squares[p].split(rows), strict=True):
+                update = orthogonalize(part.unsqueeze(0))[0].double()
+                mean.mul_(0.95).add_(0.05 * update.square().mean(1, keepdim=True))
+                alike = update / mean.sqrt()
+                scale = max(1.0, part.shape[0] / part.shape[1]) ** 0.5
+                updates.append(scale * alike * update.norm() / alike.norm())
+            change = (before[p] - p.detach()).double() / 1e-4
+            torch.testing.assert_close(change, torch.cat(updates), rtol=0.03, atol=0.03)
+    first = new(optimizer="normuon", weight_decay=0.0)
+    weight = first[0].blocks[0].feed_forward.down.weight
+    begun = weight.detach().clone()
+    step(*first)
+    norms = (weight.detach() - begun).norm(dim=1)
+    torch.testing.assert_close(norms, norms.mean().expand_as(norms), rtol=1e-4, atol=0)
+
+
+def test_windows_in_pieces_are_shorter_windows() -> None:
+    (whole, optimizers), (cut, others) = new(), new()
+    pieces = torch.cat((batch()[:, :9], batch()[:, 8:]), dim=0)
+    a = step(whole, optimizers, batch=pieces, micro_batch=16)
+    b = step(cut, others, pieces=2, micro_batch=3)
+    assert a.loss == pytest.approx(b.loss, rel=1e-6)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+
+
+def test_windows_are_short_in_their_share_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    taken = learner.training_step
+
+    def noted(*args: Any, **values: Any) -> Any:
+        given.append(values["pieces"])
+        return taken(*args, **values)
+
+    monkeypatch.setattr(learner, "training_step", noted)
+    config = TrainConfig(model=TINY, max_iters=9, short_share=0.3, batch_size=8)
+    trained = learner.Learner(config, VOCAB, FLOAT32)
+    for _ in range(10):
+        trained.step(batch(), learning_rate=1e-3)
+    assert given == [2] * 3 + [1] * 7
+
+
+def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
+    """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
+    config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
+    trained = learner.Learner(config, VOCAB, FLOAT32)
+    weight = trained.model.embedding.weight
+    expected = torch.zeros_like(weight, dtype=torch.float64)
+    for number in range(1, 11):
+        trained.step(batch(), learning_rate=1e-2)
+        newest = 1 / min(number, 4)
+        expected = (1 - newest) * expected + newest * weight.detach().double()
+        own = weight.detach().clone()
+        with trained.averaged():
+            torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(weight, own)
 
 
 def test_cautious_decay_never_works_against_the_update() -> None:
@@ -537,12 +609,48 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.environment["resumed"][0]["iteration"] == at
 
 
-def test_a_run_with_muon_resumes_to_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    whole = train(tiny_config(optimizer="muon", out_dir=tmp_path / "whole"))
-    config = tiny_config(optimizer="muon", out_dir=tmp_path / "stopped")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "muon"},
+        {"optimizer": "normuon"},
+        {"average_share": 0.5, "short_share": 0.6},
+        {"average_share": 0.2, "dtype": "mxfp8"},
+    ],
+    ids=str,
+)
+def test_a_run_with_other_parts_resumes_to_the_same_bits(
+    tiny_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
+    config = tiny_config(**changes, out_dir=tmp_path / "stopped")
     with pytest.raises(TrainingInterrupted):
         train(config, InterruptAt(4, signal.SIGTERM))
-    assert weights(resume(config.out_dir)) == weights(whole)
+    run = resume(config.out_dir)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+
+
+@pytest.mark.parametrize("share", ["average_share", "short_share"])
+def test_a_run_with_a_share_of_it_cannot_be_made_longer(
+    tiny_config: MakeConfig, share: str
+) -> None:
+    config = tiny_config(schedule="constant", **{share: 0.5})
+    train(config)
+    with pytest.raises(UserError, match=f"moves .*{share}.*start a new run"):
+        resume(config.out_dir, dataclasses.replace(config, max_iters=12))
+
+
+def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None:
+    run = train(tiny_config(average_share=0.5, schedule="constant"))
+    own = train(tiny_config(schedule="constant", out_dir=run.folder.parent / "own"))
+    assert run.summary is not None and own.summary is not None
+    judged = run.summary["validation"]["loss"]
+    assert evaluate_run(run.folder, device="cpu").loss == pytest.approx(judged, rel=1e-6)
+    assert judged != own.summary["validation"]["loss"]
+    rows = zip(metrics(run), metrics(own), strict=True)
+    trained = [(a["loss"], b["loss"]) for a, b in rows if a["kind"] == "iteration"]
+    assert len(trained) == 9 and all(a == b for a, b in trained)  # training does not see it
 
 
 def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(

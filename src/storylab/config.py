@@ -31,7 +31,7 @@ Dtype = Literal[
 WIDE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon", "normuon"]
 ValueResidual = Literal["none", "first_layer", "token_table"]
 MethodName = Literal["record", "fast"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
@@ -260,11 +260,11 @@ class TrainConfig:
     schedule: ScheduleName = "cosine"
     """Course of the learning rate after the warm-up."""
     optimizer: OptimizerName = "adamw"
-    """adamw for everything, or muon for the matrices of the blocks and adamw for the rest."""
+    """adamw for everything, or for the matrices of the blocks muon or normuon and adamw for the rest."""
     matrix_lr: float = 0.02
-    """Peak learning rate of the matrices under muon; it follows the course of learning_rate."""
+    """Peak learning rate of the matrices under muon and normuon; it follows the course of learning_rate."""
     cautious_decay: bool = False
-    """Under muon, decay an entry only where its update makes it smaller too."""
+    """Under muon and normuon, decay an entry only where its update makes it smaller too."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; norm gains are not decayed."""
     beta1: float = 0.9
@@ -273,6 +273,12 @@ class TrainConfig:
     """AdamW decay of the squared-gradient average."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    average_share: float = 0.0
+    """Evaluate, keep and sample from an average of the weights over this share of the run (the newest
+    count most; Polyak & Juditsky 1992), which the training itself does not see; 0 for none."""
+    short_share: float = 0.0
+    """Share of the run, from its start, in which every window is trained on as two of half the length
+    (Li et al. 2021, arXiv 2108.06084)."""
     eval_interval: int = 500
     """Iterations between evaluations."""
     eval_iters: int = 100
@@ -317,8 +323,17 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        if self.optimizer == "muon" and self.learning_rate == 0:
-            raise UserError("muon follows the course of learning_rate: let it be above 0")
+        for name in ("average_share", "short_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be a share, 0 to 1")
+        if self.short_share and self.block_size % 2:
+            raise UserError(
+                f"block_size {self.block_size} cannot be halved, as short_share asks: make it even"
+            )
+        if self.optimizer != "adamw" and self.learning_rate == 0:
+            raise UserError(
+                f"{self.optimizer} follows the course of learning_rate: let it be above 0"
+            )
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -398,6 +413,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "optimizer": "adamw",
     "matrix_lr": 0.02,
     "cautious_decay": False,
+    "average_share": 0.0,
+    "short_share": 0.0,
 }
 # The same for fields of the model's shape.
 ADDED_MODEL_FIELDS: dict[str, Any] = {

@@ -26,7 +26,8 @@ OPTIMIZER_FIELDS = frozenset(
     {"optimizer", "matrix_lr", "cautious_decay", "weight_decay", "beta1", "beta2"}
 )
 
-METHOD_FIELDS = LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys() | {"method"}
+METHOD_FIELDS = LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys()
+METHOD_FIELDS |= {"method", "average_share", "short_share"}
 
 # A factor that takes several fields to say; every other factor is the one field of its name.
 FACTORS: dict[str, frozenset[str]] = {

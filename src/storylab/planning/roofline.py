@@ -110,6 +110,8 @@ ATTENTION, QUANTISING = "attention products", "quantising"
 WEIGHT_TRAFFIC = 16
 # Of a parameter in an update by AdamW: weight, gradient and both moments read, all but one written.
 UPDATE_TRAFFIC = 28
+# Of a parameter whose average is kept: both read, the average written.
+AVERAGE_TRAFFIC = 12
 # Of an element of a quantised operand, its block scale included.
 OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
 # Of an element that is quantised: read in bfloat16 twice, written in both layouts.
@@ -142,8 +144,9 @@ def parts(
     )
     inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
     share = low / (3 * layers * linear)
-    muon = config.optimizer == "muon"
+    muon = config.optimizer != "adamw"
     update_flops = orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) if muon else 0
+    update_traffic = UPDATE_TRAFFIC + AVERAGE_TRAFFIC * bool(config.average_share)
     # Each product reads two operands and writes its result.
     moved = layers * (tokens * (inputs + outputs) + weights)
     head_moved = tokens * (width + vocab_size) + vocab_size * width
@@ -188,7 +191,7 @@ def parts(
             "update",
             update_flops / config.gradient_accumulation_steps,
             "bfloat16",
-            model.parameter_count(vocab_size) * UPDATE_TRAFFIC / config.gradient_accumulation_steps,
+            model.parameter_count(vocab_size) * update_traffic / config.gradient_accumulation_steps,
             0,
         ),
     ]
@@ -236,11 +239,13 @@ def gains(
 
 
 def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
-    """Peak memory of training on a GPU: weights, gradients and moments in float32, what a micro-batch
-    keeps for its backward pass in bfloat16 (float32 in the residual stream), a chunk of logits."""
+    """Peak memory of training on a GPU: weights, gradients, moments and averages in float32, what a
+    micro-batch keeps for its backward pass in bfloat16 (float32 in the residual stream), and a chunk of
+    logits."""
     model = config.model
     parameters = model.parameter_count(vocab_size)
     tokens = config.batch_size * config.block_size
     qkv = model.qkv_size
     kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
-    return 16.0 * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048
+    kept_weights = 20.0 if config.average_share else 16.0
+    return kept_weights * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048

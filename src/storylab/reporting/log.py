@@ -25,6 +25,11 @@ from storylab.training.run_folder import LOG
 BEGIN_REMARKS, END_REMARKS = "<!-- remarks: {} -->", "<!-- end of remarks -->"
 REMARKS_HINT = "*Write remarks here; they stay when this file is made again.*"
 MISSING = "not measured"
+OPTIMIZER_WORDS = {
+    "adamw": "",
+    "muon": "Muon for the blocks' matrices, else ",
+    "normuon": "NorMuon for the blocks' matrices, else ",
+}
 # Where the table of a precision experiment says how much of the work is in low precision.
 PRECISION_COLUMN = 4
 
@@ -279,7 +284,7 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
     yield (
         "optimizer",
         ("" if c.method == "record" else f"method {c.method}: ")
-        + ("Muon for the blocks' matrices, else " if c.optimizer == "muon" else "")
+        + OPTIMIZER_WORDS[c.optimizer]
         + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}",
     )

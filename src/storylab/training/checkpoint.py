@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file each, with its own hash, written all or not at all.
 
-``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, optimizer state and,
-in its header, everything else that a run needs to go on to the same bits: there is no random
-state to keep, because batches are a function of the iteration and the model has no dropout.
+``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, their average where a
+run keeps one, optimizer state and, in its header, everything else that a run needs to go on to the same
+bits: there is no random state to keep, because batches are a function of the iteration and the model
+has no dropout.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from storylab.errors import UserError
 from storylab.files import atomic_path
 from storylab.model.transformer import Transformer
 
-MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
 HISTORIES = ("amax_history", "amax_iteration")
 
 
@@ -79,10 +80,13 @@ def _sha256(tensors: dict[str, Tensor], state: str) -> str:
 
 
 def training_tensors(
-    model: Transformer, optimizers: Sequence[torch.optim.Optimizer]
+    model: Transformer,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Weights and optimizer state under names that :func:`restore` understands."""
+    """Weights, their average and optimizer state under names that :func:`restore` understands."""
     tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
+    tensors |= {AVERAGE_PREFIX + name: value for name, value in average.items()}
     for name, parameter in model.named_parameters():
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -91,10 +95,16 @@ def training_tensors(
 
 
 def restore(
-    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
+    model: Transformer,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: dict[str, Tensor],
+    tensors: dict[str, Tensor],
 ) -> None:
-    """Put what :func:`training_tensors` gave back into a model and its optimizer."""
-    load_weights(model, tensors)
+    """Put what :func:`training_tensors` gave back where it came from."""
+    own = {name: v for name, v in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
+    load_weights(model, own)
+    for name, value in average.items():
+        value.copy_(tensors[AVERAGE_PREFIX + name])
     parameters = dict(model.named_parameters())
     of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, value in tensors.items():
@@ -124,9 +134,11 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 def model_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of either kind of checkpoint."""
-    return {
-        name.removeprefix(MODEL_PREFIX): value
-        for name, value in tensors.items()
-        if not name.startswith(OPTIMIZER_PREFIX)
-    }
+    """The weights that either kind of checkpoint stands for: their average where it has one."""
+    weights, averages = {}, {}
+    for name, value in tensors.items():
+        if name.startswith(AVERAGE_PREFIX):
+            averages[name.removeprefix(AVERAGE_PREFIX)] = value
+        elif not name.startswith(OPTIMIZER_PREFIX):
+            weights[name.removeprefix(MODEL_PREFIX)] = value
+    return weights | averages

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from storylab.config import TrainConfig
@@ -42,6 +44,12 @@ class Learner:
             self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
+        self.steps = 0
+        """Steps taken so far."""
+        self.average: dict[str, Tensor] = {}
+        """Average of each weight, if the config wants one."""
+        if config.average_share:
+            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def step(
         self, batch: Tensor, learning_rate: float, check: Callable[[], None] = lambda: None
@@ -53,7 +61,8 @@ class Learner:
         Raises:
             NonFiniteError: see :func:`training_step`.
         """
-        return training_step(
+        iterations = self.config.max_iters + 1
+        result = training_step(
             self.model,
             self.optimizers,
             self.scaler,
@@ -62,5 +71,28 @@ class Learner:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
+            pieces=2 if self.steps < self.config.short_share * iterations else 1,
             check=check,
         )
+        self.steps += 1
+        if self.average:
+            newest = 1 / min(self.steps, max(1.0, self.config.average_share * iterations))
+            weights = [p.detach() for p in self.model.parameters()]
+            torch._foreach_lerp_(list(self.average.values()), weights, newest)
+        return result
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model have its average weights, where the config wants them, and then its own again."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.average:
+                parameter.data, self.average[name] = self.average[name], parameter.data
+        if self.average and self.quantization is not None:
+            self.quantization.weights_changed()

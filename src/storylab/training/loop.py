@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,7 +189,9 @@ class Trainer:
         self.progress = Progress.from_dict(state)
         if self.quantization is not None:
             self.quantization.advance(max(self.progress.next_iteration - 1, 0))
-        checkpoint.restore(self.model, self.learner.optimizers, tensors)
+        self.learner.steps = self.progress.next_iteration
+        average = self.learner.average
+        checkpoint.restore(self.model, self.learner.optimizers, average, tensors)
         if self.progress.scaler:
             self.learner.scaler.load_state_dict(self.progress.scaler)
 
@@ -251,7 +253,8 @@ class Trainer:
     def _iterate(self) -> None:
         for iteration in range(self.progress.next_iteration, self.config.max_iters + 1):
             if self._evaluation_due(iteration):
-                self._evaluate(iteration)
+                with self._as_evaluated():
+                    self._evaluate(iteration)
             started = time.perf_counter()
             if not self.unread:
                 self.unread_since = started
@@ -333,18 +336,17 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> None:
         """Estimate both losses on the fixed windows and keep the weights if they are the best."""
-        with self._uncompiled():
-            train_loss, val_loss = (
-                estimate_loss(
-                    self.model,
-                    self.dataset.splits[name],
-                    self.config.block_size,
-                    self.config.eval_iters,
-                    self.precision,
-                    self._tick,
-                )
-                for name in (TRAIN, VALIDATION)
+        train_loss, val_loss = (
+            estimate_loss(
+                self.model,
+                self.dataset.splits[name],
+                self.config.block_size,
+                self.config.eval_iters,
+                self.precision,
+                self._tick,
             )
+            for name in (TRAIN, VALIDATION)
+        )
         if not math.isfinite(train_loss + val_loss):
             raise NonFiniteError(f"train loss is {train_loss} and validation loss {val_loss}")
         state = self.progress
@@ -362,10 +364,14 @@ class Trainer:
         state.train_loss, state.val_loss = train_loss, val_loss
         self._metric("evaluation", iteration, train_loss=train_loss, val_loss=val_loss, best=best)
 
-    def _uncompiled(self) -> AbstractContextManager[Any]:
-        """Evaluation and sampling run the model uncompiled: their shapes vary, and a loss should not
-        depend on how the training was sped up."""
-        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+    @contextmanager
+    def _as_evaluated(self) -> Iterator[None]:
+        """The model as it is evaluated and sampled from: with its average weights, if it keeps some, and
+        uncompiled, as shapes vary and a loss should not depend on how the training was sped up."""
+        compiled = self.config.compile
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with stance, self.learner.averaged():
+            yield
 
     def _tick(self, done: int, total: int) -> None:
         """Before every evaluation batch: leave if a signal has come, else tell how far it is."""
@@ -421,7 +427,7 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
         self._save_last()
-        with self._uncompiled():
+        with self._as_evaluated():
             own = self._evaluate_whole() if self.quantization is not None else None
             # Without the recipe, so that arms of other precisions are evaluated alike.
             with self.quantization.disabled() if self.quantization else nullcontext():
@@ -485,7 +491,9 @@ class Trainer:
             self.progress, power=self.telemetry.totals(), scaler=self.learner.scaler.state_dict()
         )
         self.run.sync_metrics()
-        tensors = checkpoint.training_tensors(self.model, self.learner.optimizers)
+        tensors = checkpoint.training_tensors(
+            self.model, self.learner.optimizers, self.learner.average
+        )
         checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
         self.saved_at = time.perf_counter()
 

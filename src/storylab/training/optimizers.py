@@ -1,4 +1,4 @@
-"""The optimizers of a run: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""The optimizers of a run: AdamW, alone or beside Muon or NorMuon for the matrices of the blocks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from storylab.model.transformer import Transformer
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
+# Decay of the squares that NorMuon keeps of every row (Li et al. 2025, arXiv 2510.05491).
+NORMUON_DECAY = 0.95
 
 
 def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -24,7 +26,7 @@ def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.opti
 
     The ``lr_ratio`` of a parameter group is its learning rate over the step's.
     """
-    matrices = dict(model.block_matrices()) if config.optimizer == "muon" else {}
+    matrices = dict(model.block_matrices()) if config.optimizer != "adamw" else {}
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
@@ -33,6 +35,7 @@ def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.opti
                 lr=config.matrix_lr,
                 weight_decay=config.weight_decay,
                 cautious=config.cautious_decay,
+                normalize_rows=config.optimizer == "normuon",
             )
         )
         optimizers[0].param_groups[0]["lr_ratio"] = config.matrix_lr / config.learning_rate
@@ -74,6 +77,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: share of lr by which a weight shrinks.
         cautious: shrink an entry only where the update does too (Chen et al. 2025, arXiv 2510.12402).
+        normalize_rows: divide every row of an update by the root of a running mean of its squares,
+            and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491, but
+            for that norm, which makes lr mean the same with and without).
     """
 
     def __init__(
@@ -82,9 +88,11 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         cautious: bool,
+        normalize_rows: bool = False,
     ) -> None:
         joined = list(matrices)
         defaults = {"lr": lr, "weight_decay": weight_decay, "cautious": cautious}
+        defaults["normalize_rows"] = normalize_rows
         super().__init__([p for p, _ in joined], defaults)
         self.rows = {p: tuple(rows) for p, rows in joined}
 
@@ -94,29 +102,45 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                moved = momentum.lerp(parameter.grad, 1 - MUON_MOMENTUM)
-                momentum.copy_(moved if skip is None else moved.where(skip == 0, momentum))
-                ahead = parameter.grad.lerp(momentum, MUON_MOMENTUM)
-                rows = self.rows[parameter]
-                for weight, update in zip(parameter.split(rows), ahead.split(rows), strict=True):
-                    shapes.setdefault(weight.shape, []).append((weight, update))
-            for shape, parts in shapes.items():
+                    if group["normalize_rows"]:
+                        state["row_squares"] = torch.zeros_like(parameter[:, :1])
+                _advance(state["momentum"], parameter.grad, MUON_MOMENTUM, skip)
+                ahead = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
+                joined = [parameter, ahead]
+                joined += [state["row_squares"]] if group["normalize_rows"] else []
+                for parts in zip(*(t.split(self.rows[parameter]) for t in joined), strict=True):
+                    shapes.setdefault(parts[0].shape, []).append(parts)
+            for shape, alike in shapes.items():
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonalize(torch.stack([update for _, update in parts])) * scale
-                for (weight, _), update in zip(parts, updates, strict=True):
+                updates = orthogonalize(torch.stack([update for _, update, *_ in alike])) * scale
+                for (weight, _, *squares), update in zip(alike, updates, strict=True):
+                    change = _with_rows_alike(update, squares[0], skip) if squares else update
                     shrink = weight * group["weight_decay"]
                     if group["cautious"]:
-                        shrink *= weight * update > 0
-                    change = (update + shrink) * -group["lr"]
+                        shrink *= weight * change > 0
+                    change = (change + shrink) * -group["lr"]
                     weight.add_(change if skip is None else change.where(skip == 0, 0.0))
+
+
+def _advance(mean: Tensor, value: Tensor, decay: float, skip: Tensor | None) -> None:
+    """Move a running mean on by ``value``, unless ``skip`` is not 0."""
+    moved = mean.lerp(value, 1 - decay)
+    mean.copy_(moved if skip is None else moved.where(skip == 0, mean))
+
+
+def _with_rows_alike(update: Tensor, squares: Tensor, skip: Tensor | None) -> Tensor:
+    """``update [rows, columns]`` over the root of each row's running mean of squares ``[rows, 1]``,
+    which moves on, with the norm that it had."""
+    _advance(squares, update.square().mean(dim=1, keepdim=True), NORMUON_DECAY, skip)
+    alike = update / (squares.sqrt() + 1e-8)
+    return alike * (update.norm() / alike.norm())
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
     config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
     _check_config(stored, config)
-    _check_precision(stored, config)
+    _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
     trainer = Trainer(config, dataset, precision, reporter)
     trainer.restore(run)
@@ -90,14 +90,23 @@ def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
         raise UserError(f"cannot resume with another config ({shown}): start a new run instead")
 
 
-def _check_precision(stored: TrainConfig, wanted: TrainConfig) -> None:
+def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
+    if stored.max_iters == wanted.max_iters:
+        return
     recipe = find_recipe(stored.dtype, stored.recipe)
-    moves = recipe is not None and recipe.low_forward_share < 1
-    if moves and stored.max_iters != wanted.max_iters:
-        raise UserError(
-            f"max_iters {stored.max_iters} -> {wanted.max_iters} moves the iteration at which the "
-            "recipe's forward products go to bfloat16 (low_forward_share): start a new run instead"
-        )
+    moved = {
+        "the iteration at which the recipe's forward products go to bfloat16 (low_forward_share)": (
+            recipe is not None and recipe.low_forward_share < 1
+        ),
+        "the iteration from which windows are whole (short_share)": stored.short_share > 0,
+        "how far weights are averaged over (average_share)": stored.average_share > 0,
+    }
+    for what, moves in moved.items():
+        if moves:
+            raise UserError(
+                f"max_iters {stored.max_iters} -> {wanted.max_iters} moves {what}: start a new run "
+                "instead"
+            )
 
 
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:

@@ -72,6 +72,7 @@ def training_step(
     micro_batch: int,
     learning_rate: float,
     grad_clip: float,
+    pieces: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
@@ -84,6 +85,7 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
+        pieces: windows of T / pieces tokens that each window is cut into.
         check: called between micro-batches; it may raise to leave, the weights being untouched.
 
     Raises:
@@ -96,8 +98,10 @@ def training_step(
     total = torch.zeros((), device=batch.device)
     for windows in batch.split(micro_batch):
         check()
+        shape = (len(windows) * pieces, -1)
+        inputs, targets = windows[:, :-1].reshape(shape), windows[:, 1:].reshape(shape)
         with precision.autocast():
-            loss = model.loss(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
+            loss = model.loss(inputs, targets) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
