@@ -85,13 +85,13 @@ def test_shapes_that_do_not_fit_are_refused(shape: dict[str, int]) -> None:
 
 def test_a_method_is_a_start_for_the_other_flags() -> None:
     fast = preset_config("3m", "fast")
-    assert fast.optimizer == "muon" and fast.model.qk_norm and fast.model.n_embd == 192
+    assert fast.optimizer == "normuon" and fast.model.qk_norm and fast.model.n_embd == 192
     assert dataclasses.replace(fast, **{
         f.name: getattr(TrainConfig(), f.name) for f in dataclasses.fields(TrainConfig)
     }) == TrainConfig()  # fmt: skip
     args = ["--method", "fast", "--preset=3m", "--matrix_lr", "0.01", "--no_qk_norm"]
     parsed = parse(TrainConfig, args, "", default_for(args))
-    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 0.0 and not parsed.model.qk_norm
+    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 4e-3 and not parsed.model.qk_norm
     with pytest.raises(UserError, match="unknown method 'quick': choose one of record, fast"):
         default_for(["--method", "quick"])
     # The name alone is no difference between two runs, and the factor of that name covers the rest.

@@ -195,18 +195,19 @@ PRESETS: dict[PresetName, Preset] = {
     "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
 }
 DEFAULT_PRESET: PresetName = "113m"
-# Named ways of training: what each changes of the record's. Every part of `fast` has been held against Muon
+# Named ways of training: what each changes of the record's. Every part of `fast` has been held against runs
 # without it (docs/time-to-loss.md).
 METHODS: dict[MethodName, dict[str, Any]] = {
     "record": {},
     "fast": {
-        "optimizer": "muon",
+        "optimizer": "normuon",
         "matrix_lr": 0.02,
         "learning_rate": 2e-2,
-        "min_lr": 0.0,
+        "min_lr": 4e-3,
         "warmup_iters": 20,
         "schedule": "linear",
         "beta2": 0.95,
+        "average_share": 0.1,
         "model": {
             "qk_norm": True,
             "value_residual": "first_layer",
