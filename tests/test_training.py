@@ -641,6 +641,16 @@ def test_a_run_with_a_share_of_it_cannot_be_made_longer(
         resume(config.out_dir, dataclasses.replace(config, max_iters=12))
 
 
+def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeConfig) -> None:
+    run = train(tiny_config(max_iters=3))
+    file = run.folder / "config.json"
+    text = file.read_text().replace('"average_share": 0.0', '"average_share": 0.5')
+    assert text != file.read_text()
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"no average of .* has been altered"):
+        resume(run.folder)
+
+
 def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(average_share=0.5, schedule="constant"))
     own = train(tiny_config(schedule="constant", out_dir=run.folder.parent / "own"))

@@ -286,7 +286,9 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
         ("" if c.method == "record" else f"method {c.method}: ")
         + OPTIMIZER_WORDS[c.optimizer]
         + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
-        f"clipped at {c.grad_clip:g}",
+        f"clipped at {c.grad_clip:g}"
+        + (f"; weights averaged over {c.average_share:.0%} of the run" if c.average_share else "")
+        + (f"; half windows in the first {c.short_share:.0%}" if c.short_share else ""),
     )
 
 
