@@ -77,7 +77,9 @@ class Storylab:
         config = preset_config(args.preset, method)
         if method == "record":  # with the peers' AdamW
             config = dataclasses.replace(config, beta2=0.95, learning_rate=args.learning_rate)
-        config = dataclasses.replace(config, compile=compiled, batch_size=args.sequences, seed=0)
+        # ``best`` lets every rate fall to zero, where an average of the weights is of no use.
+        changes = {"compile": compiled, "batch_size": args.sequences, "average_share": 0.0}
+        config = dataclasses.replace(config, seed=0, **changes)
         self.peak = config.learning_rate
         self.precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
         self.learner = Learner(config, args.vocab_size, self.precision)
@@ -128,8 +130,8 @@ def load(model: Any, named: dict[str, Any], names: dict[str, str], layers: int) 
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
 
 
-def adamw(model: Any, args: argparse.Namespace) -> Any:
-    """AdamW as storylab has it: matrices decay, gains do not."""
+def adamw(model: Any, args: argparse.Namespace, fused: bool) -> Any:
+    """AdamW where matrices decay and gains do not; ``fused`` as the program's own default has it."""
     import torch
 
     parameters = list(model.parameters())
@@ -137,7 +139,7 @@ def adamw(model: Any, args: argparse.Namespace) -> Any:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
 def llama2c(args: argparse.Namespace, autocast: bool, compiled: bool) -> Program:
@@ -217,7 +219,7 @@ def transformers(args: argparse.Namespace, autocast: bool, compiled: bool) -> Pr
     return Program(
         model,
         lambda x, y: run(input_ids=x, labels=y, shift_labels=y).loss,
-        adamw(model, args),
+        adamw(model, args, fused=True),
         autocast,
         lambda x: model(input_ids=x).logits,
     )
@@ -260,7 +262,7 @@ def litgpt(args: argparse.Namespace, autocast: bool, compiled: bool) -> Program:
     return Program(
         model,
         lambda x, y: chunked_cross_entropy(run(x), y, chunk_size=0),
-        adamw(model, args),
+        adamw(model, args, fused=False),
         autocast,
         model,
     )

@@ -8,8 +8,8 @@
 ``same`` is the same arithmetic: shape, initial weights, batches of real stories, AdamW, clipping. Every
 program takes ``--steps`` steps in a process of its own, the programs in turns (A B C C B A ...); their
 losses must agree before speed counts. ``best`` gives each the same wall
-time, starting and compiling included, with its fastest settings and the same tuned peak learning rate,
-and judges by bits per byte of the validation stories.
+time, importing, starting and compiling included, and judges by bits per byte of the validation stories.
+Its warm-up and fall to zero go by the clock; --learning_rate is the peak of AdamW in every program.
 
 peer_programs.py says how each is built; ``Trainer`` is the one of transformers, whole. nanoGPT and
 llama2.c use no autocast on a CPU, whatever --dtype says: they are timed as they are (float32) and with
@@ -35,6 +35,7 @@ from typing import Any
 
 from peer_programs import LENGTH, PROGRAMS, installed, start, trainer_times
 
+STARTED = time.perf_counter()
 TOKENS = 100_000
 # Programs of one shape whose losses are further apart than this do not compute the same.
 SAME_LOSS = 0.01
@@ -91,15 +92,14 @@ def measure_best(name: str, args: argparse.Namespace) -> dict[str, float]:
     from storylab.training.precision import Precision
 
     dataset, make = batches_of(args)
-    begin = time.perf_counter()
     program = PROGRAMS[name](args)
     peak = getattr(program, "peak", args.learning_rate)
     count = 0
-    while (progress := (time.perf_counter() - begin) / args.seconds) < 1:
+    while (progress := (time.perf_counter() - STARTED) / args.seconds) < 1:
         share = min(progress / args.warmup, (1 - progress) / (1 - args.warmup))
         program.step(make(count), peak * share)
         count += 1
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - STARTED
     precision = Precision(torch.device("cpu"), torch.float32)
     found = evaluate_split(program, dataset.splits["validation"], LENGTH, precision)  # type: ignore[arg-type]
     return {

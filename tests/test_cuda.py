@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from storylab.config import ModelConfig, TrainConfig
 from storylab.model.transformer import Transformer
+from storylab.training.learner import Learner
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
-from storylab.training.step import StepResult, training_step
+from storylab.training.step import StepResult
 
 CUDA = torch.device("cuda")
 BFLOAT16 = Precision(CUDA, torch.bfloat16)
@@ -104,24 +105,18 @@ def test_all_logits_are_never_in_memory() -> None:
 def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
     monkeypatch: pytest.MonkeyPatch, model: ModelConfig, optimizer: str
 ) -> None:
-    config = TrainConfig(model=model, optimizer=optimizer)  # type: ignore[arg-type]
-    network = Transformer(model, VOCAB)
-    precision = Precision(torch.device("cpu"), torch.bfloat16)
-    optimizers, scaler = build_optimizers(network, config), precision.grad_scaler()
+    config = TrainConfig(
+        model=model,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        batch_size=4,
+        average_share=0.1,
+    )
+    learner = Learner(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
     batch = torch.zeros(8, 33, dtype=torch.int64)
 
     def step() -> Counter[str]:
         with Operations() as seen:
-            training_step(
-                network,
-                optimizers,
-                scaler,
-                precision,
-                batch,
-                micro_batch=4,
-                learning_rate=1e-3,
-                grad_clip=1.0,
-            )
+            learner.step(batch, learning_rate=1e-3)
         return seen.names
 
     def refuse(self: torch.Tensor) -> None:

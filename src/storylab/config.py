@@ -275,8 +275,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     average_share: float = 0.0
-    """Evaluate, keep and sample from an average of the weights over this share of the run (the newest
-    count most; Polyak & Juditsky 1992), which the training itself does not see; 0 for none."""
+    """Evaluate, keep and sample from an exponential average of the weights that remembers about this
+    share of the run, and all of it before that; the training itself does not see it. 0 for none."""
     short_share: float = 0.0
     """Share of the run, from its start, in which every window is trained on as two of half the length
     (Li et al. 2021, arXiv 2108.06084)."""

@@ -247,5 +247,5 @@ def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
     tokens = config.batch_size * config.block_size
     qkv = model.qkv_size
     kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
-    kept_weights = 20.0 if config.average_share else 16.0
-    return kept_weights * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048
+    bytes_each = 20.0 if config.average_share else 16.0
+    return bytes_each * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048

@@ -83,7 +83,8 @@ def markdown(
         "# TinyStories training experiments",
         "",
         "Made from run folders by `storylab experiment report`; only the remarks are written by hand. "
-        "Final losses are nats per token on the whole validation split, under the final weights, in "
+        "Final losses are nats per token on the whole validation split, under the final weights, or "
+        "their average where a run keeps one, in "
         "windows as long as those of training that run through the stories in turn; losses along a run "
         "are its estimates on a few fixed windows. Every figure is measured in the runs unless it is "
         "called predicted; what was not measured is said to be missing. Arms of an "
@@ -287,7 +288,11 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
         + OPTIMIZER_WORDS[c.optimizer]
         + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}"
-        + (f"; weights averaged over {c.average_share:.0%} of the run" if c.average_share else "")
+        + (
+            f"; weights averaged over about {c.average_share:.0%} of the run"
+            if c.average_share
+            else ""
+        )
         + (f"; half windows in the first {c.short_share:.0%}" if c.short_share else ""),
     )
 

@@ -103,16 +103,16 @@ def restore(
     """Put what :func:`training_tensors` gave back where it came from.
 
     Raises:
-        UserError: the weights are not those of this model, or their average is wanted and missing.
+        UserError: the weights are not those of this model, or has averages and should not, or the reverse.
     """
     own = {name: v for name, v in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
     load_weights(model, own)
+    if {AVERAGE_PREFIX + name for name in average} != tensors.keys() - own.keys():
+        raise UserError(
+            "the checkpoint's averages are not what average_share in the run's config.json asks for: "
+            "one of the two has been altered"
+        )
     for name, value in average.items():
-        if AVERAGE_PREFIX + name not in tensors:
-            raise UserError(
-                f"the checkpoint has no average of {name}, which average_share in the run's config.json "
-                "asks for: one of the two has been altered"
-            )
         value.copy_(tensors[AVERAGE_PREFIX + name])
     parameters = dict(model.named_parameters())
     of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}

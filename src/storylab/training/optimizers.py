@@ -140,7 +140,7 @@ def _with_rows_alike(update: Tensor, squares: Tensor, skip: Tensor | None) -> Te
     which moves on, with the norm that it had."""
     _advance(squares, update.square().mean(dim=1, keepdim=True), NORMUON_DECAY, skip)
     alike = update / (squares.sqrt() + 1e-8)
-    return alike * (update.norm() / alike.norm())
+    return alike * (update.norm() / (alike.norm() + 1e-8))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
