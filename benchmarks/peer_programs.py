@@ -86,7 +86,7 @@ class Storylab:
         self.model = self.learner.model
 
     def step(self, batch: Any, learning_rate: float) -> float:
-        return self.learner.step(batch, learning_rate).read().loss
+        return self.learner.step(0, batch, learning_rate).read().loss
 
     def token_losses(self, tokens: Any, targets: Any) -> Any:
         import torch
@@ -119,12 +119,20 @@ def start(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return shape, named
 
 
-def load(model: Any, named: dict[str, Any], names: dict[str, str], layers: int) -> None:
-    """Put ``named`` weights into a peer's model; ``names`` has {i} for the layer."""
-    state = {}
-    for ours, theirs in names.items():
-        for i in range(layers) if "{i}" in ours else [0]:
-            state[theirs.format(i=i)] = named[ours.format(i=i)].clone()
+def load(
+    model: Any,
+    named: dict[str, Any],
+    layers: int,
+    outside: dict[str, str],
+    block: str,
+    inside: dict[str, str],
+) -> None:
+    """Put ``named`` weights into a peer's model, which has those ``inside`` its layers under ``block`` and
+    the layer's number."""
+    state = {f"{theirs}.weight": named[ours].clone() for ours, theirs in outside.items()}
+    for i in range(layers):
+        for ours, theirs in inside.items():
+            state[f"{block}.{i}.{theirs}.weight"] = named[f"{i}.{ours}"].clone()
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {"output.weight", "lm_head.weight", "tok_embeddings.weight", "transformer.wte.weight"}
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
@@ -165,12 +173,11 @@ def llama2c(args: argparse.Namespace, autocast: bool, compiled: bool) -> Program
         for name in (f"{i}.q", f"{i}.k"):
             heads = named[name].view(-1, 2, half, shape.n_embd)
             named[name] = heads.transpose(1, 2).reshape(named[name].shape)
-    names = {"embedding": "tok_embeddings.weight", "norm": "norm.weight"}
+    outside = {"embedding": "tok_embeddings", "norm": "norm"}
     inside = {"q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
               "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
               "norm1": "attention_norm", "norm2": "ffn_norm"}  # fmt: skip
-    names |= {f"{{i}}.{k}": f"layers.{{i}}.{v}.weight" for k, v in inside.items()}
-    load(model, named, names, shape.n_layer)
+    load(model, named, shape.n_layer, outside, "layers", inside)
     optimizer = model.configure_optimizers(0.1, args.learning_rate, (0.9, 0.95), "cpu")
     run = torch.compile(model) if compiled else model
 
@@ -208,13 +215,12 @@ def transformers(args: argparse.Namespace, autocast: bool, compiled: bool) -> Pr
             tie_word_embeddings=True,
         )
     )
-    names = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    outside = {"embedding": "model.embed_tokens", "norm": "model.norm"}
     inside = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
               "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
               "down": "mlp.down_proj", "norm1": "input_layernorm",
               "norm2": "post_attention_layernorm"}  # fmt: skip
-    names |= {f"{{i}}.{k}": f"model.layers.{{i}}.{v}.weight" for k, v in inside.items()}
-    load(model, named, names, shape.n_layer)
+    load(model, named, shape.n_layer, outside, "model.layers", inside)
     run = torch.compile(model) if compiled else model
     return Program(
         model,
@@ -253,11 +259,10 @@ def litgpt(args: argparse.Namespace, autocast: bool, compiled: bool) -> Program:
     model.transformer.wte.weight = model.lm_head.weight  # as its pretrain has it with tied weights
     for i in range(shape.n_layer):
         named[f"{i}.qkv"] = torch.cat([named[f"{i}.{n}"] for n in "qkv"])
-    names = {"embedding": "lm_head.weight", "norm": "transformer.ln_f.weight"}
+    outside = {"embedding": "lm_head", "norm": "transformer.ln_f"}
     inside = {"qkv": "attn.qkv", "o": "attn.proj", "gate": "mlp.fc_1", "up": "mlp.fc_2",
               "down": "mlp.proj", "norm1": "norm_1", "norm2": "norm_2"}  # fmt: skip
-    names |= {f"{{i}}.{k}": f"transformer.h.{{i}}.{v}.weight" for k, v in inside.items()}
-    load(model, named, names, shape.n_layer)
+    load(model, named, shape.n_layer, outside, "transformer.h", inside)
     run = torch.compile(model) if compiled else model
     return Program(
         model,

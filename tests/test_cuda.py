@@ -116,7 +116,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
 
     def step() -> Counter[str]:
         with Operations() as seen:
-            learner.step(batch, learning_rate=1e-3)
+            learner.step(0, batch, learning_rate=1e-3)
         return seen.names
 
     def refuse(self: torch.Tensor) -> None:

@@ -187,14 +187,14 @@ def test_normuon_is_muon_with_rows_alike() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "normuon"])
-def test_a_matrix_without_a_gradient_stays_as_it_is(optimizer: str) -> None:
+def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> None:
     """Under zero init the first gradient of most matrices is 0."""
     shape = dataclasses.replace(TINY, zero_init=True)
     config = TrainConfig(model=shape, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
     trained = learner.Learner(config, VOCAB, FLOAT32)
     weight = trained.model.blocks[0].feed_forward.gate_up.weight
     begun = weight.detach().clone()
-    losses = [trained.step(batch(), learning_rate=1e-3).read().loss for _ in range(3)]
+    losses = [trained.step(i, batch(), learning_rate=1e-3).read().loss for i in range(3)]
     assert all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
     assert not torch.equal(weight, begun)
 
@@ -219,8 +219,8 @@ def test_windows_are_short_in_their_share_of_the_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(learner, "training_step", noted)
     config = TrainConfig(model=TINY, max_iters=9, short_share=0.3, batch_size=8)
     trained = learner.Learner(config, VOCAB, FLOAT32)
-    for _ in range(10):
-        trained.step(batch(), learning_rate=1e-3)
+    for iteration in range(10):
+        trained.step(iteration, batch(), learning_rate=1e-3)
     assert given == [2] * 3 + [1] * 7
 
 
@@ -231,7 +231,7 @@ def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
     weight = trained.model.embedding.weight
     expected = torch.zeros_like(weight, dtype=torch.float64)
     for number in range(1, 11):
-        trained.step(batch(), learning_rate=1e-2)
+        trained.step(number - 1, batch(), learning_rate=1e-2)
         newest = 1 / min(number, 4)
         expected = (1 - newest) * expected + newest * weight.detach().double()
         own = weight.detach().clone()

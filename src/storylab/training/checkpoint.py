@@ -103,7 +103,7 @@ def restore(
     """Put what :func:`training_tensors` gave back where it came from.
 
     Raises:
-        UserError: the weights are not those of this model, or has averages and should not, or the reverse.
+        UserError: the weights are not those of this model, or averages are missing or there unasked.
     """
     own = {name: v for name, v in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
     load_weights(model, own)

@@ -44,17 +44,19 @@ class Learner:
             self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
-        self.steps = 0
-        """Steps taken so far."""
         self.average: dict[str, Tensor] = {}
         """Average of each weight, if the config wants one."""
         if config.average_share:
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def step(
-        self, batch: Tensor, learning_rate: float, check: Callable[[], None] = lambda: None
+        self,
+        iteration: int,
+        batch: Tensor,
+        learning_rate: float,
+        check: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """Train on ``batch [S, T + 1]`` (int64) in micro-batches of the config's size.
+        """Train on ``batch [S, T + 1]`` (int64) as in ``iteration``, in micro-batches of the config's size.
 
         ``check`` is called between them and may raise to leave.
 
@@ -71,12 +73,11 @@ class Learner:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
-            pieces=2 if self.steps < self.config.short_share * iterations else 1,
+            pieces=2 if iteration < self.config.short_share * iterations else 1,
             check=check,
         )
-        self.steps += 1
         if self.average:
-            newest = 1 / min(self.steps, max(1.0, self.config.average_share * iterations))
+            newest = 1 / min(iteration + 1, max(1.0, self.config.average_share * iterations))
             weights = [p.detach() for p in self.model.parameters()]
             torch._foreach_lerp_(list(self.average.values()), weights, newest)
         return result

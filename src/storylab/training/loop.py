@@ -189,9 +189,7 @@ class Trainer:
         self.progress = Progress.from_dict(state)
         if self.quantization is not None:
             self.quantization.advance(max(self.progress.next_iteration - 1, 0))
-        self.learner.steps = self.progress.next_iteration
-        average = self.learner.average
-        checkpoint.restore(self.model, self.learner.optimizers, average, tensors)
+        checkpoint.restore(self.model, self.learner.optimizers, self.learner.average, tensors)
         if self.progress.scaler:
             self.learner.scaler.load_state_dict(self.progress.scaler)
 
@@ -306,7 +304,7 @@ class Trainer:
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
         with self._quantization_at(iteration):
             rate = learning_rate(self.config, iteration)
-            return self.learner.step(batch, rate, self.stop.check)
+            return self.learner.step(iteration, batch, rate, self.stop.check)
 
     @contextmanager
     def _quantization_at(self, iteration: int) -> Iterator[None]:
