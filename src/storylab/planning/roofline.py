@@ -84,16 +84,16 @@ class Part:
 
     Attributes:
         flops: arithmetic; of matrix products only, the rest being bound by memory.
-        form: what the products are computed in.
         bytes: memory traffic.
         kernels: how many are started.
+        form: what the products are computed in.
     """
 
     name: str
-    flops: float
-    form: str
     bytes: float
-    kernels: int
+    flops: float = 0.0
+    kernels: int = 0
+    form: str = "bfloat16"
 
     def seconds(self, card: Card, software: Software) -> float:
         """Time of the part."""
@@ -126,84 +126,78 @@ def parts(
     tokens = config.batch_size * config.block_size
     traffic = software.traffic
     width, layers = model.n_embd, model.n_layer
-    qkv = model.qkv_size
     rotated = (model.n_head + model.n_kv_head) * model.head_size
-    linear = linear_flops(model)
-    weights = linear // 2
-    low_layers, form, low_products = 0, "bfloat16", 0.0
-    if recipe is not None:
-        low_layers = len(recipe.low_blocks(layers))
-        form = recipe.form
-        low_products = recipe.low_products
-    low = low_layers * linear * low_products
     elementwise = (
         (2 * layers + 1) * width * traffic.norm
         + layers * rotated * traffic.rotary
         + layers * model.n_hidden * traffic.gate
         + 2 * layers * width * traffic.residual
     )
-    inputs, outputs = 3 * width + model.n_hidden, qkv + 2 * width + 2 * model.n_hidden
-    share = low / (3 * layers * linear)
+    block_weights = layers * linear_flops(model) // 2
     muon = config.optimizer != "adamw"
     update_flops = orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) if muon else 0
     update_traffic = UPDATE_TRAFFIC + AVERAGE_TRAFFIC * bool(config.average_share)
-    # Each product reads two operands and writes its result.
-    moved = layers * (tokens * (inputs + outputs) + weights)
-    head_moved = tokens * (width + vocab_size) + vocab_size * width
-    made = [
-        Part(
-            "linear layers",
-            tokens * (3 * layers * linear - low),
-            "bfloat16",
-            (1 - share) * 6.0 * moved,
-            0,
-        ),
+    updates = 1 / config.gradient_accumulation_steps
+    return [
+        *_linear_parts(config, recipe),
         Part(
             "output head",
-            tokens * 3 * head_flops(model, vocab_size),
-            "bfloat16",
-            6.0 * head_moved,
-            traffic.other_kernels,
+            flops=tokens * 3 * head_flops(model, vocab_size),
+            bytes=6.0 * (tokens * (width + vocab_size) + vocab_size * width),
+            kernels=traffic.other_kernels,
         ),
         Part(
             ATTENTION,
-            tokens * 3.5 * attention_flops(model, config.block_size),
-            "bfloat16",
-            tokens * layers * 14.0 * (2 * width + 2 * (qkv - width)),
-            2 * layers,
+            flops=tokens * 3.5 * attention_flops(model, config.block_size),
+            bytes=tokens * layers * 28.0 * model.qkv_size,
+            kernels=2 * layers,
         ),
         Part(
             "norms, rotary positions, gates, residuals",
-            0.0,
-            "bfloat16",
-            tokens * elementwise,
-            layers * traffic.block_kernels,
+            bytes=tokens * elementwise,
+            kernels=layers * traffic.block_kernels,
         ),
-        Part("logits and loss", 0.0, "bfloat16", tokens * vocab_size * traffic.logit, 0),
+        Part("logits and loss", bytes=tokens * vocab_size * traffic.logit),
         Part(
             "casts of weights, sums of gradients",
-            0.0,
-            "bfloat16",
-            (layers * weights + vocab_size * width) * WEIGHT_TRAFFIC,
-            0,
+            bytes=(block_weights + vocab_size * width) * WEIGHT_TRAFFIC,
         ),
         Part(
             "update",
-            update_flops / config.gradient_accumulation_steps,
-            "bfloat16",
-            model.parameter_count(vocab_size) * update_traffic / config.gradient_accumulation_steps,
-            0,
+            flops=update_flops * updates,
+            bytes=model.parameter_count(vocab_size) * update_traffic * updates,
         ),
     ]
-    if low:
-        operands = low_layers * tokens * (inputs + outputs) * low_products / 3
-        # Operands are read in the low format, results written as before.
-        low_moved = share * moved * (2.0 + 2.0 * OPERAND_BYTES[form])
-        made[1:1] = [
-            Part(f"linear layers in {form.upper()}", tokens * low, form, low_moved, 0),
-            Part(QUANTISING, 0.0, "bfloat16", operands * QUANTIZED_TRAFFIC[form], 0),
-        ]
-    return made
+
+
+def _linear_parts(config: TrainConfig, recipe: Recipe | None) -> list[Part]:
+    """The linear layers of the blocks, those products apart that ``recipe`` has in low precision."""
+    model = config.model
+    tokens, layers = config.batch_size * config.block_size, model.n_layer
+    linear = linear_flops(model)
+    # Elements that the four layers of a block read and write for a token.
+    activations = (3 * model.n_embd + model.n_hidden) + (
+        model.qkv_size + 2 * model.n_embd + 2 * model.n_hidden
+    )
+    # Each product reads two operands and writes its result.
+    moved = layers * (tokens * activations + linear // 2)
+    flops = tokens * 3 * layers * linear
+    # Each layer has three products: the forward pass, the gradients of its input and of its weight.
+    products = len(recipe.low_blocks(layers)) * recipe.low_products / 3 if recipe is not None else 0
+    if recipe is None or not products:
+        return [Part("linear layers", flops=flops, bytes=6.0 * moved)]
+    form, share = recipe.form, products / layers
+    return [
+        Part("linear layers", flops=(1 - share) * flops, bytes=(1 - share) * 6.0 * moved),
+        Part(
+            f"linear layers in {form.upper()}",
+            flops=share * flops,
+            form=form,
+            # Operands are read in the low format, results written as before.
+            bytes=share * moved * (2.0 + 2.0 * OPERAND_BYTES[form]),
+        ),
+        Part(QUANTISING, bytes=products * tokens * activations * QUANTIZED_TRAFFIC[form]),
+    ]
 
 
 def micro_batch_seconds(work: Sequence[Part], card: Card, software: Software) -> float:
