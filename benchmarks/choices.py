@@ -13,6 +13,7 @@ process of its own, in turns (A B C C B A ...); reported are medians over proces
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -34,7 +35,10 @@ def head(kind: str) -> Callable[[], float]:
     from storylab.model.head import linear_cross_entropy
 
     if kind == "ours padded":  # as on a GPU
-        module._vocab_multiple = lambda device: module.CUDA_VOCAB_MULTIPLE
+        padded = dataclasses.replace(
+            module.CPU_CUTS, vocab_multiple=module.CUDA_CUTS.vocab_multiple
+        )
+        module.cuts = lambda device: padded
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(POSITIONS, WIDTH, generator=generator, requires_grad=True)
     weight = (torch.randn(VOCAB, WIDTH, generator=generator) * 0.02).requires_grad_()

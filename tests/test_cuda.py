@@ -70,16 +70,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         yield mode
 
 
+def on_the_card(model: Transformer) -> Transformer:
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device=CUDA)))
+    return model
+
+
 @pytest.mark.parametrize("model_config", [MODEL, FAST], ids=["record", "fast"])
 def test_a_forward_pass_stays_on_the_card(
     fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, model_config: ModelConfig
 ) -> None:
     attention = Mock(wraps=F.scaled_dot_product_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    model = Transformer(model_config, VOCAB)
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device=CUDA)))
+    model = on_the_card(Transformer(model_config, VOCAB))
     tokens = torch.zeros(4, 128, dtype=torch.int64, device=CUDA)
     with torch.no_grad(), BFLOAT16.autocast():
         hidden = model.hidden(tokens)
@@ -89,6 +93,21 @@ def test_a_forward_pass_stays_on_the_card(
     assert all(call.kwargs["is_causal"] for call in attention.call_args_list)
     with pytest.raises(RuntimeError):
         float(hidden.sum())  # so a read anywhere in the pass would have raised
+
+
+@pytest.mark.parametrize("model_config", [MODEL, FAST], ids=["record", "fast"])
+def test_attention_is_given_one_dtype(
+    fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, model_config: ModelConfig
+) -> None:
+    """Autocast on CUDA widens norms, and a windowed attention takes no mixture."""
+    attention = Mock(side_effect=lambda query, *others: query)
+    monkeypatch.setattr("storylab.model.transformer.causal_attention", attention)
+    model = on_the_card(Transformer(model_config, VOCAB))
+    with torch.no_grad(), BFLOAT16.autocast():
+        model.hidden(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
+    assert attention.call_count == model_config.n_layer
+    for call in attention.call_args_list:
+        assert [x.dtype for x in call.args[:3]] == [torch.bfloat16] * 3
 
 
 def test_all_logits_are_never_in_memory() -> None:

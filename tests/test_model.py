@@ -15,7 +15,7 @@ from storylab.config import ModelConfig
 from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
 from storylab.model.generate import Sampling, generate, next_token_probabilities
-from storylab.model.head import CHUNK, linear_cross_entropy, token_losses
+from storylab.model.head import Cuts, linear_cross_entropy, token_losses
 from storylab.model.transformer import KeyValueCache, Transformer
 
 SHAPES = [
@@ -167,13 +167,13 @@ def test_attention_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK + 3])
-@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("count", [1, 15, 19])
+@pytest.mark.parametrize("cut", [Cuts(16, 10, 1), Cuts(16, 2**31, 8)], ids=["cpu", "cuda"])
 def test_head_loss_and_gradients_equal_plain_cross_entropy(
-    count: int, softcap: float, multiple: int, monkeypatch: pytest.MonkeyPatch
+    count: int, softcap: float, cut: Cuts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a vocabulary that is padded, as on a GPU."""
-    monkeypatch.setattr(head, "_vocab_multiple", lambda device: multiple)
+    monkeypatch.setattr(head, "cuts", lambda device: cut)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
     weight = torch.randn(31, 8, generator=generator)

@@ -47,6 +47,7 @@ from storylab.training.precision import (
     choose_precision,
     resolve_compile,
 )
+from storylab.training.progress import StopRequested
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run, bare_source, open_run
 from storylab.training.sampling import load_story_model
@@ -544,6 +545,35 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["when read", "in the step"])
+def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
+    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    whole = training_step
+
+    def poisoned(*args: Any, **values: Any) -> Any:
+        call = next(calls)
+        if late and call == 5:
+            raise StopRequested
+        result = whole(*args, **values)
+        if call != 3:
+            return result
+        if late:
+            return dataclasses.replace(result, loss=result.loss * math.nan)
+        raise NonFiniteError("gradient norm is nan at every float16 loss scale")
+
+    calls = itertools.count()
+    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
+    config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
+    with pytest.raises(TrainingDiverged, match="iteration 3"):
+        train(config)
+    run = open_run(config.out_dir)
+    assert run.summary is not None and run.summary["status"] == "diverged"
+    assert run.summary["iterations"] == len(run.metrics) == 3
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,6 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> T
     """
     mask = _flex_mask(query.shape[2], window, query.device)
     flex = _compiled_flex() if query.device.type == "cuda" else _flex()
-    # Rotary positions leave query and key in the dtype of autocast, as value is.
     result: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=True)
     return result
 

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Positions whose logits are in memory at once: 51 MB in bfloat16 with 50,257 words. Fewer leave
-# the matrix units waiting for the weight, more only cost memory.
-CHUNK = 512
-# Rows of the weight gradient that are made at once before they are added up in float32.
-ROWS = 8192
+
+@dataclass(frozen=True)
+class Cuts:
+    """How the head cuts its work.
+
+    Attributes:
+        positions: whose logits are in memory at once. Fewer leave the matrix units waiting for the
+            weight, whose gradient is also read and written for each; more only cost memory.
+        gradient_rows: rows of that gradient that are made at once before they are added up in float32.
+        vocab_multiple: what rows of zeros behind the weight make the vocabulary a multiple of.
+    """
+
+    positions: int
+    gradient_rows: int
+    vocab_multiple: int
+
+
+# 51 MB of logits in bfloat16 with 50,257 words.
+CPU_CUTS = Cuts(positions=512, gradient_rows=8192, vocab_multiple=1)
+# A GPU's caches hold neither a chunk nor a gradient, and its memory has room for 412 MB. Its matrix units
+# want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix Multiplication Background User's
+# Guide, section 3.1); a CPU's do not care (docs/performance.md).
+CUDA_CUTS = Cuts(positions=4096, gradient_rows=2**31, vocab_multiple=64)
+# Rows of logits that a GPU widens to float32 at once (103 MB).
+CUDA_SOFTMAX_ROWS = 512
 # Logits that a CPU thread widens to float32 at once (1 MB), so that a softmax's passes stay in its cache.
 CPU_SOFTMAX_ELEMENTS = 2**18
-# A GPU's matrix units want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix
-# Multiplication Background User's Guide, section 3.1); a CPU's do not care (docs/performance.md).
-CUDA_VOCAB_MULTIPLE = 64
 
 
 def soft_capped(logits: Tensor, softcap: float) -> Tensor:
@@ -54,9 +72,10 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
     dtype = _compute_dtype(hidden)
     hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
+    positions = cuts(hidden.device).positions
     losses = [
-        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), chunk_targets, softcap)
-        for chunk, chunk_targets in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), wanted, softcap)
+        for chunk, wanted in zip(hidden.split(positions), targets.split(positions), strict=True)
     ]
     return torch.cat(losses)
 
@@ -66,27 +85,33 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _vocab_multiple(device: torch.device) -> int:
-    return CUDA_VOCAB_MULTIPLE if device.type == "cuda" else 1
+def cuts(device: torch.device) -> Cuts:
+    """Those for ``device``."""
+    return CUDA_CUTS if device.type == "cuda" else CPU_CUTS
+
+
+def padded_vocab_size(vocab_size: int, device: torch.device) -> int:
+    """Columns of the logits that are computed: those behind ``vocab_size`` are zeros and are cut off."""
+    return vocab_size + -vocab_size % cuts(device).vocab_multiple
 
 
 def _low_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight [V, C]`` in ``dtype`` with rows of zeros behind it that make V a round number.
+    """``weight [V, C]`` in ``dtype``, with rows of zeros behind it where V is padded.
 
     Logits of those rows have to be cut off before the softmax; as they stay 0, they add nothing to
     any gradient.
     """
-    more = -len(weight) % _vocab_multiple(weight.device)
-    if not more:
+    padded = padded_vocab_size(len(weight), weight.device)
+    if padded == len(weight):
         return weight.to(dtype)
-    low = weight.new_zeros(len(weight) + more, weight.shape[1], dtype=dtype)
+    low = weight.new_zeros(padded, weight.shape[1], dtype=dtype)
     low.narrow(0, 0, len(weight)).copy_(weight)
     return low
 
 
 def _softmax_rows(logits: Tensor) -> int:
     if logits.device.type != "cpu":
-        return CHUNK
+        return CUDA_SOFTMAX_ROWS
     return max(1, CPU_SOFTMAX_ELEMENTS * torch.get_num_threads() // logits.shape[1])
 
 
@@ -125,18 +150,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(low_hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        buffer = low_hidden.new_empty(min(CHUNK, len(targets)), len(low_weight))
+        cut = cuts(hidden.device)
+        buffer = low_hidden.new_empty(min(cut.positions, len(targets)), len(low_weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = (tensor.split(CHUNK) for tensor in (low_hidden, hidden_grad, targets))
+            chunks = (tensor.split(cut.positions) for tensor in (low_hidden, hidden_grad, targets))
             for states, states_grad, wanted in zip(*chunks, strict=True):
                 padded = buffer.narrow(0, 0, len(wanted))
                 torch.mm(states, low_weight.T, out=padded)
                 logits = padded.narrow(1, 0, len(weight))
                 total += _losses(logits, wanted, softcap, gradient=True).sum()
                 torch.mm(padded, low_weight, out=states_grad)
-                for part, grad in zip(
-                    logits.split(ROWS, dim=1), weight_grad.split(ROWS), strict=True
-                ):
+                rows = (logits.split(cut.gradient_rows, 1), weight_grad.split(cut.gradient_rows))
+                for part, grad in zip(*rows, strict=True):
                     grad += part.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype

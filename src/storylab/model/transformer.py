@@ -176,8 +176,9 @@ class Attention(nn.Module):
         if more_values is not None:
             more = (self.value_scale * more_values).view(batch, time, self.kv_heads, -1)
             value = value + more.transpose(1, 2).to(value.dtype)
-        if self.qk_norm:  # rotation keeps the length
-            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+        if self.qk_norm:  # rotation keeps the length; autocast on CUDA widens norms to float32
+            normed = (F.rms_norm(x, x.shape[-1:]).to(value.dtype) for x in (query, key))
+            query, key = normed
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)

@@ -207,6 +207,9 @@ class Trainer:
         try:
             with self.telemetry, stop_signals(self.stop.note):
                 self._train_to_the_end()
+        except NonFiniteError as error:
+            self._read()  # in float16 the fault is known before the iterations under way are read
+            raise TrainingDiverged(self._diverged(error)) from error
         finally:
             self.prefetcher.close()
         return run
@@ -229,8 +232,6 @@ class Trainer:
                 f"storylab resume {self.run.folder}"
             )
             raise TrainingInterrupted(message, number) from None
-        except NonFiniteError as error:
-            raise TrainingDiverged(self._diverged(error)) from error
 
     def _test_precision(self) -> None:
         """Make sure that quantised layers multiply as their recipe says, and write down how."""

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from storylab.config import TrainConfig
+from storylab.model.head import padded_vocab_size
 from storylab.training.learner import Learner
 from storylab.training.loop import resolve_device
 from storylab.training.precision import Precision
 from storylab.training.telemetry import peak_memory_bytes
 
 # What a step's operations belong to, the first rule that fits: the annotations or functions that they
-# run under, or else how their own names begin.
+# run under, or else how their own names, or those of operations that they are part of, begin.
 UNDER = {
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad"),
     "head and loss": ("_LinearCrossEntropy",),
@@ -91,6 +92,9 @@ class StepTimer:
             self.step(sequences)
         times: dict[str, float] = defaultdict(float)
         for event in profile.events() or ():
+            # A kernel's time is its operation's already.
+            if event.device_type.name != "CPU":
+                continue
             own = event.self_device_time_total if cuda else event.self_cpu_time_total
             times[_part(event)] += own
         total = sum(times.values())
@@ -109,7 +113,7 @@ def _part(event: Any) -> str:
             if any(function in name for name in names for function in functions):
                 return part
         for part, operations in named.items():
-            if event.name.startswith(operations):
+            if any(name.startswith(operations) for name in names):
                 return part
     return ELEMENTWISE
 
@@ -139,7 +143,7 @@ def products_seconds(
     config: TrainConfig, vocab_size: int, tokens: int, precision: Precision
 ) -> float:
     """Seconds of the matrix products of a step over ``tokens`` if each ran alone: what is left when
-    everything else costs nothing. Attention's are left out; the head's are cut as training cuts them."""
+    everything else costs nothing. Attention's are left out, the vocabulary is padded as in training."""
     model = config.model
     layers = [
         (model.n_embd, model.qkv_size),
@@ -154,4 +158,6 @@ def products_seconds(
         return sum(flops / product_rate(*shape, precision) for shape in shapes)
 
     blocks = sum(seconds(tokens, *shape) for shape in layers)
-    return model.n_layer * blocks + seconds(tokens, model.n_embd, vocab_size)
+    return model.n_layer * blocks + seconds(
+        tokens, model.n_embd, padded_vocab_size(vocab_size, precision.device)
+    )

@@ -78,7 +78,8 @@ def training_step(
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
 
     Where loss or gradient is not finite nothing is updated. On CUDA the host waits for nothing, unless in
-    float16, whose loss scale it has to read; elsewhere such a step raises before its update.
+    float16, whose loss scale it has to read, or where low precision is emulated; elsewhere such a step
+    raises before its update.
 
     Args:
         batch: ``[S, T + 1]`` int64 token windows on the model's device.
