@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_legacy_flags_are_taken_either_way() -> None:
 )
 def test_switches_as_nanogpt_writes_them(args: list[str], value: bool) -> None:
     assert parsed(*args).compile is value
+    of_the_model = [arg.replace("compile", "qk_norm") for arg in args]
+    assert parsed(*of_the_model).model.qk_norm is bool(value)
     assert parsed(*args, "--max_iters", "3").max_iters == 3
 
 
@@ -219,15 +222,41 @@ def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) 
     assert not (tmp_path / DEFAULT_DATA_DIR).exists() and not (tmp_path / "runs").exists()
 
 
-def test_a_gpu_out_of_memory_says_what_to_halve(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("verb", "work"),
+    [
+        ("train --data_dir {}", "storylab.training.loop.train"),
+        ("doctor", "storylab.doctor.examine"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+def test_running_out_of_memory_says_what_to_halve(
+    dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    work: str,
+    error: Exception,
 ) -> None:
-    def no_memory(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
-
-    monkeypatch.setattr("storylab.training.loop.train", no_memory)
-    line = fails(capsys, "train", "--data_dir", str(dataset.folder))
+    monkeypatch.setattr(work, Mock(side_effect=error))
+    line = fails(capsys, *verb.format(dataset.folder).split())
     assert "--batch_size" in line and "--gradient_accumulation_steps" in line
+
+
+def test_another_fault_of_torch_is_not_hidden(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storylab.training.loop.train", Mock(side_effect=RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["train", "--data_dir", str(dataset.folder)])
 
 
 def test_compiling_without_a_compiler_is_refused(

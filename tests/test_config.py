@@ -75,6 +75,14 @@ def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> 
         TrainConfig(**changes)  # type: ignore[arg-type]
 
 
+def test_a_rate_that_would_rise_after_its_warm_up_is_refused() -> None:
+    with pytest.raises(UserError, match="min_lr 5e-05 is above learning_rate 2e-05"):
+        TrainConfig(max_iters=2000, learning_rate=2e-5)
+    # Where min_lr is never read it is of no matter.
+    TrainConfig(learning_rate=2e-5)
+    TrainConfig(max_iters=2000, learning_rate=2e-5, schedule="constant")
+
+
 @pytest.mark.parametrize(
     "shape", [{"n_embd": 100}, {"n_kv_head": 5}, {"n_layer": 0}, {"n_embd": 12}]
 )

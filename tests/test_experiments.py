@@ -22,7 +22,7 @@ from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
 from storylab.console import ConsoleReporter
 from storylab.data.dataset import Dataset
-from storylab.errors import UserError
+from storylab.errors import UserError, out_of_memory
 from storylab.experiments import runner, worker
 from storylab.experiments.factors import changed_fields, factor_fields, infer_factor, learning_rates
 from storylab.experiments.outcome import load_outcome
@@ -450,9 +450,9 @@ def test_a_learning_rate_that_explodes_is_a_result(
 def test_running_out_of_memory_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert worker.out_of_memory(caught.value)
-    assert worker.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert not worker.out_of_memory(RuntimeError("shapes do not match"))
+    assert out_of_memory(caught.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -29,7 +30,7 @@ from storylab.planning.roofline import (
 )
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
-from storylab.training.measure import PARTS, StepTimer
+from storylab.training.measure import PARTS, StepTimer, _part
 from storylab.training.optimizers import build_optimizers
 
 RECORD = TrainConfig()
@@ -129,7 +130,8 @@ def test_a_bench_times_every_precision_and_attention(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = (
-        "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
+        "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300 "
+        "--backend emulated"
     )
     dtypes = "--dtypes bfloat16 nvfp4 --attentions window:8"
     assert main(["bench", *flags.split(), *dtypes.split()]) == 0
@@ -141,6 +143,24 @@ def test_a_bench_times_every_precision_and_attention(
     assert "quantising" in out and "linear layers" in out
     for wrong in (["--seconds", "0"], ["--dtype", "fp8"], ["--dtypes"], ["--attentions", "x"]):
         assert main(["bench", *wrong]) == 2
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 8), (["--batch_size", "64"], 64)])
+def test_a_bench_takes_small_micro_batches_on_a_cpu_unless_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    expected: int,
+) -> None:
+    monkeypatch.setattr("storylab.planning.bench.bench_lines", lambda *args: [])
+    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags]) == 0
+    assert f"{expected} x 128 tokens" in capsys.readouterr().out
+
+
+def test_a_kernel_belongs_to_the_operation_that_started_it() -> None:
+    above = SimpleNamespace(name="aten::_scaled_dot_product_flash_attention", cpu_parent=None)
+    event = SimpleNamespace(name="aten::_flash_attention_forward", cpu_parent=above)
+    assert _part(event) == "attention"
 
 
 def test_the_parts_of_a_step_are_its_whole() -> None:

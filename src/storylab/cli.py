@@ -23,7 +23,7 @@ from storylab.config import (
     PresetName,
     TrainConfig,
 )
-from storylab.errors import UserError
+from storylab.errors import UserError, out_of_memory
 from storylab.flags import default_for, parse
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -195,6 +195,15 @@ def guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("storylab: interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            "storylab: out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
+            "trains on the same tokens, or take a smaller model",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         # The reader of a pipe has left; keep Python from complaining at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -285,8 +294,6 @@ def train_command(args: list[str], prog: str = "storylab train") -> int:
 
 def _watch(work: Callable[[Any], Any]) -> int:
     """Train under a console reporter; the exit code tells how it ended."""
-    import torch
-
     from storylab.console import ConsoleReporter
     from storylab.training.loop import TrainingDiverged, TrainingInterrupted
 
@@ -298,11 +305,6 @@ def _watch(work: Callable[[Any], Any]) -> int:
     except TrainingInterrupted as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU is out of memory: halve --batch_size and double --gradient_accumulation_steps, "
-            "which trains on the same tokens"
-        ) from error
     except TrainingDiverged as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 1

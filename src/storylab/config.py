@@ -319,6 +319,12 @@ class TrainConfig:
             "checkpoint_minutes",
         ):
             _at_least(0, name, getattr(self, name))
+        decays = self.schedule != "constant" and self.max_iters > self.warmup_iters
+        if decays and self.min_lr > self.learning_rate:
+            raise UserError(
+                f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}, so the rate would "
+                "rise after its warm-up: give both"
+            )
         for name in ("seed", "resolved_data_seed"):
             check_seed(name.removeprefix("resolved_"), getattr(self, name))
         for name in ("beta1", "beta2"):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from storylab.config import DEFAULT_PRESET, TrainConfig, preset_config
+from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, preset_config
 from storylab.errors import UserError
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ def _switch_names(kind: type[Any]) -> dict[str, bool]:
     for f in dataclasses.fields(kind):
         if f.type in ("bool", bool, "bool | None"):
             names[f.name] = f.type == "bool | None"
-        elif f.name == "config":
-            names |= _switch_names(TrainConfig)
+        elif f.name in ("config", "model"):
+            names |= _switch_names(TrainConfig if f.name == "config" else ModelConfig)
     return names
 
 

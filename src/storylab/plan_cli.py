@@ -30,7 +30,7 @@ class PlanCommand:
     file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
     """Experiment file; without one, the run that the flags describe."""
     gpu: tuple[GpuName, ...] = ("rtx5090",)
-    """Cards, or this: the machine itself, after some 20 seconds of training steps."""
+    """Cards, or this: the machine itself, after some 20 seconds of steps (12 micro-batches at least)."""
     scale: str | None = None
     """One of the experiment's scales."""
     software: SoftwareName = "eager"
@@ -102,8 +102,7 @@ def plan(args: list[str]) -> int:
 
 def bench(args: list[str]) -> int:
     """``storylab bench``."""
-    default = default_for(args)
-    command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default))
+    command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default_for(args)))
     from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
     from storylab.training.loop import resolve_device
 
@@ -112,11 +111,12 @@ def bench(args: list[str]) -> int:
         raise UserError(f"seconds is {command.seconds}: it must be above 0")
     if not command.dtypes:
         raise UserError("give at least one of --dtypes")
-    if any(arg.partition("=")[0].replace("-", "_") == "__dtype" for arg in args):
+    given = {arg.partition("=")[0].replace("-", "_") for arg in args}
+    if "__dtype" in given:
         raise UserError("a bench has --dtypes, one or more, instead of --dtype")
     first = dataclasses.replace(config, dtype=command.dtypes[0], backend="auto", compile=False)
     device = resolve_device(first)[0].device
-    if device == "cpu" and config.batch_size == default.batch_size:
+    if device == "cpu" and "__batch_size" not in given:
         config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
     config = dataclasses.replace(config, compile=bool(config.compile))
     vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size

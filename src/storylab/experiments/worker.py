@@ -19,7 +19,7 @@ from storylab.config import TrainConfig, from_dict
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
 from storylab.data.sources import VALIDATION
-from storylab.errors import UserError
+from storylab.errors import UserError, out_of_memory
 from storylab.training.evaluation import EVAL_BATCH, window_losses
 from storylab.training.loop import (
     TrainingDiverged,
@@ -113,19 +113,6 @@ def bench(config: TrainConfig, vocab_size: int, seconds: float) -> dict[str, Any
 
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "bench": bench}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a device or the machine running out of memory."""
-    words = (
-        "can't allocate memory",
-        "out of memory",
-        "not enough memory",
-        "Cannot allocate memory",
-    )
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error) for word in words
-    )
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from storylab.config import WIDE_DTYPES, Backend, Dtype, TrainConfig
+from storylab.config import WIDE_DTYPES, Backend, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.experiments.runner import ask
 from storylab.model.flops import training_flops
@@ -27,14 +27,18 @@ def variants(
 ) -> Iterator[TrainConfig]:
     """The configs that are timed: every dtype with the config's attention, and bfloat16, or the first
     dtype, with each of the other attentions."""
-    for dtype in dtypes:
+
+    def timed(dtype: Dtype, model: ModelConfig) -> TrainConfig:
         backend: Backend = "auto" if dtype in WIDE_DTYPES else config.backend
-        yield dataclasses.replace(config, dtype=dtype, backend=backend)
+        return dataclasses.replace(config, dtype=dtype, backend=backend, model=model)
+
+    for dtype in dtypes:
+        yield timed(dtype, config.model)
     first: Dtype = "bfloat16" if "bfloat16" in dtypes else dtypes[0]
     for attention in attentions:
         model = dataclasses.replace(config.model, attention=attention)
         if attention != config.model.attention:
-            yield dataclasses.replace(config, dtype=first, model=model)
+            yield timed(first, model)
 
 
 def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float) -> Iterator[str]:
