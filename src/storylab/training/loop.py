@@ -206,10 +206,11 @@ class Trainer:
         self.lap_start = self.saved_at = time.perf_counter()
         try:
             with self.telemetry, stop_signals(self.stop.note):
-                self._train_to_the_end()
-        except NonFiniteError as error:
-            self._read()  # in float16 the fault is known before the iterations under way are read
-            raise TrainingDiverged(self._diverged(error)) from error
+                try:
+                    self._train_to_the_end()
+                except NonFiniteError as error:
+                    self._read()  # float16 tells of it before the iterations under way are read
+                    raise TrainingDiverged(self._diverged(error)) from error
         finally:
             self.prefetcher.close()
         return run
