@@ -191,12 +191,16 @@ def print_same(results: dict[str, list[dict[str, float]]], args: argparse.Namesp
 
 
 def print_best(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    print(f"| {args.preset}, {args.seconds:g} s | tokens | loss, nats a token | bits per byte |")
+    print(
+        f"| {args.preset}, {args.seconds:g} s | tokens | loss, nats a token "
+        "| bits per byte (min to max) |"
+    )
     print("| --- | --- | --- | --- |")
     for name, rows in results.items():
+        bits = [row["bits_per_byte"] for row in rows] or [math.nan]
         print(
             f"| {name} | {median(rows, 'tokens'):,.0f} | {median(rows, 'loss'):.4f} "
-            f"| {median(rows, 'bits_per_byte'):.4f} |"
+            f"| {statistics.median(bits):.3f} ({min(bits):.3f} to {max(bits):.3f}) |"
         )
 
 

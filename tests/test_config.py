@@ -99,7 +99,7 @@ def test_a_method_is_a_start_for_the_other_flags() -> None:
     }) == TrainConfig()  # fmt: skip
     args = ["--method", "fast", "--preset=3m", "--matrix_lr", "0.01", "--no_qk_norm"]
     parsed = parse(TrainConfig, args, "", default_for(args))
-    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 4e-3 and not parsed.model.qk_norm
+    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 8e-3 and not parsed.model.qk_norm
     with pytest.raises(UserError, match="unknown method 'quick': choose one of record, fast"):
         default_for(["--method", "quick"])
     # The name alone is no difference between two runs, and the factor of that name covers the rest.

@@ -202,9 +202,9 @@ METHODS: dict[MethodName, dict[str, Any]] = {
     "fast": {
         "optimizer": "normuon",
         "matrix_lr": 0.02,
-        "learning_rate": 2e-2,
-        "min_lr": 4e-3,
-        "warmup_iters": 20,
+        "learning_rate": 4e-2,
+        "min_lr": 8e-3,
+        "warmup_iters": 0,
         "schedule": "linear",
         "beta2": 0.95,
         "average_share": 0.1,
