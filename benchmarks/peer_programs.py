@@ -75,6 +75,7 @@ class Storylab:
         from storylab.training.precision import choose_precision
 
         config = preset_config(args.preset, method)
+        self.warmup: float = args.warmup if config.warmup_iters else 0.0
         if method == "record":  # with the peers' AdamW
             config = dataclasses.replace(config, beta2=0.95, learning_rate=args.learning_rate)
         # ``best`` lets every rate fall to zero, where an average of the weights is of no use.

@@ -9,7 +9,7 @@
 program takes ``--steps`` steps in a process of its own, the programs in turns (A B C C B A ...); their
 losses must agree before speed counts. ``best`` gives each the same wall
 time, importing, starting and compiling included, and judges by bits per byte of the validation stories.
-Its warm-up and fall to zero go by the clock; --learning_rate is the peak of AdamW in every program.
+Its warm-up and fall to zero go by the clock; --learning_rate and --warmup are of AdamW in every program.
 
 peer_programs.py says how each is built; ``Trainer`` is the one of transformers, whole. nanoGPT and
 llama2.c use no autocast on a CPU, whatever --dtype says: they are timed as they are (float32) and with
@@ -94,9 +94,11 @@ def measure_best(name: str, args: argparse.Namespace) -> dict[str, float]:
     dataset, make = batches_of(args)
     program = PROGRAMS[name](args)
     peak = getattr(program, "peak", args.learning_rate)
+    warmup = getattr(program, "warmup", args.warmup)
     count = 0
     while (progress := (time.perf_counter() - STARTED) / args.seconds) < 1:
-        share = min(progress / args.warmup, (1 - progress) / (1 - args.warmup))
+        rising = progress / warmup if warmup else 1.0
+        share = min(rising, (1 - progress) / (1 - warmup))
         program.step(make(count), peak * share)
         count += 1
     seconds = time.perf_counter() - STARTED
