@@ -204,7 +204,7 @@ METHODS: dict[MethodName, dict[str, Any]] = {
         "matrix_lr": 0.02,
         "learning_rate": 4e-2,
         "min_lr": 8e-3,
-        "warmup_iters": 0,
+        "warmup_iters": 20,
         "schedule": "linear",
         "beta2": 0.95,
         "average_share": 0.1,

@@ -6,13 +6,19 @@ D head size, F hidden width of the feed-forward layer, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from storylab.config import ModelConfig
 from storylab.model.attention import causal_attention
@@ -89,11 +95,26 @@ def lean(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Meant for elementwise work that ends in a matrix product: redoing stops before that product,
     so what it costs is the elementwise part. On the CPU that is no slower than writing the
     intermediate results to memory and reading them back (docs/performance.md). Other devices
-    keep everything, as not measured.
+    keep everything, as not measured. A compiled block is lean as a whole, see :meth:`Block.forward`.
     """
-    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if redoing(x) and not torch.compiler.is_compiling():
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return function(x)
+
+
+def redoing(x: Tensor) -> bool:
+    """Whether what is computed of ``x`` is redone in a backward pass rather than kept for it."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def _keep_products() -> Any:
+    """What a compiled block keeps for its backward pass: the results of its linear layers."""
+
+    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        product = operation == torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class RMSNorm(nn.Module):
@@ -227,6 +248,24 @@ class Block(nn.Module):
 
         ``embedded [B, T, C]`` and ``more_values [B, T, K * D]`` are read where the config says so.
         """
+        if torch.compiler.is_compiling() and redoing(x):
+            return checkpoint(
+                self._forward,
+                *(x, rotary, cache, embedded, more_values),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=_keep_products,
+            )
+        return self._forward(x, rotary, cache, embedded, more_values)
+
+    def _forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | WindowCache | None,
+        embedded: Tensor | None,
+        more_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         if embedded is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
             x = of_stream * x + of_embedding * embedded
@@ -285,6 +324,8 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay as they are."""
+        # It would warn of operations in place, of which a block has none that anything else sees.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile(dynamic=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -101,8 +102,9 @@ class Muon(torch.optim.Optimizer):
         """One update from the gradients at hand."""
         assert closure is None
         skip: Tensor | None = getattr(self, "found_inf", None)
+        keep = None if skip is None else skip == 0
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -111,36 +113,58 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                     if group["normalize_rows"]:
                         state["row_squares"] = torch.zeros_like(parameter[:, :1])
-                _advance(state["momentum"], parameter.grad, MUON_MOMENTUM, skip)
+                _advance(state["momentum"], parameter.grad, MUON_MOMENTUM, keep)
                 ahead = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
                 joined = [parameter, ahead]
                 joined += [state["row_squares"]] if group["normalize_rows"] else []
                 for parts in zip(*(t.split(self.rows[parameter]) for t in joined), strict=True):
-                    shapes.setdefault(parts[0].shape, []).append(parts)
-            for shape, alike in shapes.items():
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonalize(torch.stack([update for _, update, *_ in alike])) * scale
-                for (weight, _, *squares), update in zip(alike, updates, strict=True):
-                    change = _with_rows_alike(update, squares[0], skip) if squares else update
-                    shrink = weight * group["weight_decay"]
-                    if group["cautious"]:
-                        shrink *= weight * change > 0
-                    change = (change + shrink) * -group["lr"]
-                    weight.add_(change if skip is None else change.where(skip == 0, 0.0))
+                    shapes[parts[0].shape].append(parts)
+            for alike in shapes.values():
+                _update_alike(alike, group, keep)
 
 
-def _advance(mean: Tensor, value: Tensor, decay: float, skip: Tensor | None) -> None:
-    """Move a running mean on by ``value``, unless ``skip`` is not 0."""
-    moved = mean.lerp(value, 1 - decay)
-    mean.copy_(moved if skip is None else moved.where(skip == 0, mean))
+def _update_alike(
+    alike: Sequence[tuple[Tensor, ...]], group: dict[str, Any], keep: Tensor | None
+) -> None:
+    """Update matrices of one shape together, where ``keep`` (a bool scalar) is not false.
+
+    Args:
+        alike: for each its weight and momentum ``[rows, columns]``, and its row squares ``[rows, 1]``
+            where the group normalises rows.
+        group: the parameter group with its settings.
+        keep: None for true.
+    """
+    weights, ahead, *squares = (list(tensors) for tensors in zip(*alike, strict=True))
+    rows, columns = weights[0].shape
+    change = orthogonalize(torch.stack(ahead)) * max(1.0, rows / columns) ** 0.5
+    if squares:
+        means = torch.stack(squares[0])
+        change = _with_rows_alike(change, means, keep)
+        torch._foreach_copy_(squares[0], list(means))
+    shrink = torch.stack(weights) * group["weight_decay"]
+    if group["cautious"]:
+        shrink *= shrink * change > 0
+    change = (change + shrink) * -group["lr"]
+    if keep is not None:
+        change = change.where(keep, 0.0)
+    torch._foreach_add_(weights, list(change))
 
 
-def _with_rows_alike(update: Tensor, squares: Tensor, skip: Tensor | None) -> Tensor:
-    """``update [rows, columns]`` over the root of each row's running mean of squares ``[rows, 1]``,
-    which moves on, with the norm that it had."""
-    _advance(squares, update.square().mean(dim=1, keepdim=True), NORMUON_DECAY, skip)
-    alike = update / (squares.sqrt() + 1e-8)
-    return alike * (update.norm() / (alike.norm() + 1e-8))
+def _advance(mean: Tensor, value: Tensor, decay: float, keep: Tensor | None) -> None:
+    """Move a running mean on by ``value``, unless ``keep`` is false."""
+    if keep is None:
+        mean.lerp_(value, 1 - decay)
+    else:
+        mean.copy_(mean.lerp(value, 1 - decay).where(keep, mean))
+
+
+def _with_rows_alike(updates: Tensor, squares: Tensor, keep: Tensor | None) -> Tensor:
+    """``updates [n, rows, columns]`` over the root of each row's running mean of squares
+    ``[n, rows, 1]``, which moves on; every matrix with the norm that it had."""
+    _advance(squares, updates.square().mean(dim=2, keepdim=True), NORMUON_DECAY, keep)
+    alike = updates / (squares.sqrt() + 1e-8)
+    before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (updates, alike))
+    return alike * (before / (after + 1e-8))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
