@@ -25,6 +25,7 @@ from storylab.errors import UserError
 from storylab.experiments.factors import changed_fields, factor_fields
 from storylab.flags import default_for, parse
 from storylab.model.transformer import Transformer
+from storylab.training.loop import resolve
 
 SOURCE = Path(configs.__file__).parent
 
@@ -76,11 +77,16 @@ def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> 
 
 
 def test_a_rate_that_would_rise_after_its_warm_up_is_refused() -> None:
+    rising = TrainConfig(max_iters=2000, learning_rate=2e-5)
     with pytest.raises(UserError, match="min_lr 5e-05 is above learning_rate 2e-05"):
-        TrainConfig(max_iters=2000, learning_rate=2e-5)
+        rising.require_no_rise()
+    with pytest.raises(UserError, match="min_lr 5e-05 is above learning_rate 2e-05"):
+        resolve(rising)
     # Where min_lr is never read it is of no matter.
-    TrainConfig(learning_rate=2e-5)
-    TrainConfig(max_iters=2000, learning_rate=2e-5, schedule="constant")
+    TrainConfig(learning_rate=2e-5).require_no_rise()
+    dataclasses.replace(rising, schedule="constant").require_no_rise()
+    # A run from before there was such a check can still be read.
+    assert from_dict(to_dict(rising)) == rising
 
 
 @pytest.mark.parametrize(

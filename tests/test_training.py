@@ -49,7 +49,7 @@ from storylab.training.precision import (
 )
 from storylab.training.progress import StopRequested
 from storylab.training.resume import resume
-from storylab.training.run_folder import Run, bare_source, open_run
+from storylab.training.run_folder import BESIDE_NUMBERS, Run, bare_source, open_run
 from storylab.training.sampling import load_story_model
 from storylab.training.step import NonFiniteError, StepReport, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
@@ -1098,3 +1098,9 @@ class Thing:
     )
     assert bare_source(other) == bare
     assert bare_source(source.replace("= 3", "= 4")) != bare
+
+
+def test_what_only_tells_of_a_run_is_there() -> None:
+    """A file that was renamed would count as numeric code again, without a word."""
+    root = Path(storylab.config.__file__).parent
+    assert all((root / name).is_file() for name in BESIDE_NUMBERS)

@@ -83,7 +83,8 @@ class ResumeCommand:
     run: RunFolder
     """Run folder."""
     max_iters: int | None = None
-    """A new last iteration, where the learning rates so far stay the same (warm-up, constant)."""
+    """A new last iteration, where the learning rates so far stay the same (warm-up, constant) and nothing
+    else goes by the length of the run."""
     data_dir: Path | None = None
     """Where the run's data set is now, if it has moved."""
 

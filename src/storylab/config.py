@@ -319,12 +319,6 @@ class TrainConfig:
             "checkpoint_minutes",
         ):
             _at_least(0, name, getattr(self, name))
-        decays = self.schedule != "constant" and self.max_iters > self.warmup_iters
-        if decays and self.min_lr > self.learning_rate:
-            raise UserError(
-                f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}, so the rate would "
-                "rise after its warm-up: give both"
-            )
         for name in ("seed", "resolved_data_seed"):
             check_seed(name.removeprefix("resolved_"), getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -340,6 +334,16 @@ class TrainConfig:
         if self.optimizer != "adamw" and self.learning_rate == 0:
             raise UserError(
                 f"{self.optimizer} follows the course of learning_rate: let it be above 0"
+            )
+
+    def require_no_rise(self) -> None:
+        """Raise a UserError if the learning rate would rise after the warm-up, as it does where only one
+        of two flags was given. For new runs: old ones are what they are."""
+        decays = self.schedule != "constant" and self.max_iters > self.warmup_iters
+        if decays and self.min_lr > self.learning_rate:
+            raise UserError(
+                f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}, so the rate would "
+                "rise after its warm-up: give both"
             )
 
     @property

@@ -240,7 +240,9 @@ class _Reader:
         for name in FORBIDDEN.keys() & values.keys():
             raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
         flags = _flags({"data_dir": str(self.data.folder)} | values)
-        return parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
+        config = parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
+        config.require_no_rise()
+        return config
 
 
 def _matched_cells(experiment: Experiment) -> Iterable[Cell]:

@@ -113,8 +113,10 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     """The config with every default filled in, and its precision, checked without the data.
 
     Raises:
-        UserError: there is no such device, it lacks the dtype, or ``out_dir`` is in use.
+        UserError: there is no such device, it lacks the dtype, ``out_dir`` is in use, or the learning
+            rate would rise after its warm-up.
     """
+    config.require_no_rise()
     method = "" if config.method == "record" else f"{config.method}-"
     name = f"{config.preset}-{method}{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = config.out_dir or Path("runs") / name

@@ -24,7 +24,7 @@ def resume(
         folder: the run folder.
         wanted: config to continue with, by default the run's own. It may differ in where things
             lie and how often to print, and in ``max_iters`` where the learning rates of the
-            iterations so far would have been the same.
+            iterations so far would have been the same and nothing goes by a share of the run.
         reporter: told how it goes.
 
     Raises:

@@ -39,6 +39,8 @@ METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
 NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")
+# What only tells of a run or times steps of none.
+BESIDE_NUMBERS = ("training/lines.py", "training/measure.py", "training/telemetry.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pyarrow")
 
 
@@ -248,7 +250,7 @@ def code_sha256() -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if name.parts[0] in NUMERIC_CODE:
+        if name.parts[0] in NUMERIC_CODE and name.as_posix() not in BESIDE_NUMBERS:
             source = bare_source(path.read_text(encoding="utf-8"))
             digest.update(name.as_posix().encode() + b"\0" + source.encode())
     return digest.hexdigest()
