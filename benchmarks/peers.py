@@ -17,6 +17,10 @@ bfloat16 autocast put around their forward pass. nanoGPT's shape is GPT-2's, wit
 same width, so compare its FLOP/s, counted for all alike: 6 x matrix parameters (blocks and head) + 12 x
 layers x width x length a token. What is not installed is left out and said to be. With ``--empty_cache``
 every process compiles anew.
+
+One more step of ``same`` is profiled for the share of its matrix products, attention kernels counted whole.
+What is left is work that matrix units such as AMX do not speed up, and from it comes a prediction: the
+ratio of speeds where bfloat16's products took a quarter of their time, and float32's what they take.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,9 @@ from peer_programs import LENGTH, PROGRAMS, installed, start, trainer_times
 
 STARTED = time.perf_counter()
 TOKENS = 100_000
+# Operations that are matrix products, by how their names begin.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
+FASTER_PRODUCTS = 4
 # Programs of one shape whose losses are further apart than this do not compute the same.
 SAME_LOSS = 0.01
 
@@ -61,6 +69,7 @@ def measure_same(name: str, args: argparse.Namespace) -> dict[str, float]:
     batches = [make(i) for i in range(args.steps)]
     if name.startswith("transformers Trainer"):
         times, losses, model = trainer_times(args, batches, True)
+        peak, products = peak_memory_bytes(torch.device("cpu")), math.nan
     else:
         program = PROGRAMS[name](args)
         model = program.model
@@ -69,6 +78,8 @@ def measure_same(name: str, args: argparse.Namespace) -> dict[str, float]:
             begin = time.perf_counter()
             losses.append(program.step(batch, args.learning_rate))
             times.append(time.perf_counter() - begin)
+        peak = peak_memory_bytes(torch.device("cpu"))  # before the profiler takes its own
+        products = product_share(lambda: program.step(batches[-1], args.learning_rate))
     median = statistics.median(times[1:])
     shape, _ = start(args)
     positions = sum(p.numel() for n, p in model.named_parameters() if "wpe" in n)
@@ -78,10 +89,24 @@ def measure_same(name: str, args: argparse.Namespace) -> dict[str, float]:
     return {
         "tokens_per_second": tokens / median,
         "gflops": flops * tokens / median / 1e9,
-        "peak_gb": peak_memory_bytes(torch.device("cpu")) / 1e9,
+        "peak_gb": peak / 1e9,
+        "step_seconds": median,
+        "product_share": products,
         "start_seconds": times[0] - median,
         "loss": losses[-1],
     }
+
+
+def product_share(step: Callable[[], object]) -> float:
+    """Share of the time of ``step`` that matrix products take, by torch's profiler."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        begin = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - begin
+    events = [event for event in profile.events() or () if event.name.startswith(PRODUCTS)]
+    return sum(event.self_cpu_time_total for event in events) / 1e6 / seconds
 
 
 def measure_best(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -166,30 +191,41 @@ def median(rows: list[dict[str, float]], key: str) -> float:
 
 
 def print_same(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    base = next(iter(results.values()))
+    first, base = next(iter(results.items()))
     rate, loss = median(base, "gflops"), median(base, "loss")
     print(
         f"| {args.preset}, {args.sequences} x {LENGTH} tokens | tok/s (min to max) | GFLOP/s | first "
         f"step more | {TOKENS:,} tokens, first step included | peak memory | loss {args.steps} "
-        "| speed per FLOP, first row's / its |"
+        "| speed per FLOP, first row's / its | outside of products, s a step "
+        f"| predicted with bfloat16 products {FASTER_PRODUCTS} times as fast |"
     )
-    print("| --- |" + " --- |" * 7)
+    print("| --- |" + " --- |" * 9)
     for name, rows in results.items():
         if not rows:
-            print(f"| {name} | failed | | | | | | |")
+            print(f"| {name} | failed | | | | | | | | |")
             continue
         speeds = [row["tokens_per_second"] for row in rows]
         ratio = f"{rate / median(rows, 'gflops'):.2f}"
+        predicted = f"{predicted_rate(first, base) / predicted_rate(name, rows):.2f}"
         if "nanoGPT" not in name and abs(median(rows, "loss") - loss) > SAME_LOSS:
-            ratio = "not the same arithmetic"
+            ratio = predicted = "not the same arithmetic"
         whole = [row["start_seconds"] + TOKENS / row["tokens_per_second"] for row in rows]
         print(
             f"| {name} | {statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) "
             f"| {median(rows, 'gflops'):,.0f} | {median(rows, 'start_seconds'):.1f} s "
             f"| {statistics.median(whole):.0f} s "
             f"| {median(rows, 'peak_gb'):.2f} GB | {median(rows, 'loss'):.4f} "
-            f"| {ratio} |"
+            f"| {ratio} "
+            f"| {median(rows, 'step_seconds') * (1 - median(rows, 'product_share')):.2f} "
+            f"| {predicted} |"
         )
+
+
+def predicted_rate(name: str, rows: list[dict[str, float]]) -> float:
+    """FLOP/s of a program where bfloat16's products were as many times faster as the table says."""
+    products = median(rows, "product_share")
+    faster = 1 if "float32" in name else FASTER_PRODUCTS
+    return median(rows, "gflops") / (1 - products + products / faster)
 
 
 def print_best(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
