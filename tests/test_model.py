@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
 from storylab.model.generate import Sampling, generate, next_token_probabilities
 from storylab.model.head import Cuts, linear_cross_entropy, token_losses
-from storylab.model.transformer import KeyValueCache, Transformer
+from storylab.model.transformer import KeyValueCache, Transformer, rotary_angles
 
 SHAPES = [
     ModelConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_hidden=96),
@@ -337,3 +338,31 @@ def test_next_token_probabilities() -> None:
     torch.testing.assert_close(coldest, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     cold = next_token_probabilities(logits, Sampling(temperature=0.5))
     torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
+    batch, time = 3, 16
+    model, stream = Transformer(config, VOCAB), torch.randn(batch, time, config.n_embd)
+    rotary = rotary_angles(config, torch.arange(time))
+    torch._dynamo.reset()
+    for block in model.blocks:  # the division of work that a compiler makes, without its code
+        block.compile(backend="aot_eager_decomp_partition")
+    kept: Counter[tuple[int, ...]] = Counter()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tuple(tensor.shape)] += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for block in model.blocks:
+            stream, _ = block(stream, rotary)
+    torch._dynamo.reset()
+    rows = batch * time
+    products = [(rows, config.qkv_size), (rows, config.n_embd), (rows, 2 * config.n_hidden)]
+    assert all(kept.pop(shape) == config.n_layer for shape in products)
+    # And the stream that enters each block. What is left is small, such as the rotary angles.
+    assert kept.pop((batch, time, config.n_embd)) == config.n_layer
+    assert all(math.prod(shape) <= time * config.head_size for shape in kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,11 +108,12 @@ def redoing(x: Tensor) -> bool:
     return x.device.type == "cpu" and torch.is_grad_enabled()
 
 
-def _keep_products() -> Any:
-    """What a compiled block keeps for its backward pass: the results of its linear layers."""
+def _keep_products(hidden: int) -> Any:
+    """What a compiled block keeps for its backward pass: the results of its linear layers, but not
+    that of the last one, which reads ``hidden`` features: it only joins the residual stream."""
 
-    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-        product = operation == torch.ops.aten.mm.default
+    def policy(_: Any, operation: Any, *operands: Any, **__: Any) -> CheckpointPolicy:
+        product = operation == torch.ops.aten.mm.default and operands[1].shape[0] != hidden
         return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
@@ -254,7 +256,7 @@ class Block(nn.Module):
                 *(x, rotary, cache, embedded, more_values),
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=_keep_products,
+                context_fn=partial(_keep_products, self.feed_forward.down.in_features),
             )
         return self._forward(x, rotary, cache, embedded, more_values)
 

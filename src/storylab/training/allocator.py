@@ -7,7 +7,7 @@ import ctypes
 import sys
 
 # Parameters of mallopt(3) in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 KEEP_BYTES = 2**31 - 1
 
 
@@ -23,3 +23,5 @@ def keep_freed_memory() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+            # What one thread has freed serves the others too.
+            libc.mallopt(M_ARENA_MAX, 1)
