@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan_check
@@ -23,18 +25,51 @@ from storylab.planning.cards import CARDS, Card
 from storylab.planning.roofline import (
     ATTENTION,
     LIMIT,
+    ORTHOGONALISING,
     SOFTWARE,
+    UPDATE,
+    Part,
     gains,
+    memory_bytes,
     parts,
     tokens_per_second,
 )
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
-from storylab.training.measure import PARTS, StepTimer, _part
-from storylab.training.optimizers import build_optimizers
+from storylab.training.learner import Learner
+from storylab.training.measure import ELEMENTWISE, PARTS, StepTimer, _part
+from storylab.training.optimizers import build_optimizers, skip_where
+from storylab.training.precision import Precision
 
 RECORD = TrainConfig()
 VOCAB = 50257
+SHAPE = ModelConfig(n_layer=4, n_head=12, n_kv_head=3, n_embd=192, n_hidden=512)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts kernels and the bytes that they read and write, products and attention left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.bytes = 0, 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        product = name in ("mm", "bmm", "baddbmm") or "attention" in name
+        if not (product or function.is_view or name.startswith(("empty", "new_empty", "detach"))):
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
+            self.kernels += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return result
+
+
+def part(config: TrainConfig, name: str, vocab_size: int = 300) -> Part:
+    """One part of a plan with eager PyTorch."""
+    work = parts(config, vocab_size, SOFTWARE["eager"])
+    return next(part for part in work if part.name == name)
 
 
 @pytest.mark.parametrize("row", plan_check.PUBLISHED, ids=lambda row: f"{row.what} {row.dtype}")
@@ -64,8 +99,96 @@ def test_the_products_of_a_muon_update_are_counted() -> None:
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:
         muon.step()
-    (update,) = (part for part in parts(config, 300, LIMIT) if part.name == "update")
-    assert update.flops == counter.get_total_flops() > 0
+    assert part(config, ORTHOGONALISING).flops == counter.get_total_flops() > 0
+
+
+def passes(model: ModelConfig) -> Traffic:
+    """Forward and backward pass of a model over 8 x 128 tokens, its head left out, without a device
+    that would redo anything."""
+    network = Transformer(model, 300).to("meta")
+    tokens = torch.zeros(8, 128, dtype=torch.int64, device="meta")
+    with Traffic() as seen, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        network.hidden(tokens).float().sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"qk_norm": True},
+        {"embedding_residual": True},
+        {"value_residual": "first_layer"},
+        {"value_residual": "token_table"},
+        {"embedding_norm": True},
+    ],
+    ids=str,
+)
+def test_the_elementwise_work_of_a_models_options_is_counted(option: dict[str, Any]) -> None:
+    """Against what PyTorch does, within what its copies on the way come to."""
+    model = dataclasses.replace(SHAPE, **option)
+    with_option, without = (
+        part(dataclasses.replace(RECORD, batch_size=8, model=m), ELEMENTWISE)
+        for m in (model, SHAPE)
+    )
+    seen, seen_without = passes(model), passes(SHAPE)
+    assert with_option.bytes - without.bytes == pytest.approx(
+        seen.bytes - seen_without.bytes, rel=0.5
+    )
+    assert with_option.kernels - without.kernels == pytest.approx(
+        seen.kernels - seen_without.kernels, rel=0.5
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+def test_the_elementwise_work_of_a_muon_update_is_counted(optimizer: str) -> None:
+    """As it is on CUDA, where a step may be skipped on the device."""
+    config = TrainConfig(model=SHAPE, optimizer=optimizer, gradient_accumulation_steps=1)  # type: ignore[arg-type]
+    model = Transformer(SHAPE, 300)
+    optimizers = build_optimizers(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    skip_where(optimizers, torch.tensor(False))
+    with Traffic() as seen:
+        optimizers[0].step()
+    matrices = sum(p.numel() for p, _ in model.block_matrices())
+    rest = 28 * (SHAPE.parameter_count(300) - matrices)  # by AdamW
+    assert part(config, UPDATE).bytes - rest == pytest.approx(seen.bytes, rel=0.5)
+
+
+def test_an_update_costs_the_same_kernels_compiled_or_not() -> None:
+    """On a card without limits there is nothing but kernels to wait for. By hand: 10 of AdamW and clipping,
+    5 of the average, 30 for each of a model's four shapes of matrices and 2 for each of its 16 weights."""
+    card = Card("card", (8, 9), 1e9, None, None, 1e9, 24, 300)
+    config = dataclasses.replace(RECORD, model=SHAPE, optimizer="normuon", average_share=0.1)
+    for kind in ("eager", "compiled"):
+        work = parts(config, 300, SOFTWARE[kind])
+        update = sum(p.seconds(card, SOFTWARE[kind]) for p in work if p.name.startswith(UPDATE))
+        assert update * 16 == pytest.approx((10 + 5 + 4 * 30 + 16 * 2) * 8e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("average_share", [0.0, 0.1])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
+def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: float) -> None:
+    """Against the tensors that a learner has after a step; what its passes keep is the same for all."""
+    config = TrainConfig(
+        model=SHAPE,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        average_share=average_share,
+        batch_size=1,
+    )
+
+    def kept(config: TrainConfig) -> int:
+        learner = Learner(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
+        states = [s for o in learner.optimizers for s in o.state.values()]
+        tensors = [t for state in states for t in state.values()]
+        tensors += [*learner.model.parameters(), *learner.average.values()]
+        tensors += [p.grad for p in learner.model.parameters() if p.grad is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    plain = dataclasses.replace(config, optimizer="adamw", average_share=0.0)
+    rest = memory_bytes(plain, 300) - 16 * SHAPE.parameter_count(300)
+    assert memory_bytes(config, 300) - rest == pytest.approx(kept(config), rel=1e-5)
 
 
 def test_no_software_is_faster_than_the_limit() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from storylab.config import TrainConfig
+from storylab.config import ModelConfig, TrainConfig
 from storylab.model.flops import (
     attention_flops,
     head_flops,
@@ -19,12 +19,14 @@ from storylab.model.flops import (
 )
 from storylab.planning.cards import Card
 from storylab.precision.recipes import Recipe
+from storylab.training.measure import ELEMENTWISE
 from storylab.training.optimizers import NEWTON_SCHULZ_STEPS
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that elementwise operations move for each element, forward and backward together.
+    """Bytes that elementwise operations move for each element, forward and backward together, and the
+    kernels that they are. What only some models or optimizers have is by default stepwise.
 
     Attributes:
         norm: an element of the residual stream through a norm.
@@ -34,6 +36,11 @@ class Traffic:
         logit: a logit: written, its softmax, the gradient, both read by products.
         block_kernels: kernels started for a block.
         other_kernels: those for the rest of the model.
+        mix: an element of a sum with learned scales: embedding residual, added values.
+        norm_kernels: kernels started for a norm that not every model has.
+        mix_kernels: those for a sum with learned scales.
+        muon: an element of a matrix in an update by Muon, its products left out.
+        normuon: the same by NorMuon.
     """
 
     norm: float
@@ -43,6 +50,11 @@ class Traffic:
     logit: float
     block_kernels: int
     other_kernels: int
+    mix: float = 88
+    norm_kernels: int = 16
+    mix_kernels: int = 10
+    muon: float = 130
+    normuon: float = 166
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Software:
         attention: the same in attention.
         bandwidth: share of the memory's bandwidth in elementwise work.
         launch: seconds from kernel to kernel that the card waits.
+        update_launch: the same in the update, which torch.compile is not used for.
         traffic: what its elementwise operations move.
     """
 
@@ -62,19 +75,20 @@ class Software:
     attention: float
     bandwidth: float
     launch: float
+    update_launch: float
     traffic: Traffic
 
 
 # A kernel for each step of a formula; one for steps in a row; and the least that must be moved.
 STEPWISE = Traffic(84, 48, 27, 22, 34, 120, 40)
-FUSED = Traffic(16, 8, 16, 16, 12, 25, 15)
-LEAST = Traffic(10, 4, 12, 8, 6, 15, 10)
-LIMIT = Software("the card's limit", 1.0, 1.0, 1.0, 0.0, LEAST)
+FUSED = Traffic(16, 8, 16, 16, 12, 25, 15, mix=40, norm_kernels=2, mix_kernels=3)
+LEAST = Traffic(10, 4, 12, 8, 6, 15, 10, mix=24, norm_kernels=2, mix_kernels=1, muon=24, normuon=28)
+LIMIT = Software("the card's limit", 1.0, 1.0, 1.0, 0.0, 0.0, LEAST)
 # Round figures with which the published speeds in docs/plan.md come out: calibrated, not derived.
 SOFTWARE: dict[str, Software] = {
-    "eager": Software("eager PyTorch", 0.80, 0.50, 0.92, 8e-6, STEPWISE),
-    "compiled": Software("torch.compile", 0.83, 0.60, 0.85, 3e-6, FUSED),
-    "handwritten": Software("hand-written kernels", 0.92, 0.80, 0.90, 2e-6, LEAST),
+    "eager": Software("eager PyTorch", 0.80, 0.50, 0.92, 8e-6, 8e-6, STEPWISE),
+    "compiled": Software("torch.compile", 0.83, 0.60, 0.85, 3e-6, 8e-6, FUSED),
+    "handwritten": Software("hand-written kernels", 0.92, 0.80, 0.90, 2e-6, 2e-6, LEAST),
 }
 
 
@@ -85,14 +99,14 @@ class Part:
     Attributes:
         flops: arithmetic; of matrix products only, the rest being bound by memory.
         bytes: memory traffic.
-        kernels: how many are started.
+        kernels: how many are started, a share of them where it is a share of an update.
         form: what the products are computed in.
     """
 
     name: str
     bytes: float
     flops: float = 0.0
-    kernels: int = 0
+    kernels: float = 0
     form: str = "bfloat16"
 
     def seconds(self, card: Card, software: Software) -> float:
@@ -102,16 +116,23 @@ class Part:
         share = software.attention if self.name == ATTENTION else software.products
         arithmetic = self.flops / (rate * 1e12 * share)
         traffic = self.bytes / (card.bandwidth * 1e12 * software.bandwidth)
-        return max(arithmetic, traffic) + self.kernels * software.launch
+        updates = self.name in (UPDATE, ORTHOGONALISING)
+        launch = software.update_launch if updates else software.launch
+        return max(arithmetic, traffic) + self.kernels * launch
 
 
 ATTENTION, QUANTISING = "attention products", "quantising"
+UPDATE, ORTHOGONALISING = "update", "update, products of Muon"
 # Of a weight: cast for every micro-batch, its gradient added up.
 WEIGHT_TRAFFIC = 16
 # Of a parameter in an update by AdamW: weight, gradient and both moments read, all but one written.
 UPDATE_TRAFFIC = 28
 # Of a parameter whose average is kept: both read, the average written.
 AVERAGE_TRAFFIC = 12
+# Kernels of clipping and fused AdamW, and those of the average: each takes many parameters at once.
+ADAMW_KERNELS, AVERAGE_KERNELS = 10, 5
+# Kernels of Muon beside its products: for all matrices of one shape, and for every weight.
+MUON_SHAPE_KERNELS, MUON_WEIGHT_KERNELS = 15, 2
 # Of an element of a quantised operand, its block scale included.
 OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
 # Of an element that is quantised: read in bfloat16 twice, written in both layouts.
@@ -126,18 +147,13 @@ def parts(
     tokens = config.batch_size * config.block_size
     traffic = software.traffic
     width, layers = model.n_embd, model.n_layer
-    rotated = (model.n_head + model.n_kv_head) * model.head_size
     elementwise = (
         (2 * layers + 1) * width * traffic.norm
-        + layers * rotated * traffic.rotary
+        + layers * _rotated(model) * traffic.rotary
         + layers * model.n_hidden * traffic.gate
         + 2 * layers * width * traffic.residual
     )
-    block_weights = layers * linear_flops(model) // 2
-    muon = config.optimizer != "adamw"
-    update_flops = orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) if muon else 0
-    update_traffic = UPDATE_TRAFFIC + AVERAGE_TRAFFIC * bool(config.average_share)
-    updates = 1 / config.gradient_accumulation_steps
+    more_elementwise, more_kernels = _options(model, traffic)
     return [
         *_linear_parts(config, recipe),
         Part(
@@ -153,19 +169,70 @@ def parts(
             kernels=2 * layers,
         ),
         Part(
-            "norms, rotary positions, gates, residuals",
-            bytes=tokens * elementwise,
-            kernels=layers * traffic.block_kernels,
+            ELEMENTWISE,
+            bytes=tokens * (elementwise + more_elementwise),
+            kernels=layers * traffic.block_kernels + more_kernels,
         ),
         Part("logits and loss", bytes=tokens * vocab_size * traffic.logit),
         Part(
             "casts of weights, sums of gradients",
-            bytes=(block_weights + vocab_size * width) * WEIGHT_TRAFFIC,
+            bytes=(_block_weights(model) + vocab_size * width) * WEIGHT_TRAFFIC,
         ),
+        *_update_parts(config, vocab_size, traffic),
+    ]
+
+
+def _rotated(model: ModelConfig) -> int:
+    """Features of a block's queries and keys."""
+    return (model.n_head + model.n_kv_head) * model.head_size
+
+
+def _block_weights(model: ModelConfig) -> int:
+    """Entries of the blocks' matrices."""
+    return model.n_layer * linear_flops(model) // 2
+
+
+def _options(model: ModelConfig, traffic: Traffic) -> tuple[float, int]:
+    """Bytes a token, and kernels, of the elementwise work that the record's model has not got."""
+    layers, width = model.n_layer, model.n_embd
+    adding = sum(model.adds_values(layer) for layer in range(layers))
+    norm_elements = model.qk_norm * layers * _rotated(model) + model.embedding_norm * width
+    norms = model.qk_norm * layers * 2 + model.embedding_norm
+    mixed_elements = model.embedding_residual * layers * width
+    mixed_elements += adding * model.n_kv_head * model.head_size
+    mixes = model.embedding_residual * layers + adding
+    return (
+        norm_elements * traffic.norm + mixed_elements * traffic.mix,
+        norms * traffic.norm_kernels + mixes * traffic.mix_kernels,
+    )
+
+
+def _update_parts(config: TrainConfig, vocab_size: int, traffic: Traffic) -> list[Part]:
+    """A micro-batch's share of the update, of the weights' average too; Muon's products apart, as their
+    arithmetic does not overlap with what memory bounds."""
+    model, updates = config.model, 1 / config.gradient_accumulation_steps
+    parameters = model.parameter_count(vocab_size)
+    muon = config.optimizer != "adamw"
+    matrices = _block_weights(model) if muon else 0
+    of_matrix = traffic.normuon if config.optimizer == "normuon" else traffic.muon
+    moved = (parameters - matrices) * UPDATE_TRAFFIC + matrices * of_matrix
+    kernels = ADAMW_KERNELS
+    if config.average_share:
+        moved += parameters * AVERAGE_TRAFFIC
+        kernels += AVERAGE_KERNELS
+    if not muon:
+        return [Part(UPDATE, bytes=moved * updates, kernels=kernels * updates)]
+    width, key_value, hidden = model.n_embd, model.n_kv_head * model.head_size, model.n_hidden
+    shapes = len({(width, width), (key_value, width), (hidden, width), (width, hidden)})
+    # A block has four weights: two of them join projections, each a matrix of its own.
+    kernels += shapes * MUON_SHAPE_KERNELS + 4 * model.n_layer * MUON_WEIGHT_KERNELS
+    return [
+        Part(UPDATE, bytes=moved * updates, kernels=kernels * updates),
         Part(
-            "update",
-            flops=update_flops * updates,
-            bytes=model.parameter_count(vocab_size) * update_traffic * updates,
+            ORTHOGONALISING,
+            bytes=0.0,  # in the cache, or bound by arithmetic where it is too large for that
+            flops=orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) * updates,
+            kernels=shapes * 3 * NEWTON_SCHULZ_STEPS * updates,
         ),
     ]
 
@@ -233,13 +300,25 @@ def gains(
 
 
 def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
-    """Peak memory of training on a GPU: weights, gradients, moments and averages in float32, what a
-    micro-batch keeps for its backward pass in bfloat16 (float32 in the residual stream), and a chunk of
-    logits."""
+    """Peak memory of training on a GPU: weights, gradients, what the optimizers keep and averages in
+    float32, what a micro-batch keeps for its backward pass in bfloat16 (float32 in the residual stream),
+    and a chunk of logits."""
     model = config.model
-    parameters = model.parameter_count(vocab_size)
     tokens = config.batch_size * config.block_size
     qkv = model.qkv_size
     kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
-    bytes_each = 20.0 if config.average_share else 16.0
-    return bytes_each * parameters + tokens * model.n_layer * kept + 4.0 * vocab_size * 2048
+    activations = tokens * model.n_layer * kept
+    return 4.0 * _numbers_kept(config, vocab_size) + activations + 4.0 * vocab_size * 2048
+
+
+def _numbers_kept(config: TrainConfig, vocab_size: int) -> int:
+    """Weights, gradients, and what optimizers and average keep: two moments of a weight under AdamW, one
+    under Muon, and NorMuon a number a row too."""
+    model = config.model
+    parameters = model.parameter_count(vocab_size)
+    kept = (5 if config.average_share else 4) * parameters
+    if config.optimizer != "adamw":
+        kept -= _block_weights(model)
+    if config.optimizer == "normuon":
+        kept += model.n_layer * (model.qkv_size + 2 * model.n_embd + 2 * model.n_hidden)
+    return kept
