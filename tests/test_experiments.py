@@ -30,6 +30,7 @@ from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_exp
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
 from storylab.model.flops import training_flops
+from storylab.training.measure import StepTimer
 from storylab.training.run_folder import SUMMARY, Run
 
 ROOT = Path(__file__).parents[1]
@@ -522,6 +523,60 @@ def test_a_calibration_foretells_memory_and_time(
 ) -> None:
     measured = worker.measure(planned[0].config)
     assert measured["micro_batch_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 16])
+def test_an_update_is_charged_once_an_iteration(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """On a machine where a micro-batch takes 100 s and an update 300 s, by a clock of our own."""
+    config = dataclasses.replace(planned[0].cell.config, gradient_accumulation_steps=accumulation)
+    run = dataclasses.replace(planned[0], cell=dataclasses.replace(planned[0].cell, config=config))
+
+    def step(self: StepTimer, sequences: int) -> float:
+        return 100.0 * sequences / self.config.batch_size + 300.0
+
+    monkeypatch.setattr(StepTimer, "step", step)
+    monkeypatch.setattr(runner, "ask", lambda action, config: (worker.measure(config), ""))
+    ((_, estimate),) = runner.estimates([run])
+    assert estimate is not None
+    # Beside it there are some real evaluation batches.
+    expected = (config.max_iters + 1) * (accumulation * 100.0 + 300.0)
+    assert estimate.seconds == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({"optimizer": "normuon"}, False),
+        ({"average_share": 0.1}, False),
+        ({"dtype": "fp8", "backend": "emulated"}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"batch_size": 2}, False),
+        ({"model": ModelConfig(1, 1, 1, 16, 16, qk_norm=True)}, False),
+        ({"learning_rate": 3e-3, "schedule": "linear", "max_iters": 8}, True),
+        ({"weight_decay": 0.0, "eval_interval": 2, "data_seed": 7}, True),
+    ],
+    ids=str,
+)
+def test_only_runs_of_like_steps_share_a_calibration(
+    planned: list[PlannedRun],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    alike: bool,
+) -> None:
+    calibrated: list[TrainConfig] = []
+
+    def ask(action: str, config: TrainConfig) -> tuple[None, str]:
+        calibrated.append(config)
+        return None, ""
+
+    monkeypatch.setattr(runner, "ask", ask)
+    cell = planned[0].cell
+    other = dataclasses.replace(cell, config=dataclasses.replace(cell.config, **change))
+    runs = [planned[0], dataclasses.replace(planned[0], cell=other, seed=2)]
+    assert len(list(runner.estimates(runs))) == 2
+    assert len(calibrated) == (1 if alike else 2)
 
 
 def test_a_calibration_that_fails_stops_nothing(

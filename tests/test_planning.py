@@ -20,7 +20,6 @@ from storylab.model.flops import attention_flops, training_flops
 from storylab.model.transformer import Transformer
 from storylab.plan_cli import GpuName, SoftwareName
 from storylab.planning.bench import known_card
-from storylab.planning.calibrate import Measured
 from storylab.planning.cards import CARDS, Card
 from storylab.planning.roofline import (
     ATTENTION,
@@ -37,7 +36,7 @@ from storylab.planning.roofline import (
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
 from storylab.training.learner import Learner
-from storylab.training.measure import ELEMENTWISE, PARTS, StepTimer, _part
+from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
 

@@ -30,7 +30,7 @@ class PlanCommand:
     file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
     """Experiment file; without one, the run that the flags describe."""
     gpu: tuple[GpuName, ...] = ("rtx5090",)
-    """Cards, or this: the machine itself, after some 20 seconds of steps (12 micro-batches at least)."""
+    """Cards, or this: this machine, after some 20 seconds of steps (4 to 12 micro-batches at least)."""
     scale: str | None = None
     """One of the experiment's scales."""
     software: SoftwareName = "eager"

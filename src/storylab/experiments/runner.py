@@ -20,7 +20,13 @@ from storylab import config as configs
 from storylab.config import PRESENTATION_FIELDS, TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS, under
+from storylab.experiments.factors import (
+    LEARNING_RATE_FIELDS,
+    LENGTH_FIELDS,
+    SEED_FIELDS,
+    SPLIT_FIELDS,
+    under,
+)
 from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.experiments.worker import (
@@ -33,12 +39,21 @@ from storylab.experiments.worker import (
 )
 from storylab.files import exclusive, held, read_json, write_json
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
+from storylab.training.measure import Measured
 from storylab.training.run_folder import CONFIG, Run, code_sha256
 from storylab.training.signals import stop_signals
 
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
 LOCKS = ".locks"
+# Fields that no calibration depends on. One forgotten here costs a calibration too many; one forgotten in a
+# list of those that count would lend a run the calibration of another.
+UNTIMED_FIELDS = {
+    *("preset", "method", "matrix_lr", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("short_share", "eval_interval", "eval_iters"),
+    *(LEARNING_RATE_FIELDS | LENGTH_FIELDS | SEED_FIELDS),
+    *PRESENTATION_FIELDS,
+}
 # Beside a run that had to be cut finer than it was asked for: why.
 SPLIT_NOTE = "split.json"
 
@@ -223,8 +238,8 @@ def _recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
 
 
 def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estimate | None]]:
-    """What each run will take: from a finished run of the same cell, or a calibration of seconds for
-    every shape of model and batch; None where the calibration failed."""
+    """What each run will take: from a finished run of the same cell, or a calibration of seconds that like
+    runs share; None where the calibration failed."""
     calibrated: dict[str, dict[str, float] | None] = {}
     finished: dict[Cell, Estimate | None] = {}
     for run in planned:
@@ -232,20 +247,22 @@ def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estim
             finished[run.cell] = _finished_estimate([r for r in planned if r.cell == run.cell])
         estimate = finished[run.cell]
         if estimate is None:
-            config = run.config
-            shape = (
-                config.model,
-                config.batch_size,
-                config.block_size,
-                config.dtype,
-                config.recipe,
-                config.compile,
-            )
-            if str(shape) not in calibrated:
-                calibrated[str(shape)] = _calibration(config)
-            measured = calibrated[str(shape)]
-            estimate = _expected(config, measured) if measured else None
+            key = _timed(run.config)
+            if key not in calibrated:
+                calibrated[key] = _calibration(run.config)
+            measured = calibrated[key]
+            estimate = _expected(run.config, measured) if measured else None
         yield run, estimate
+
+
+def _timed(config: TrainConfig) -> str:
+    """What a calibration depends on: runs that are alike in it share one."""
+    values = configs.to_dict(config)
+    for name in UNTIMED_FIELDS:
+        del values[name]
+    values["gradient_accumulation_steps"] = config.gradient_accumulation_steps > 1
+    values["average_share"] = config.average_share > 0
+    return json.dumps(values)
 
 
 def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
@@ -273,10 +290,10 @@ def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any
 def _expected(config: TrainConfig, measured: dict[str, float]) -> Estimate:
     evaluations = -(-config.max_iters // config.eval_interval)
     batches = 2 * config.eval_iters * evaluations + measured["evaluation_batches"]
-    micro_batches = (config.max_iters + 1) * config.gradient_accumulation_steps
-    seconds = micro_batches * measured["micro_batch_seconds"]
-    seconds += batches * measured["evaluation_batch_seconds"]
-    return Estimate(seconds, measured["peak_memory_bytes"], measured=False)
+    memory = measured["peak_memory_bytes"]
+    steps = Measured(measured["micro_batch_seconds"], measured["update_seconds"], memory)
+    seconds = steps.seconds(config) + batches * measured["evaluation_batch_seconds"]
+    return Estimate(seconds, memory, measured=False)
 
 
 def run_experiment(

@@ -34,8 +34,6 @@ from storylab.training.telemetry import PowerTotals, Telemetry
 # Outcomes of a request.
 DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted"
 OUT_OF_MEMORY, KILLED = "out of memory", "killed"
-# Micro-batches that a calibration times.
-CALIBRATION_BATCHES = 2
 
 
 class _Events:
@@ -68,12 +66,12 @@ def work(action: str, config: TrainConfig, **options: Any) -> None:
 
 
 def measure(config: TrainConfig) -> dict[str, float]:
-    """Seconds of a micro-batch and of an evaluation batch, and peak memory in bytes, from a few."""
+    """Seconds of a micro-batch, of an update and of an evaluation batch, and peak memory in bytes, from a
+    few of each."""
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
     timer = StepTimer(config, dataset.vocab_size)
-    batches = min(CALIBRATION_BATCHES, config.gradient_accumulation_steps)
-    step = timer.median(batches * config.batch_size, 0.0)
+    steps = timer.measured(0.0, least=2)
     split = dataset.splits[VALIDATION]
     starts = evaluation_windows(split, config.block_size, EVAL_BATCH)
     evaluation = float("inf")
@@ -84,7 +82,8 @@ def measure(config: TrainConfig) -> dict[str, float]:
         evaluation = min(evaluation, time.perf_counter() - start)
     windows = -(-len(split) // config.block_size)
     return {
-        "micro_batch_seconds": step / batches,
+        "micro_batch_seconds": steps.micro_batch,
+        "update_seconds": steps.update,
         "evaluation_batch_seconds": evaluation * EVAL_BATCH / len(starts),
         "evaluation_batches": windows / EVAL_BATCH,
         "peak_memory_bytes": timer.memory(),

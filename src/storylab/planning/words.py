@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from storylab.config import TrainConfig
 from storylab.model.flops import training_flops
-from storylab.planning.calibrate import Measured
 from storylab.planning.cards import Card
 from storylab.planning.roofline import (
     LIMIT,
@@ -21,6 +20,7 @@ from storylab.precision.convert import low_share
 from storylab.precision.hardware import families, has_library, supported
 from storylab.precision.recipes import Recipe, find_recipe
 from storylab.training.lines import duration
+from storylab.training.measure import Measured
 
 # Recipes whose gain is told of.
 GAINS = {"FP8": "fp8", "NVFP4": "nvfp4"}
@@ -127,10 +127,11 @@ def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
     """The plan of a run on this machine, from steps that it has just done."""
     seconds = measured.seconds(config)
     tokens = (config.max_iters + 1) * config.tokens_per_iteration
+    update = f" and {measured.update:.3f} s for an update" if measured.update else " and its update"
     yield (
-        f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch and "
-        f"{measured.update:.3f} s for an update: {tokens / seconds:,.0f} tok/s, {duration(seconds)} for "
-        f"the whole run, evaluations left out (predicted); {measured.memory / 1e9:.2f} GB (measured)"
+        f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch{update}: "
+        f"{tokens / seconds:,.0f} tok/s, {duration(seconds)} for the whole run, evaluations left out "
+        f"(predicted); {measured.memory / 1e9:.2f} GB (measured)"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,26 @@ LAST_NAMED = {"casts and copies": ("aten::copy_",)}
 ELEMENTWISE = "norms, rotary positions, gates, residuals"
 PARTS = ("linear layers", "attention", ELEMENTWISE, "head and loss", "casts and copies",
          "quantising", "optimizer")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What training steps take.
+
+    Attributes:
+        micro_batch: seconds of a micro-batch.
+        update: seconds of an update; 0 where an iteration is one micro-batch and they were timed as one.
+        memory: peak, in bytes.
+    """
+
+    micro_batch: float
+    update: float
+    memory: float
+
+    def seconds(self, config: TrainConfig) -> float:
+        """Predicted training time of a whole run, evaluations left out."""
+        iteration = config.gradient_accumulation_steps * self.micro_batch + self.update
+        return (config.max_iters + 1) * iteration
 
 
 class StepTimer:
@@ -78,6 +99,23 @@ class StepTimer:
         """Median of :meth:`times` after a step that warms up."""
         self.step(sequences)
         return statistics.median(self.times(sequences, seconds, least))
+
+    def measured(self, seconds: float, least: int) -> Measured:
+        """Time a micro-batch and an update for about ``seconds``, by ``least`` steps of each kind at least.
+
+        Steps are of one micro-batch, and of two where an iteration has several, which also need more
+        memory: what the second adds is a micro-batch.
+        """
+        kinds = min(self.config.gradient_accumulation_steps, 2)
+        one, *more = (
+            self.median(count * self.config.batch_size, seconds / kinds, least)
+            for count in range(1, kinds + 1)
+        )
+        if not more:
+            return Measured(one, 0.0, self.memory())
+        # Other work during the first may leave nothing to the second; an update may well be the longer.
+        micro_batch = min(max(more[0] - one, one / 10), one)
+        return Measured(micro_batch, one - micro_batch, self.memory())
 
     def memory(self) -> int:
         """Peak memory so far, in bytes: of a CUDA device, else resident in this process."""
