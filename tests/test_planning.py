@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,6 +270,50 @@ def test_a_bench_times_every_precision_and_attention(
     assert "quantising" in out and "linear layers" in out
     for wrong in (["--seconds", "0"], ["--dtype", "fp8"], ["--dtypes"], ["--attentions", "x"]):
         assert main(["bench", *wrong]) == 2
+
+
+def bench_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
+) -> str:
+    """What a bench of the nano model prints if every worker answers that a step takes a second."""
+    answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None}
+    answer["shares"] = dict.fromkeys(PARTS, 1 / len(PARTS))
+    monkeypatch.setattr("storylab.planning.bench.ask", lambda *args, **options: (answer, ""))
+    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()]) == 0
+    return capsys.readouterr().out
+
+
+def test_what_a_bench_cannot_run_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, why in (("--backend te", "needs an NVIDIA GPU"), ("--recipe history=9", "delayed")):
+        out = bench_rows(monkeypatch, capsys, f"--dtypes mxfp8 bfloat16 {flags}")
+        assert re.search(rf"mxfp8, full +cannot run here: .*{why}", out)
+        assert re.search(r"bfloat16, full +1,024 ", out)
+
+
+def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = bench_rows(monkeypatch, capsys, "--recipe high_first=1 --attentions full")
+    for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
+        assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_stopped_says_so_in_one_line(number: int) -> None:
+    command = [sys.executable, "-m", "storylab", "bench", "--preset", "nano", "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as bench:
+        deadline = time.monotonic() + 120
+        process = psutil.Process(bench.pid)
+        while not process.children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # now it listens to signals
+        bench.send_signal(number)
+        _, err = bench.communicate(timeout=60)
+    assert (bench.returncode, err) == (128 + number, "storylab: interrupted\n")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [([], 8), (["--batch_size", "64"], 64)])

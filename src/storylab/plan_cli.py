@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,7 +105,8 @@ def bench(args: list[str]) -> int:
     """``storylab bench``."""
     command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default_for(args)))
     from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
-    from storylab.training.loop import resolve_device
+    from storylab.training.loop import TrainingInterrupted
+    from storylab.training.precision import choose_device
 
     config = command.config
     if not command.seconds > 0:
@@ -114,9 +116,8 @@ def bench(args: list[str]) -> int:
     given = {arg.partition("=")[0].replace("-", "_") for arg in args}
     if "__dtype" in given:
         raise UserError("a bench has --dtypes, one or more, instead of --dtype")
-    first = dataclasses.replace(config, dtype=command.dtypes[0], backend="auto", compile=False)
-    device = resolve_device(first)[0].device
-    if device == "cpu" and "__batch_size" not in given:
+    device = choose_device(config.device)
+    if device.type == "cpu" and "__batch_size" not in given:
         config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
     config = dataclasses.replace(config, compile=bool(config.compile))
     vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
@@ -125,6 +126,10 @@ def bench(args: list[str]) -> int:
         f"{config.block_size} tokens, {vocab_size:,} ids, the update included"
     )
     configs = list(variants(config, command.dtypes, command.attentions))
-    for line in bench_lines(configs, vocab_size, command.seconds):
-        print(line, flush=True)
+    try:
+        for line in bench_lines(configs, vocab_size, command.seconds):
+            print(line, flush=True)
+    except TrainingInterrupted as stop:  # raised where a worker was at it
+        print("storylab: interrupted", file=sys.stderr)
+        return 128 + stop.signal_number
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from storylab.config import WIDE_DTYPES, Backend, Dtype, ModelConfig, TrainConfig
+from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.experiments.runner import ask
 from storylab.model.flops import training_flops
@@ -29,8 +29,9 @@ def variants(
     dtype, with each of the other attentions."""
 
     def timed(dtype: Dtype, model: ModelConfig) -> TrainConfig:
-        backend: Backend = "auto" if dtype in WIDE_DTYPES else config.backend
-        return dataclasses.replace(config, dtype=dtype, backend=backend, model=model)
+        # A wide dtype has no recipe to change, and nothing but torch to compute it.
+        plain: dict[str, Any] = {"recipe": "", "backend": "auto"} if dtype in WIDE_DTYPES else {}
+        return dataclasses.replace(config, dtype=dtype, model=model, **plain)
 
     for dtype in dtypes:
         yield timed(dtype, config.model)
