@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plan_check
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
+from storylab.experiments import worker
 from storylab.model.flops import attention_flops, training_flops
 from storylab.model.transformer import Transformer
 from storylab.plan_cli import GpuName, SoftwareName
@@ -41,7 +44,7 @@ from storylab.planning.roofline import (
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
 from storylab.training.learner import Learner
-from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _part
+from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
 
@@ -298,6 +301,57 @@ def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
     out = bench_rows(monkeypatch, capsys, "--recipe high_first=1 --attentions full")
     for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
         assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
+
+
+def test_a_bench_does_not_take_apart_what_a_library_computes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TransformerEngine's products have names of their own; here is a library that only has the name."""
+
+    class Library:
+        name, alignment = "te", 1
+
+        def layer(self, linear: torch.nn.Linear) -> torch.nn.Module:
+            return linear
+
+        def context(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
+        return worker.bench(config, **options), ""
+
+    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
+    monkeypatch.setattr("storylab.planning.bench.ask", ask)
+    flags = (
+        "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
+    )
+    assert main(["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]) == 0
+    row, parts_line = capsys.readouterr().out.splitlines()[-2:]
+    assert row.startswith("fp8, full") and "%" not in parts_line and "te" in parts_line
+
+
+def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card whose clock stands still but for 3 ms a product; the host waits once for all of them."""
+    done: list[None] = []
+    waits = Mock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            self.at = 3.0 * len(done)
+
+        def synchronize(self) -> None:
+            waits()
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    assert _card_seconds(lambda: done.append(None), torch.device("cuda")) == pytest.approx(3e-3)
+    assert len(done) == 20 and waits.call_count == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -91,8 +91,9 @@ def measure(config: TrainConfig) -> dict[str, float]:
 
 
 def bench(config: TrainConfig, vocab_size: int, seconds: float) -> dict[str, Any]:
-    """Seconds, joules and the parts' shares of a step of one micro-batch, and peak memory; and the seconds
-    of its matrix products alone, where they are not quantised."""
+    """Seconds and joules of a step of one micro-batch, and peak memory; where no library computes low
+    precision in operations of its own, the shares of the step's parts; and the seconds of its matrix
+    products alone, where they are not quantised."""
     timer = StepTimer(config, vocab_size)
     timer.step(config.batch_size)
     with Telemetry(timer.device, PowerTotals()) as telemetry:
@@ -102,7 +103,7 @@ def bench(config: TrainConfig, vocab_size: int, seconds: float) -> dict[str, Any
         "seconds": statistics.median(times),
         "joules": None if joules is None else joules / len(times),
         "memory": timer.memory(),
-        "shares": timer.shares(config.batch_size),
+        "shares": None if timer.precision.hardware else timer.shares(config.batch_size),
         "products": None,
     }
     if timer.precision.recipe is None:

@@ -61,8 +61,14 @@ def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float)
             continue
         cells = _cells(resolved, vocab_size, found)
         yield f"{name:<28}" + "".join(f"{cell:>18}" for cell in cells)
-        shares = [f"{part} {found['shares'][part]:.0%}" for part in PARTS]
-        yield "    " + ", ".join(part for part in shares if not part.endswith(" 0%"))
+        yield "    " + _shares(found["shares"], resolved)
+
+
+def _shares(shares: dict[str, float] | None, config: TrainConfig) -> str:
+    if shares is None:
+        return f"no parts: the operations of {config.backend} are not told apart"
+    told = [f"{part} {shares[part]:.0%}" for part in PARTS]
+    return ", ".join(part for part in told if not part.endswith(" 0%"))
 
 
 def _name(config: TrainConfig) -> str:
