@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -195,14 +194,3 @@ def load_result(folder: Path) -> Result:
             raise error if named else UserError(f"{folder}: {error}") from error
         raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from error
     return result
-
-
-def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[str]]:
-    """The runs that can be read, and for each of the others a line that says why not."""
-    results, problems = [], []
-    for folder in folders:
-        try:
-            results.append(load_result(folder))
-        except UserError as error:
-            problems.append(str(error))
-    return results, problems
