@@ -69,6 +69,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["eval", "nowhere"], ["nowhere is not a run folder"]),
         (["sample", "nowhere", "--temperature", "-1"], ["temperature"]),
         (["info", "--preset", "huge"], ["unknown preset 'huge'"]),
+        (["info", "--vocab_size", "-1"], ["vocab_size is -1"]),
         (["train", "--seed", "99999999999999999999"], ["seed"]),
         (["train", "--rope_base", "nan"], ["rope_base"]),
         (["fly"], ["unknown verb 'fly'", "train"]),

@@ -271,8 +271,8 @@ def test_a_bench_times_every_precision_and_attention(
     assert [re.split(r"\s{2,}", row)[0] for row in rows] == names
     assert all("GB" in row and "unknown" in row and "not available" in row for row in rows)
     assert "quantising" in out and "linear layers" in out
-    for wrong in (["--seconds", "0"], ["--dtype", "fp8"], ["--dtypes"], ["--attentions", "x"]):
-        assert main(["bench", *wrong]) == 2
+    for wrong in ("--seconds 0", "--dtype fp8", "--dtypes", "--attentions x", "--vocab_size -1"):
+        assert main(["bench", *wrong.split()]) == 2
 
 
 def bench_rows(
@@ -417,6 +417,36 @@ def test_a_card_is_known_by_the_name_its_driver_gives(driver: str, card: str | N
     """Names as nvidia-smi prints them; a peak that is another card's would be worse than none."""
     found = known_card(driver)
     assert found == (CARDS[card] if card else None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "experiments/02-fp8.toml --scale record --batch-size=8 --no_compile",
+            "--batch_size, --compile: experiments/02-fp8.toml",
+        ),
+        ("experiments/02-fp8.toml --preset nano", "--preset: "),
+        ("--preset nano --scale record", "--scale: for an experiment"),
+        ("--software compiled", "--software: for an experiment"),
+        ("--vocab_size -1", "vocab_size is -1"),
+        ("experiments/02-fp8.toml --scale record --vocab_size -1", "vocab_size is -1"),
+    ],
+)
+def test_flags_that_a_plan_would_not_read_are_refused(
+    capsys: pytest.CaptureFixture[str], flags: str, words: str
+) -> None:
+    assert main(["plan", *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
+
+
+def test_flags_of_its_own_are_read_with_an_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "experiments/02-fp8.toml --scale record --gpu h100 --software compiled"
+    assert main(["plan", *flags.split()]) == 0
+    few_words = capsys.readouterr().out
+    assert main(["plan", *flags.split(), "--vocab-size", "999999"]) == 0
+    assert "H100 SXM, torch.compile" in few_words != capsys.readouterr().out
 
 
 def test_every_card_and_kind_of_software_has_a_flag() -> None:

@@ -24,7 +24,7 @@ from storylab.config import (
     TrainConfig,
 )
 from storylab.errors import UserError, out_of_memory
-from storylab.flags import default_for, parse
+from storylab.flags import default_for, parse, vocab_size_or
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 CheckpointName = Literal["last", "best"]
@@ -381,7 +381,7 @@ def _info(args: list[str]) -> int:
     default = InfoCommand(preset.preset, preset.model)
     command = parse(InfoCommand, args, "storylab info", default)
     model = command.model
-    vocab_size = command.vocab_size or PRESETS[command.preset].vocab_size
+    vocab_size = vocab_size_or(command.vocab_size, PRESETS[command.preset].vocab_size)
     for f in dataclasses.fields(model):
         value = getattr(model, f.name)
         print(f"{f.name:<12} {value if isinstance(value, str) else f'{value:,}'}")

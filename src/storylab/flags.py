@@ -86,6 +86,24 @@ def _switch_names(kind: type[Any]) -> dict[str, bool]:
     return names
 
 
+def given_flags(args: Sequence[str]) -> list[str]:
+    """Names of the flags in ``args``, in order, as fields have them: batch_size for --batch-size=4, and
+    compile for --no_compile."""
+    flags = (arg.partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--"))
+    return list(dict.fromkeys(flag.removeprefix("__").removeprefix("no_") for flag in flags))
+
+
+def vocab_size_or(given: int, default: int) -> int:
+    """The value of --vocab_size, or ``default`` where it is 0.
+
+    Raises:
+        UserError: it is negative.
+    """
+    if given < 0:
+        raise UserError(f"vocab_size is {given}: it must be at least 1, or 0 for {default:,}")
+    return given or default
+
+
 def _one_line(box: str) -> str:
     """The message of the parser's box, with its suggestion if it has one."""
     sections: list[list[str]] = [[]]

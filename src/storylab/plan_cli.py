@@ -13,7 +13,7 @@ import tyro
 
 from storylab.config import PRESETS, Dtype, TrainConfig
 from storylab.errors import UserError
-from storylab.flags import default_for, parse
+from storylab.flags import default_for, given_flags, parse, vocab_size_or
 
 GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
 SoftwareName = Literal["eager", "compiled", "handwritten"]
@@ -66,39 +66,62 @@ class BenchCommand:
 def plan(args: list[str]) -> int:
     """``storylab plan``."""
     command = parse(PlanCommand, args, "storylab plan", PlanCommand(config=default_for(args)))
-    from storylab.experiments.factors import under
-    from storylab.experiments.spec import load_experiment
+    of_plan = {f.name for f in dataclasses.fields(PlanCommand)}
+    given = given_flags(args)
+    if command.file is None:
+        if odd := [name for name in given if name in ("scale", "software")]:
+            raise UserError(f"{_spelled(odd)}: for an experiment; give its FILE, or leave it out")
+        _plan_run(command)
+    else:
+        if odd := [name for name in given if name not in of_plan]:
+            raise UserError(
+                f"{_spelled(odd)}: {command.file} says how its runs are trained; change it there"
+            )
+        _plan_experiment(command, command.file)
+    return 0
+
+
+def _spelled(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def _plan_run(command: PlanCommand) -> None:
     from storylab.planning.calibrate import calibrate
     from storylab.planning.cards import CARDS
-    from storylab.planning.roofline import SOFTWARE
-    from storylab.planning.words import arm_line, card_lines, head_line, measured_lines
+    from storylab.planning.words import card_lines, head_line, measured_lines
 
-    if command.file is None:
-        config = command.config
-        vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
-        print(head_line(config, vocab_size))
-        for gpu in command.gpu:
-            lines = (
-                measured_lines(calibrate(config, vocab_size), config)
-                if gpu == "this"
-                else card_lines(CARDS[gpu], config, vocab_size)
-            )
-            print("", *lines, sep="\n")
-        return 0
-    experiment = load_experiment(command.file, command.scale)
-    vocab_size = command.vocab_size or experiment.vocab_size
+    config = command.config
+    vocab_size = vocab_size_or(command.vocab_size, PRESETS[config.preset].vocab_size)
+    print(head_line(config, vocab_size))
+    for gpu in command.gpu:
+        lines = (
+            measured_lines(calibrate(config, vocab_size), config)
+            if gpu == "this"
+            else card_lines(CARDS[gpu], config, vocab_size)
+        )
+        print("", *lines, sep="\n")
+
+
+def _plan_experiment(command: PlanCommand, file: Path) -> None:
+    from storylab.experiments.factors import under
+    from storylab.experiments.spec import load_experiment
+    from storylab.planning.cards import CARDS
+    from storylab.planning.roofline import SOFTWARE
+    from storylab.planning.words import arm_line
+
+    experiment = load_experiment(file, command.scale)
+    vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
     print(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
     for gpu in command.gpu:
         if gpu == "this":
             raise UserError(
-                f"for this machine: storylab experiment run {shlex.quote(str(command.file))} --dry_run"
+                f"for this machine: storylab experiment run {shlex.quote(str(file))} --dry_run"
             )
         software = SOFTWARE[command.software]
         print(f"\n{CARDS[gpu].name}, {software.name}, predicted:")
         for cell in experiment.cells:
             name = under(cell.arm, cell.condition)
             print(arm_line(name, cell.config, vocab_size, CARDS[gpu], software))
-    return 0
 
 
 def bench(args: list[str]) -> int:
@@ -113,14 +136,14 @@ def bench(args: list[str]) -> int:
         raise UserError(f"seconds is {command.seconds}: it must be above 0")
     if not command.dtypes:
         raise UserError("give at least one of --dtypes")
-    given = {arg.partition("=")[0].replace("-", "_") for arg in args}
-    if "__dtype" in given:
+    given = given_flags(args)
+    if "dtype" in given:
         raise UserError("a bench has --dtypes, one or more, instead of --dtype")
     device = choose_device(config.device)
-    if device.type == "cpu" and "__batch_size" not in given:
+    if device.type == "cpu" and "batch_size" not in given:
         config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
     config = dataclasses.replace(config, compile=bool(config.compile))
-    vocab_size = command.vocab_size or PRESETS[config.preset].vocab_size
+    vocab_size = vocab_size_or(command.vocab_size, PRESETS[config.preset].vocab_size)
     print(
         f"{config.preset} on {device}: steps of one micro-batch, {config.batch_size} x "
         f"{config.block_size} tokens, {vocab_size:,} ids, the update included"
