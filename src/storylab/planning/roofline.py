@@ -53,8 +53,8 @@ class Traffic:
     mix: float = 88
     norm_kernels: int = 16
     mix_kernels: int = 10
-    muon: float = 130
-    normuon: float = 166
+    muon: float = 138
+    normuon: float = 174
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ UPDATE_TRAFFIC = 28
 AVERAGE_TRAFFIC = 12
 # Kernels of clipping and fused AdamW, and those of the average: each takes many parameters at once.
 ADAMW_KERNELS, AVERAGE_KERNELS = 10, 5
-# Kernels of Muon beside its products: for all matrices of one shape, and for every weight.
-MUON_SHAPE_KERNELS, MUON_WEIGHT_KERNELS = 15, 2
+# Kernels beside the products for all matrices of one shape, and for every weight under either.
+SHAPE_KERNELS = {"muon": 13, "normuon": 28}
+WEIGHT_KERNELS = 4
 # Of an element of a quantised operand, its block scale included.
 OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
 # Of an element that is quantised: read in bfloat16 twice, written in both layouts.
@@ -225,7 +226,7 @@ def _update_parts(config: TrainConfig, vocab_size: int, traffic: Traffic) -> lis
     width, key_value, hidden = model.n_embd, model.n_kv_head * model.head_size, model.n_hidden
     shapes = len({(width, width), (key_value, width), (hidden, width), (width, hidden)})
     # A block has four weights: two of them join projections, each a matrix of its own.
-    kernels += shapes * MUON_SHAPE_KERNELS + 4 * model.n_layer * MUON_WEIGHT_KERNELS
+    kernels += shapes * SHAPE_KERNELS[config.optimizer] + 4 * model.n_layer * WEIGHT_KERNELS
     return [
         Part(UPDATE, bytes=moved * updates, kernels=kernels * updates),
         Part(
