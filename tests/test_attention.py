@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask
 
 from conftest import TINY
 from storylab.config import ModelConfig, parse_attention
@@ -17,7 +18,7 @@ from storylab.errors import UserError
 from storylab.model import attention
 from storylab.model.attention import causal_attention
 from storylab.model.generate import Sampling, generate
-from storylab.model.transformer import KeyValueCache, Transformer, WindowCache
+from storylab.model.transformer import Block, KeyValueCache, Transformer, WindowCache, rotary_angles
 from storylab.training.lines import attention_lines
 
 
@@ -78,12 +79,51 @@ def test_a_long_window_takes_the_path_of_the_flash_kernel(monkeypatch: pytest.Mo
         torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
 
 
+def flex_mask(time: int, window: int) -> BlockMask:
+    return attention._block_mask(time, window, torch.device("cpu"))
+
+
+def test_only_training_on_a_card_reads_by_blocks() -> None:
+    cpu, windows = torch.device("cpu"), (None, 64, 200)
+    assert attention.block_masks(windows, 128, cpu) == [None] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_block_mask", lambda time, window, device: (time, window))
+        cuda = torch.device("cuda")
+        assert attention.block_masks(windows, 128, cuda) == [None, (128, 64), None]
+        with torch.no_grad():
+            assert attention.block_masks(windows, 128, cuda) == [None] * 3
+
+
+def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
+    """One graph with FlexAttention in it, no warning, and no mask made inside."""
+    config = dataclasses.replace(TINY, attention="window:20")
+    block, x = Block(config, 0), torch.randn(2, 150, config.n_embd)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    rotary = rotary_angles(config, torch.arange(150))
+    expected, _ = block(x, rotary)
+    mask, graphs = flex_mask(150, 20), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours, _ = torch.compile(block, backend=backend, fullgraph=True)(x, rotary, block_mask=mask)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    names = " ".join(str(node.target) for node in graph.graph.nodes)
+    assert "flex_attention" in names and "vmap" not in names
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_graphics_card_path_computes_the_same_window() -> None:
     """FlexAttention runs uncompiled on the CPU; the compiled kernel needs a card."""
     query, key, value = (x.detach() for x in draw(150, 150))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that uncompiled is slow
-        ours = attention._flex_attention(query, key, value, 20)
+        ours = causal_attention(query, key, value, 20, flex_mask(150, 20))
     reference = brute_force(query, key, value, 20)
     torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
 

@@ -6,12 +6,14 @@ A window of W positions: a query reads its own position and the W - 1 before it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # Up to this length the CPU is faster with plain batched products than with the flash kernel, whose
 # backward pass is slow on short sequences (docs/performance.md has the measurement).
@@ -21,7 +23,11 @@ MIN_BLOCK = 32
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor:
     """softmax(QK'/sqrt(D) + mask) V with grouped key/value heads.
 
@@ -30,18 +36,17 @@ def causal_attention(
         key: ``[B, K, S, D]``; query head h reads key/value head h * K // H.
         value: ``[B, K, S, D]``.
         window: number of positions that a query reads, its own included; None: all before it.
+        block_mask: the window as :func:`block_masks` has it, for training on CUDA.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of ``query``.
     """
+    if block_mask is not None:
+        return _flex_attention(query, key, value, block_mask)
     time, source = query.shape[2], key.shape[2]
     if window is not None and window >= source:
         window = None
     whole = time == source
-    # Evaluation runs uncompiled, where FlexAttention would make all scores.
-    training = torch.is_grad_enabled()
-    if whole and window is not None and query.device.type == "cuda" and training:
-        return _flex_attention(query, key, value, window)
     if whole and window is not None and source > 2 * window:
         return _banded_attention(query, key, value, window)
     if query.device.type == "cpu" and source <= MAX_PRODUCT_LENGTH:
@@ -115,35 +120,41 @@ def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) ->
     return mixed.reshape(batch, heads, blocks * block, size)[:, :, :time]
 
 
-def _flex_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention in a window by FlexAttention, which skips the blocks that the mask leaves empty.
+def block_masks(
+    windows: Sequence[int | None], time: int, device: torch.device
+) -> list[BlockMask | None]:
+    """For each layer's window the blocks of a sequence of ``time`` positions that FlexAttention reads, or
+    None where it is not used: on other devices than CUDA, in evaluation, and where nothing is left out.
 
-    https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
+    Made outside of compiled blocks, which would make them anew in every pass.
     """
-    mask = _flex_mask(query.shape[2], window, query.device)
-    flex = _compiled_flex() if query.device.type == "cuda" else _flex()
-    result: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=True)
-    return result
-
-
-def _flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    flex: Callable[..., Tensor] = flex_attention
-    return flex
+    # Evaluation runs uncompiled, where FlexAttention would make all scores.
+    used = device.type == "cuda" and torch.is_grad_enabled()
+    return [
+        _block_mask(time, window, device) if used and window is not None and window < time else None
+        for window in windows
+    ]
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(_flex())  # uncompiled it would make all scores
-    return compiled
-
-
-@cache
-def _flex_mask(time: int, window: int, device: torch.device) -> object:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _block_mask(time: int, window: int, device: torch.device) -> BlockMask:
     def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column < window)
 
     return create_block_mask(allowed, None, None, time, time, device=str(device))
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
+    """Attention in a window by FlexAttention, which skips the blocks that the mask leaves empty.
+
+    https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
+    """
+    alone = query.device.type == "cuda" and not torch.compiler.is_compiling()
+    flex = _compiled_flex() if alone else flex_attention
+    mixed: Tensor = flex(query, key, value, block_mask=block_mask, enable_gqa=True)
+    return mixed
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)  # else it would make all scores

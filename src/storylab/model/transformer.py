@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from storylab.config import ModelConfig
-from storylab.model.attention import causal_attention
+from storylab.model.attention import block_masks, causal_attention
 from storylab.model.head import linear_cross_entropy, soft_capped, token_losses
 
 INIT_STD = 0.02
@@ -187,6 +188,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | WindowCache | None = None,
         more_values: Tensor | None = None,
+        block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Mix ``qkv [B, T, (H + 2K) * D]``, made by the layer of that name, over time: [B, T, C].
 
@@ -205,7 +207,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = causal_attention(query, key, value, self.window)
+        mixed = causal_attention(query, key, value, self.window, block_mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -245,6 +247,7 @@ class Block(nn.Module):
         cache: LayerCache | WindowCache | None = None,
         embedded: Tensor | None = None,
         more_values: Tensor | None = None,
+        block_mask: BlockMask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream ``x [B, T, C]`` after this block, and what later blocks add to values.
 
@@ -253,12 +256,12 @@ class Block(nn.Module):
         if torch.compiler.is_compiling() and redoing(x):
             return checkpoint(
                 self._forward,
-                *(x, rotary, cache, embedded, more_values),
+                *(x, rotary, cache, embedded, more_values, block_mask),
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=partial(_keep_products, self.feed_forward.down.in_features),
             )
-        return self._forward(x, rotary, cache, embedded, more_values)
+        return self._forward(x, rotary, cache, embedded, more_values, block_mask)
 
     def _forward(
         self,
@@ -267,12 +270,13 @@ class Block(nn.Module):
         cache: LayerCache | WindowCache | None,
         embedded: Tensor | None,
         more_values: Tensor | None,
+        block_mask: BlockMask | None,
     ) -> tuple[Tensor, Tensor | None]:
         if embedded is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
             x = of_stream * x + of_embedding * embedded
         qkv = lean(lambda x: self.attention.qkv(self.attention_norm(x)), x)
-        x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values), qkv)
+        x = x + lean(lambda qkv: self.attention(qkv, rotary, cache, more_values, block_mask), qkv)
         gate_up = lean(lambda x: self.feed_forward.gate_up(self.feed_forward_norm(x)), x)
         # Another name: what redoes the attention above reads the first one again.
         handed_on = more_values
@@ -353,9 +357,10 @@ class Transformer(nn.Module):
         x = embedded = self._embed(tokens, cache.last_token if cache is not None else None)
         tables = self.config.value_residual == "token_table"
         more_values = self.token_values(tokens) if tables else None
+        masks = block_masks(self.config.layer_windows, tokens.shape[1], tokens.device)
         for layer, block in enumerate(self.blocks):
             layer_cache = cache.layers[layer] if cache is not None else None
-            x, more_values = block(x, rotary, layer_cache, embedded, more_values)
+            x, more_values = block(x, rotary, layer_cache, embedded, more_values, masks[layer])
         if cache is not None:
             cache.length += tokens.shape[1]
             cache.last_token = tokens[:, -1]
