@@ -252,7 +252,7 @@ def test_a_plan_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_this_machine_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.planning.calibrate.SECONDS", 0.0)
+    monkeypatch.setattr("storylab.plan_cli.CALIBRATION_SECONDS", 0.0)
     flags = "--gpu this --preset nano --batch_size 2 --block_size 16 --dtype nvfp4 --device cpu"
     assert main(["plan", *flags.split()]) == 0
     assert "this machine, from" in capsys.readouterr().out

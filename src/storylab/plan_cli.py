@@ -17,6 +17,8 @@ from storylab.flags import default_for, given_flags, parse, vocab_size_or
 
 GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
 SoftwareName = Literal["eager", "compiled", "handwritten"]
+# What --gpu this trains for, and the least number of steps of each kind.
+CALIBRATION_SECONDS, CALIBRATION_STEPS = 20.0, 3
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,19 @@ def _spelled(names: list[str]) -> str:
 
 
 def _plan_run(command: PlanCommand) -> None:
-    from storylab.planning.calibrate import calibrate
     from storylab.planning.cards import CARDS
     from storylab.planning.words import card_lines, head_line, measured_lines
+    from storylab.training.measure import StepTimer
 
     config = command.config
     vocab_size = vocab_size_or(command.vocab_size, PRESETS[config.preset].vocab_size)
     print(head_line(config, vocab_size))
     for gpu in command.gpu:
-        lines = (
-            measured_lines(calibrate(config, vocab_size), config)
-            if gpu == "this"
-            else card_lines(CARDS[gpu], config, vocab_size)
-        )
+        if gpu == "this":
+            timer = StepTimer(config, vocab_size)
+            lines = measured_lines(timer.measured(CALIBRATION_SECONDS, CALIBRATION_STEPS), config)
+        else:
+            lines = card_lines(CARDS[gpu], config, vocab_size)
         print("", *lines, sep="\n")
 
 
