@@ -3,13 +3,15 @@
     python benchmarks/training_step.py precision
     python benchmarks/training_step.py allocator
     python benchmarks/training_step.py compiling
+    python benchmarks/training_step.py keeping
     python benchmarks/training_step.py profile
 
 ``precision`` holds the emulated recipes beside bfloat16, ``allocator`` the memory allocator as training
 sets it beside the C library's default and beside huge pages, ``compiling`` the cost of the first step
-with a filled and with an empty cache of compiled code, and ``profile`` compiled steps beside uncompiled
-ones, with the share of the time that each part of a step takes, the share that its matrix products would
-take alone, and how many times faster a token is evaluated than trained on.
+with a filled and with an empty cache of compiled code, ``keeping`` the memory of blocks that redo
+elementwise work in the backward pass and of those that keep all, and ``profile`` compiled steps beside
+uncompiled ones, with the share of the time that each part of a step takes, the share that its matrix
+products would take alone, and how many times faster a token is evaluated than trained on.
 
 The steps are those of the 113M model: a micro-batch of 32 x 128 random tokens of 50,257, gradient clipping
 at 1.0, AdamW. Runs take turns (A B C C B A ...); reported are medians of the per-process medians, and the
@@ -40,6 +42,7 @@ class Kind(NamedTuple):
     keep_memory: bool = True
     huge_pages: bool = False
     empty_cache: bool = False
+    redo: bool = True
 
     def environment(self) -> dict[str, str]:
         """Variables that its process needs from its start."""
@@ -55,6 +58,8 @@ KINDS = {
     "bfloat16": Kind(),
     "bfloat16, compiled": Kind(compiled=True),
     "bfloat16, compiled, empty cache": Kind(compiled=True, empty_cache=True),
+    "bfloat16, keeping all": Kind(redo=False),
+    "bfloat16, compiled, keeping all": Kind(compiled=True, redo=False),
     **{f"{name}, emulated": Kind(name) for name in ("fp8", "fp8-current", "mxfp8", "nvfp4")},
     "bfloat16, allocator by default": Kind(keep_memory=False),
     "bfloat16, huge pages": Kind(huge_pages=True),
@@ -62,19 +67,28 @@ KINDS = {
 TABLES = {
     "precision": ["bfloat16", *(name for name in KINDS if "emulated" in name)],
     "allocator": ["bfloat16", "bfloat16, allocator by default", "bfloat16, huge pages"],
-    "compiling": ["bfloat16", *(name for name in KINDS if "compiled" in name)],
+    "compiling": ["bfloat16", "bfloat16, compiled", "bfloat16, compiled, empty cache"],
+    "keeping": [
+        "bfloat16, compiled, keeping all",
+        "bfloat16, compiled",
+        "bfloat16",
+        "bfloat16, keeping all",
+    ],
     "profile": ["bfloat16", "bfloat16, compiled"],
 }
 
 
 def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.config import preset_config
+    from storylab.model import transformer
     from storylab.model.flops import training_flops
     from storylab.training import learner
     from storylab.training import measure as measuring
 
     if not kind.keep_memory:
         learner.keep_freed_memory = lambda: None
+    if not kind.redo:
+        transformer.redoing = lambda x: False
     config = preset_config(PRESET)
     config = dataclasses.replace(
         config, batch_size=SEQUENCES, dtype=kind.dtype, compile=kind.compiled
