@@ -366,3 +366,17 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     # And the stream that enters each block. What is left is small, such as the rotary angles.
     assert kept.pop((batch, time, config.n_embd)) == config.n_layer
     assert all(math.prod(shape) <= time * config.head_size for shape in kept)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.parametrize("value_residual", ["first_layer", "token_table"])
+def test_gradients_of_compiled_blocks_are_those_of_plain_ones(value_residual: str) -> None:
+    model, x, y = with_options(value_residual), tokens(2, 9), tokens(2, 9, seed=1)
+    plain = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager_decomp_partition")
+    compiled = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    torch._dynamo.reset()
+    for one, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one, other)
