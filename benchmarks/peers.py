@@ -206,7 +206,11 @@ def print_same(results: dict[str, list[dict[str, float]]], args: argparse.Namesp
             continue
         speeds = [row["tokens_per_second"] for row in rows]
         ratio = f"{rate / median(rows, 'gflops'):.2f}"
-        predicted = f"{predicted_rate(first, base) / predicted_rate(name, rows):.2f}"
+        products = median(rows, "product_share")
+        outside, predicted = "not profiled", "not profiled"
+        if not math.isnan(products):
+            outside = f"{median(rows, 'step_seconds') * (1 - products):.2f}"
+            predicted = f"{predicted_rate(first, base) / predicted_rate(name, rows):.2f}"
         if "nanoGPT" not in name and abs(median(rows, "loss") - loss) > SAME_LOSS:
             ratio = predicted = "not the same arithmetic"
         whole = [row["start_seconds"] + TOKENS / row["tokens_per_second"] for row in rows]
@@ -215,9 +219,7 @@ def print_same(results: dict[str, list[dict[str, float]]], args: argparse.Namesp
             f"| {median(rows, 'gflops'):,.0f} | {median(rows, 'start_seconds'):.1f} s "
             f"| {statistics.median(whole):.0f} s "
             f"| {median(rows, 'peak_gb'):.2f} GB | {median(rows, 'loss'):.4f} "
-            f"| {ratio} "
-            f"| {median(rows, 'step_seconds') * (1 - median(rows, 'product_share')):.2f} "
-            f"| {predicted} |"
+            f"| {ratio} | {outside} | {predicted} |"
         )
 
 
