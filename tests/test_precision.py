@@ -384,6 +384,29 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert doubled(torch.ones(2)).tolist() == doubled(torch.ones(2)).tolist() == [2.0, 2.0]
 
 
+def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for one kind of arguments and wrong for another: each is found on its first tensor."""
+
+    def miscompiled(values: torch.Tensor, form: str) -> torch.Tensor:
+        return 2 * values + (form == "e5m2") * (values == 3.0)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: miscompiled)
+    monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+    calls: list[str] = []
+
+    def double(values: torch.Tensor, form: str) -> torch.Tensor:
+        calls.append(form)
+        return 2 * values
+
+    doubled = quantizers.fused(double)
+    x = torch.tensor([1.0, math.nan, 3.0])
+    for form in ("e4m3", "e4m3", "e5m2", "e5m2"):
+        assert doubled(x, form)[[0, 2]].tolist() == [2.0, 6.0]
+    assert doubled.wrong
+    assert doubled.proven == {kind: kind[1] == "e4m3" for kind in doubled.proven}
+    assert calls.count("e4m3") == 1  # from then on the kernel alone
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_magnitude_is_found_in_one_pass(dtype: torch.dtype) -> None:
     for x in conformance.tensors(128, 256):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from storylab.compiler import cpp_compiler
+from storylab.compiler import missing_for_compiling, processor_flags
 from storylab.config import PRESETS, Backend, Dtype, PresetName, TrainConfig, preset_config
 from storylab.errors import UserError
 from storylab.precision.hardware import choose_hardware, supported
@@ -33,7 +33,8 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     memory = psutil.virtual_memory()
     yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
     yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
-    yield f"C++ compiler for --compile on the CPU: {cpp_compiler() or 'none found'}"
+    missing = missing_for_compiling(device.type)
+    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(i)
@@ -98,11 +99,9 @@ def examine_precision(device_name: str) -> Iterator[str]:
 
 
 def _matrix_units() -> str:
-    """Names the bfloat16 hardware of an x86 CPU; the kernel lists it where it is Linux."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:
+    """Names the bfloat16 hardware of an x86 CPU, where the kernel tells."""
+    flags = processor_flags()
+    if not flags:
         return ""
     units = [name for name in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if name in flags]
     return f" with {', '.join(units)}" if units else " (no bfloat16 units: float32 may be faster)"

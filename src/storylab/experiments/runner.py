@@ -163,6 +163,8 @@ def resolved_cells(
             if not only or cell.arm in only:
                 raise UserError(f"arm '{cell.arm}': {error}; --only runs the other arms") from error
         name = f"{config.preset}-{recipe_digest(config, dataset.fingerprint)}"
+        # A run has to know whether compiling was asked for by name: if it goes wrong, it stops only then.
+        config = dataclasses.replace(config, compile=cell.config.compile)
         cells.append((dataclasses.replace(cell, config=config), name))
     return cells
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
 from storylab.model.head import linear_cross_entropy, soft_capped, token_losses
@@ -332,6 +333,7 @@ class Transformer(nn.Module):
         """Compile the blocks in place, so that names in checkpoints stay as they are."""
         # It would warn of operations in place, of which a block has none that anything else sees.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        set_tuning()
         for block in self.blocks:
             block.compile(dynamic=False)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
 
-from storylab.compiler import cpp_compiler
+from storylab.compiler import missing_for_compiling, set_tuning
 from storylab.precision.formats import (
     E2M1,
     E4M3,
@@ -59,33 +59,63 @@ class Quantized:
         return Quantized(self.operand.T, self.scale)
 
 
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of a tensor and more, compiled to one kernel for large tensors on a CPU.
+class fused:  # noqa: N801 - used as a decorator
+    """A function of a tensor and more, compiled to one kernel for large tensors on a CPU.
 
     The result is the same to the bit, so that it may depend on the machine which of the two runs:
     for small tensors, and where nothing can be compiled (no C++ compiler, or no Python headers), it
-    is the function itself.
+    is the function itself. Every kernel has to prove it on the first tensor of its kind; one that fails
+    is not used.
     """
 
-    @cache
-    def kernel() -> Callable[..., Tensor] | None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.name = function, function.__name__
+        self.proven: dict[object, bool] = {}
+        """Whether the kernel for a kind of arguments may be used."""
+        self.wrong = False
+        """Whether a kernel has been other than the function."""
+
+    @cached_property
+    def kernel(self) -> Callable[..., Tensor] | None:
+        """The compiled function, None where nothing can be compiled."""
+        if missing_for_compiling("cpu") is not None:
+            return None
+        set_tuning()
         # On first use, as the compiler takes seconds to import.
-        return torch.compile(function, dynamic=True, fullgraph=True) if cpp_compiler() else None
+        return torch.compile(self.function, dynamic=True, fullgraph=True)
 
-    works = True
-
-    def chosen(values: Tensor, *others: object) -> Tensor:
-        nonlocal works
+    def __call__(self, values: Tensor, *others: object) -> Tensor:
         large = values.device.type == "cpu" and values.numel() >= FUSE_FROM
-        if large and works and (compiled := kernel()) is not None:
-            try:
-                with torch._dynamo.config.patch(COMPILING):
-                    return compiled(values, *others)
-            except Exception:
-                works = False  # whatever it failed with, the function itself needs no compiler
-        return function(values, *others)
+        kind = _kind(values, others)
+        if not large or not self.proven.get(kind, True) or self.kernel is None:
+            return self.function(values, *others)
+        try:
+            with torch._dynamo.config.patch(COMPILING):
+                result = self.kernel(values, *others)
+        except Exception:
+            self.proven[kind] = False  # whatever it failed with, the function needs no compiler
+            return self.function(values, *others)
+        if kind in self.proven:
+            return result
+        right = self.function(values, *others)
+        same = (result == right) | (result.isnan() & right.isnan())
+        self.proven[kind] = bool(same.all())
+        self.wrong |= not self.proven[kind]
+        return right
 
-    return chosen
+
+def wrong_kernels() -> list[str]:
+    """Names of the passes of which this process has found a compiled kernel to be wrong."""
+    passes = (_per_tensor_pass, _mxfp8_pass, _nvfp4_pass, _nvfp4_square_pass)
+    return [each.name for each in passes if each.wrong]
+
+
+def _kind(values: Tensor, others: tuple[object, ...]) -> object:
+    """What the compiler makes a kernel of its own for: dtypes, numbers of axes, and what is no tensor."""
+    return tuple(
+        (x.dtype, x.dim(), x.is_contiguous()) if isinstance(x, Tensor) else x
+        for x in (values, *others)
+    )
 
 
 def largest_magnitude(values: Tensor) -> Tensor:

@@ -20,13 +20,15 @@ from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher, TrainingBatches
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.sources import TRAIN, VALIDATION
-from storylab.errors import UserError
+from storylab.errors import UserError, out_of_memory
 from storylab.files import exclusive, write_json
 from storylab.precision import selftest
 from storylab.precision.convert import low_share
 from storylab.precision.hardware import require_aligned
 from storylab.precision.observe import QuantizationStatistics
+from storylab.precision.quantize import wrong_kernels
 from storylab.training import checkpoint, lines
+from storylab.training.compile_check import CompileCheck, check_compiled, finite_uncompiled
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.learner import Learner
 from storylab.training.precision import (
@@ -100,13 +102,55 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
         TrainingInterrupted: a signal stopped it; the run can be resumed.
         TrainingDiverged: loss or gradients are not finite.
     """
+    asked = config.compile is True
     config, precision = resolve(config)
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
     trainer = Trainer(config, dataset, precision, reporter or SilentReporter())
-    run = create_run(config, dataset, trainer.identity())
+    trainer = checked(trainer, asked=asked)
+    run = create_run(trainer.config, dataset, trainer.identity())
     with exclusive(run.folder):
         return trainer.train(run)
+
+
+def checked(trainer: Trainer, run: Run | None = None, asked: bool = False) -> Trainer:
+    """The trainer whose compiled code has been compared with uncompiled code, or one that does not compile
+    where the two differ.
+
+    Args:
+        trainer: not started yet.
+        run: what it has been restored from, if anything.
+        asked: compiling was asked for by name, so that going on without it is not what is wanted.
+
+    Raises:
+        UserError: the compiled code is wrong, and was asked for.
+    """
+    if not trainer.config.compile:
+        return trainer
+    try:
+        trainer.check_compiled()
+        wrong = next((check.fault for check in trainer.compile_checks if not check.passed), None)
+        fault = wrong and f"torch.compile gives wrong results on this machine ({wrong})"
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        # Whatever the compiler failed with, the run needs none.
+        reason = " ".join(str(error).split("\n\n")[0].split())[:300]
+        fault = f"torch.compile fails on this machine ({reason or type(error).__name__})"
+    if fault is None:
+        return trainer
+    if asked:
+        raise UserError(
+            f"{fault}: leave out --compile, or try another compiler (the variable CXX on a CPU, another "
+            "torch on a GPU)"
+        )
+    trainer.reporter.line(f"{fault}: training goes on uncompiled")
+    config = dataclasses.replace(trainer.config, compile=False)
+    plain = Trainer(config, trainer.dataset, trainer.precision, trainer.reporter)
+    plain.compile_checks, plain.compile_fault = trainer.compile_checks, fault
+    if run is not None:
+        plain.restore(run)
+    return plain
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
@@ -169,9 +213,33 @@ class Trainer:
         )
         self.progress = Progress()
         self.stop = StopSignal()
+        self.compile_checks: list[CompileCheck] = []
+        self.compile_fault: str | None = None
+        """Why the run is not compiled although it was to be."""
 
-    def identity(self) -> dict[str, str | None]:
-        """The device, and hashes that prove what runs share: initial weights and first batch."""
+    def check_compiled(self) -> None:
+        """Compare the compiled model with the uncompiled one on the next micro-batch, in every shape that
+        the run will meet."""
+        first = self.progress.next_iteration
+        windows = self.batches(first)[: self.config.batch_size].to(self.precision.device)
+        shapes = dict.fromkeys(self.learner.pieces(i) for i in (first, self.config.max_iters))
+        for pieces in shapes:
+            check = check_compiled(self.learner, windows, pieces, self._tick_check)
+            self.compile_checks.append(check)
+
+    def _tick_check(self, done: int, total: int) -> None:
+        self.reporter.progress("checking the compiled code", done, total)
+
+    def compile_record(self) -> dict[str, Any]:
+        """What the checks of the compiled code found, for the run's environment."""
+        if not self.compile_checks and self.compile_fault is None:
+            return {}
+        checks = [check.to_dict() for check in self.compile_checks]
+        return {"compile_checks": checks, "compile_fault": self.compile_fault}
+
+    def identity(self) -> dict[str, Any]:
+        """The device, hashes that prove what runs share, initial weights and first batch, and what the
+        checks of the compiled code found."""
         device = self.precision.device
         cuda = device.type == "cuda"
         return {
@@ -181,6 +249,7 @@ class Trainer:
                 dict(self.model.named_parameters())
             ),
             "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
+            **self.compile_record(),
         }
 
     def restore(self, run: Run) -> None:
@@ -212,6 +281,7 @@ class Trainer:
                     self._train_to_the_end()
                 except NonFiniteError as error:
                     self._read()  # float16 tells of it before the iterations under way are read
+                    self._require_blameless_compiler(error)
                     raise TrainingDiverged(self._diverged(error)) from error
         finally:
             self.prefetcher.close()
@@ -413,6 +483,19 @@ class Trainer:
             state.last_line, state.seconds_since_line = iteration, 0.0
         self.reporter.progress("training", iteration + 1, config.max_iters + 1)
 
+    def _require_blameless_compiler(self, error: NonFiniteError) -> None:
+        """Raise a UserError if compiled code is what made a batch's numbers non-finite: that says nothing
+        of the recipe, so it must not be a result."""
+        iteration = self.progress.next_iteration
+        if not self.config.compile or iteration > self.config.max_iters:
+            return
+        batch = self.batches(iteration).to(self.precision.device)
+        if finite_uncompiled(self.learner, batch, self.learner.pieces(iteration)):
+            raise UserError(
+                f"iteration {iteration}: {error} in compiled code, but finite uncompiled: the compiler "
+                "is at fault, not the recipe; train in a new folder with --no_compile"
+            ) from error
+
     def _diverged(self, error: NonFiniteError) -> str:
         """Write down that the run has diverged. The last checkpoint stays: it is from before."""
         iteration = self.progress.next_iteration
@@ -470,6 +553,7 @@ class Trainer:
         return {
             "status": status,
             "emulated": self.precision.backend == "emulated",
+            "wrong_kernels": wrong_kernels() if self.quantization is not None else [],
             "iterations": state.next_iteration,
             "tokens": tokens,
             "epochs": self.batches.epochs(state.next_iteration),

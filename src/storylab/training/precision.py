@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
-from storylab.compiler import cpp_compiler
+from storylab.compiler import missing_for_compiling
 from storylab.config import Backend, Dtype, TrainConfig
 from storylab.errors import UserError
 from storylab.model.flops import worth_compiling
@@ -126,14 +125,14 @@ def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
         UserError: it was asked for and cannot be done.
     """
     device = precision.device.type
+    missing = missing_for_compiling(device)
     if config.compile:
         if precision.recipe is not None:
             raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
-        if device == "cpu" and cpp_compiler() is None:
+        if missing is not None:
             raise UserError(
-                "--compile on the CPU needs a C++ compiler: install one, or leave it out"
+                f"--compile on {device} needs {missing}: install it, or leave --compile out"
             )
     if config.compile is not None:
         return config.compile
-    tools = {"cpu": cpp_compiler() is not None, "cuda": find_spec("triton") is not None}
-    return precision.recipe is None and tools.get(device, False) and worth_compiling(config)
+    return precision.recipe is None and missing is None and worth_compiling(config)

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig, differences
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.precision.recipes import find_recipe
-from storylab.training.loop import Reporter, SilentReporter, Trainer, resolve_device
+from storylab.training.loop import Reporter, SilentReporter, Trainer, checked, resolve_device
+from storylab.training.precision import choose_device
 from storylab.training.run_folder import Run, environment, open_run
 from storylab.training.schedule import learning_rate
 
@@ -38,8 +40,15 @@ def resume(
 
 def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
-    config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
-    _check_config(stored, config)
+    wanted = dataclasses.replace(wanted, out_dir=run.folder)
+    if wanted.compile is None:
+        wanted = dataclasses.replace(wanted, compile=stored.compile)
+    missing = missing_for_compiling(choose_device(wanted.device).type)
+    uncompiled = wanted.compile is True and missing is not None
+    config, precision = resolve_device(
+        dataclasses.replace(wanted, compile=False) if uncompiled else wanted
+    )
+    _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
     _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
     trainer = Trainer(config, dataset, precision, reporter)
@@ -54,9 +63,12 @@ def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
             "permits (during warm-up, or --schedule constant)"
         )
         return run
+    if uncompiled:
+        reporter.line(f"This machine lacks {missing}: training goes on uncompiled; bits may differ")
     for note in _notes(run, stored, config, done):
         reporter.line(note)
-    run.continue_from(done, config)
+    trainer = checked(trainer, run)
+    run.continue_from(done, trainer.config, trainer.compile_record())
     return trainer.train(run)
 
 

@@ -114,7 +114,9 @@ class Run:
             except ValueError:
                 return
 
-    def continue_from(self, next_iteration: int, config: TrainConfig) -> None:
+    def continue_from(
+        self, next_iteration: int, config: TrainConfig, compile_record: dict[str, Any]
+    ) -> None:
         """Prepare to be resumed: what comes from ``next_iteration`` on is dropped and made again."""
         rows = [row for row in self._metric_rows() if row["iteration"] < next_iteration]
         found = sum(row["kind"] == "iteration" for row in rows)
@@ -129,7 +131,7 @@ class Run:
         for stale in (SUMMARY, STORY_LOSSES, POSITION_LOSSES):
             (self.folder / stale).unlink(missing_ok=True)
         record = self.environment
-        again = environment() | {"iteration": next_iteration}
+        again = environment() | {"iteration": next_iteration} | compile_record
         record["resumed"] = [*record.get("resumed", []), again]
         write_json(self.folder / ENVIRONMENT, record)
         write_json(self.folder / CONFIG, configs.to_dict(config))
