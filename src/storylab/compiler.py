@@ -66,6 +66,8 @@ def set_tuning() -> None:
 
     if getattr(config.cpp, "march", "unknown") is None and (name := tuned_name()) is not None:
         config.cpp.march = name
+    # Kernels go by the number of threads of the moment: a run on a busy machine may go on with one.
+    config.cpp.dynamic_threads = True
 
 
 @cache

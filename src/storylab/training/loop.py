@@ -29,6 +29,7 @@ from storylab.precision.observe import QuantizationStatistics
 from storylab.precision.quantize import wrong_kernels
 from storylab.training import checkpoint, lines
 from storylab.training.compile_check import CompileCheck, check_compiled, finite_uncompiled
+from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.learner import Learner
 from storylab.training.precision import (
@@ -274,6 +275,8 @@ class Trainer:
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
         self.unread: list[PendingIteration] = []
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
+        cpu = self.precision.device.type == "cpu"
+        self.cores = CoreSharing(cpu, self._same_bits_with_one_thread, self._line)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
             with self.telemetry, stop_signals(self.stop.note):
@@ -284,6 +287,7 @@ class Trainer:
                     self._require_blameless_compiler(error)
                     raise TrainingDiverged(self._diverged(error)) from error
         finally:
+            self.cores.close()
             self.prefetcher.close()
         return run
 
@@ -376,9 +380,22 @@ class Trainer:
             raise fault
 
     def _step(self, iteration: int, batch: torch.Tensor) -> StepResult:
+        def between() -> None:
+            self.stop.check()
+            self.cores.tick()
+
+        self.cores.begin()
         with self._quantization_at(iteration):
             rate = learning_rate(self.config, iteration)
-            return self.learner.step(iteration, batch, rate, self.stop.check)
+            result = self.learner.step(iteration, batch, rate, between)
+        self.cores.end()
+        return result
+
+    def _same_bits_with_one_thread(self) -> bool:
+        iteration = self.progress.next_iteration
+        windows = self.batches(iteration)[: self.config.batch_size]
+        rate = learning_rate(self.config, iteration)
+        return same_bits_with_one_thread(self.learner, iteration, windows, rate)
 
     @contextmanager
     def _quantization_at(self, iteration: int) -> Iterator[None]:
@@ -569,6 +586,7 @@ class Trainer:
             **self.telemetry.means(),
             "peak_memory_bytes": state.peak_memory_bytes,
             "memory_kind": "allocated on the GPU" if device.type == "cuda" else "resident",
+            "other_cores": self.cores.other_cores,
             "samples": samples,
         }
 
