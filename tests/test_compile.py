@@ -27,7 +27,6 @@ from storylab.training.learner import Learner
 from storylab.training.loop import resolve_device, train
 from storylab.training.resume import resume
 from storylab.training.run_folder import open_run
-from storylab.training.step import NonFiniteError
 
 # torch's own, while it looks at the tensors of a block.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -202,20 +201,22 @@ def test_compiled_code_alone_is_to_blame_for_what_is_finite_without(
     miscompiling: Callable[[str], None], tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the learning rate; and the run is no result: it has not diverged."""
-    miscompiling("none")
+    miscompiling("nan")
     monkeypatch.setattr(loop, "checked", lambda trainer, **_: trainer)
-    step = Learner.step
-
-    def failing(self: Learner, iteration: int, *args: Any, **options: Any) -> Any:
-        if iteration == 3:
-            raise NonFiniteError("gradient norm is nan")
-        return step(self, iteration, *args, **options)
-
-    monkeypatch.setattr(Learner, "step", failing)
     config = tiny_config(compile=True)
-    with pytest.raises(UserError, match="iteration 3: gradient norm is nan in compiled code"):
+    with pytest.raises(UserError, match="iteration 0: gradient norm is nan in compiled code"):
         train(config)
     assert config.out_dir is not None and open_run(config.out_dir).summary is None
+
+
+def test_an_evaluation_that_is_not_finite_is_not_the_compilers_fault(
+    miscompiling: Callable[[str], None], tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs uncompiled."""
+    miscompiling("none")
+    monkeypatch.setattr(loop, "estimate_loss", lambda *_: float("nan"))
+    with pytest.raises(loop.TrainingDiverged, match="loss is nan"):
+        train(tiny_config(compile=True))
 
 
 def test_what_is_not_finite_uncompiled_either_has_diverged(

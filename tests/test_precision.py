@@ -28,7 +28,7 @@ from torch import nn
 import conformance
 from conformance import generator
 from conftest import TINY
-from storylab.compiler import cpp_compiler
+from storylab.compiler import missing_for_compiling
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model import transformer
@@ -344,8 +344,8 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
 def test_fused_passes_give_the_same_bits(
     quantize: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cpp_compiler() is None:
-        pytest.skip("no C++ compiler on this machine")
+    if missing_for_compiling("cpu") is not None:
+        pytest.skip("nothing here compiles C++")
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for x in list(conformance.tensors(128, 256))[:6]:
@@ -358,8 +358,8 @@ def test_fused_passes_give_the_same_bits(
 
 def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the compiler makes of one function before it gives up."""
-    if cpp_compiler() is None:
-        pytest.skip("no C++ compiler on this machine")
+    if missing_for_compiling("cpu") is not None:
+        pytest.skip("nothing here compiles C++")
     monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

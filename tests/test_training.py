@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import storylab
 from conftest import TINY
+from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data.dataset import Dataset
@@ -590,8 +591,8 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
 def test_long_runs_are_compiled_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
 ) -> None:
-    found = "/usr/bin/c++" if compiler else None
-    monkeypatch.setattr("storylab.training.precision.cpp_compiler", lambda: found)
+    missing = None if compiler else "a C++ compiler"
+    monkeypatch.setattr("storylab.training.precision.missing_for_compiling", lambda device: missing)
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
     assert resolve_compile(config, precision) is expected
@@ -989,10 +990,8 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
 
 
 def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    import shutil
-
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler on this machine")
+    if missing_for_compiling("cpu") is not None:
+        pytest.skip("nothing here compiles C++")
     script = (
         "import sys, json, torch; from storylab.config import from_dict\n"
         "from storylab.training.loop import train\n"

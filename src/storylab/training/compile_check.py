@@ -121,13 +121,20 @@ def check_compiled(
     return CompileCheck(seconds, loss, loss_uncompiled, worst, shares[worst], finite)
 
 
-def finite_uncompiled(learner: Learner, batch: Tensor, pieces: int = 1) -> bool:
-    """Whether loss and gradients of a batch ``[S, T + 1]`` are finite when nothing is compiled."""
+def compiler_is_to_blame(learner: Learner, batch: Tensor, pieces: int = 1) -> bool:
+    """Whether loss or gradients of a batch ``[S, T + 1]`` are finite uncompiled and not finite compiled."""
     try:
-        loss, gradients = _uncompiled(learner, batch, pieces, learner.precision)
-        return math.isfinite(loss) and all(math.isfinite(_norm(g)) for g in gradients)
+        rows = learner.config.batch_size
+        compiled = _gradients(learner, batch, pieces, learner.precision, rows)
+        return not _finite(*compiled) and _finite(
+            *_uncompiled(learner, batch, pieces, learner.precision)
+        )
     finally:
         learner.model.zero_grad(set_to_none=True)
+
+
+def _finite(loss: float, gradients: list[Tensor]) -> bool:
+    return math.isfinite(loss) and all(math.isfinite(_norm(gradient)) for gradient in gradients)
 
 
 def _uncompiled(

@@ -28,7 +28,7 @@ from storylab.precision.hardware import require_aligned
 from storylab.precision.observe import QuantizationStatistics
 from storylab.precision.quantize import wrong_kernels
 from storylab.training import checkpoint, lines
-from storylab.training.compile_check import CompileCheck, check_compiled, finite_uncompiled
+from storylab.training.compile_check import CompileCheck, check_compiled, compiler_is_to_blame
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.learner import Learner
@@ -507,7 +507,7 @@ class Trainer:
         if not self.config.compile or iteration > self.config.max_iters:
             return
         batch = self.batches(iteration).to(self.precision.device)
-        if finite_uncompiled(self.learner, batch, self.learner.pieces(iteration)):
+        if compiler_is_to_blame(self.learner, batch, self.learner.pieces(iteration)):
             raise UserError(
                 f"iteration {iteration}: {error} in compiled code, but finite uncompiled: the compiler "
                 "is at fault, not the recipe; train in a new folder with --no_compile"
