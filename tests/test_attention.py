@@ -83,15 +83,18 @@ def flex_mask(time: int, window: int) -> BlockMask:
     return attention._block_mask(time, window, torch.device("cpu"))
 
 
-def test_only_training_on_a_card_reads_by_blocks() -> None:
-    cpu, windows = torch.device("cpu"), (None, 64, 200)
-    assert attention.block_masks(windows, 128, cpu) == [None] * 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_block_mask", lambda time, window, device: (time, window))
-        cuda = torch.device("cuda")
-        assert attention.block_masks(windows, 128, cuda) == [None, (128, 64), None]
-        with torch.no_grad():
-            assert attention.block_masks(windows, 128, cuda) == [None] * 3
+def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in evaluation alike, where FlexAttention can be compiled and takes the heads."""
+    cpu, cuda, windows = torch.device("cpu"), torch.device("cuda"), (None, 64, 200)
+    monkeypatch.setattr(attention, "_block_mask", lambda time, window, device: (time, window))
+    monkeypatch.setattr(attention, "missing_for_compiling", lambda device: None)
+    assert attention.block_masks(windows, 128, cpu, 64) == [None] * 3
+    assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, 64), None]
+    with torch.no_grad():
+        assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, 64), None]
+    assert attention.block_masks(windows, 128, cuda, 8) == [None] * 3
+    monkeypatch.setattr(attention, "missing_for_compiling", lambda device: "a C compiler")
+    assert attention.block_masks(windows, 128, cuda, 64) == [None] * 3
 
 
 def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
@@ -210,6 +213,11 @@ def test_the_windows_in_effect_are_told() -> None:
         attention_lines(dataclasses.replace(config, attention="window:64"), 128)
     )
     assert attention_lines(ModelConfig(), 128) == []
+    windows = dataclasses.replace(config, attention="window:64,full")
+    idle = "on a GPU these windows save no time at 128 tokens"
+    for block_size, cuda, said in ((128, True, True), (128, False, False), (256, True, False)):
+        lines = attention_lines(windows, block_size, cuda)
+        assert any(line.startswith(idle) for line in lines) == said
 
 
 @pytest.mark.parametrize("pattern", ["window:64", "window:7*3,full"])

@@ -9,10 +9,14 @@ steps run on the CPU, where what would wait is counted.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -21,10 +25,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storylab.config import ModelConfig, TrainConfig
+from storylab.errors import UserError
+from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
+from storylab.training import checkpoint
 from storylab.training.learner import Learner
-from storylab.training.optimizers import build_optimizers, skip_where
-from storylab.training.precision import Precision
+from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
+from storylab.training.precision import Precision, choose_device, require_same_bits
+from storylab.training.saving import Saver
 from storylab.training.step import StepResult
 
 CUDA = torch.device("cuda")
@@ -106,8 +114,8 @@ def test_attention_is_given_one_dtype(
     with torch.no_grad(), BFLOAT16.autocast():
         model.hidden(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
     assert attention.call_count == model_config.n_layer
-    for call in attention.call_args_list:
-        assert [x.dtype for x in call.args[:3]] == [torch.bfloat16] * 3
+    for each in attention.call_args_list:
+        assert [x.dtype for x in each.args[:3]] == [torch.bfloat16] * 3
 
 
 def test_all_logits_are_never_in_memory() -> None:
@@ -204,3 +212,90 @@ def test_a_step_that_is_not_finite_changes_nothing_on_the_device(optimizer: str)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     update(0.1, False)
     assert not any(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def after_a_bad_step(optimizer: torch.optim.Optimizer) -> list[float]:
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.full_like(weight, float("nan"))
+    skip_where([optimizer], torch.tensor(True))
+    optimizer.step()
+    return weight.tolist()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RMSprop])
+def test_an_optimizer_that_ignores_the_skip_is_refused(kind: Any) -> None:
+    """It would write NaN on a card."""
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match=f"{kind.__name__} does not heed found_inf"):
+        require_skipping(optimizer)
+    assert all(math.isnan(x) for x in after_a_bad_step(optimizer))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_heeds_the_skip_is_taken(kind: Any) -> None:
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, fused=True)
+    require_skipping(optimizer)
+    assert after_a_bad_step(optimizer) == [1.0] * 3
+
+
+def test_a_lone_query_takes_no_mask(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention takes none; cuDNN's would build a plan for every length of the history."""
+    attention = Mock(side_effect=lambda query, *others, **options: query)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    query = torch.empty(1, 4, 1, 64, device=CUDA)
+    history = torch.empty(1, 2, 20, 64, device=CUDA)
+    causal_attention(query, history, history)
+    assert attention.call_args.kwargs == {"is_causal": False, "enable_gqa": True}
+
+
+def test_cudnn_attention_is_off_where_a_card_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    switched = Mock()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched)
+    for name in ("auto", "cuda", "cuda:0"):
+        choose_device(name)
+    assert switched.call_args_list == [call(False)] * 3
+
+
+@pytest.mark.parametrize(("block_size", "expected"), [(128, False), (129, True), (1024, True)])
+def test_bits_are_kept_where_flash_attention_has_several_blocks(
+    monkeypatch: pytest.MonkeyPatch, block_size: int, expected: bool
+) -> None:
+    mode = Mock()
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", mode)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    require_same_bits(CUDA, block_size)
+    mode.assert_called_once_with(expected, warn_only=True)
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
+    require_same_bits(torch.device("cpu"), block_size)
+    mode.assert_called_once()
+
+
+def test_a_checkpoint_on_a_card_is_written_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state at the time of the call, whatever happens to the tensors after it."""
+    order: list[str] = []
+    event = SimpleNamespace(
+        record=lambda: order.append("queued"), synchronize=lambda: order.append("copied")
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda tensor, pin_memory, **options: empty_like(tensor, **options)
+    )
+    saver = Saver(CUDA)
+    weight = torch.ones(3)
+    for value in (1.0, 2.0):
+        weight.fill_(value)
+        saver.save(tmp_path / "last.safetensors", {"model.w": weight}, {"iteration": value})
+        weight.fill_(-1.0)
+        saver.wait()
+        tensors, state = checkpoint.load(tmp_path / "last.safetensors")
+        assert tensors["model.w"].tolist() == [value] * 3 and state == {"iteration": value}
+    assert order == ["queued", "copied"] * 2
+    saver.save(tmp_path / "missing" / "last.safetensors", {"model.w": weight}, {})
+    with pytest.raises(UserError, match="cannot write"):
+        saver.wait()  # a full disk, say, does not go unnoticed
+    saver.close()

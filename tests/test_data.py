@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import shutil
 import signal
@@ -488,3 +489,17 @@ def test_base64_of_the_tokenizer_file_is_checked(tmp_path: Path) -> None:
     path.write_bytes(b"not base64! 0\n")
     with pytest.raises(UserError, match="not a"):
         load_tokenizer(path, "x")
+
+
+def test_windows_are_the_same_across_shards() -> None:
+    """Against slices of the tokens as one array; shards shorter than a window too."""
+    tokens = np.random.default_rng(0).integers(0, 60_000, 1000).astype(np.uint16)
+    cuts = [0, 400, 403, 404, 900, 1000]
+    shards = tuple(tokens[a:b] for a, b in itertools.pairwise(cuts))
+    split = Split("train", shards, tuple(cuts), np.zeros((2, 2), dtype=np.int64))
+    starts = np.random.default_rng(1).permutation(1000 - 33)[:300]
+    found = split.windows(starts, 33)
+    assert found.dtype == np.int64
+    assert all(
+        np.array_equal(row, tokens[s : s + 33]) for row, s in zip(found, starts, strict=True)
+    )

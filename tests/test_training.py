@@ -1103,3 +1103,20 @@ def test_what_only_tells_of_a_run_is_there() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
     root = Path(storylab.config.__file__).parent
     assert all((root / name).is_file() for name in BESIDE_NUMBERS)
+
+
+def test_the_last_checkpoint_is_written_once(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, at both evaluations, and not again at the end, where nothing has changed since."""
+    saved: list[tuple[str, int]] = []
+    save = checkpoint.save
+
+    def counted(path: Path, tensors: Any, state: dict[str, Any]) -> None:
+        if path.stem == "last":
+            saved.append((path.stem, state["next_iteration"]))
+        save(path, tensors, state)
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    train(tiny_config(max_iters=8, eval_interval=4))
+    assert saved == [("last", 0), ("last", 5), ("last", 9)]

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from storylab.training.run_folder import Run
     from storylab.training.sampling import StoryModel
 
+__version__ = "0.1.0"
 __all__ = [
     "TrainConfig",
     "UserError",
+    "__version__",
     "load_model",
     "load_run",
     "prepare",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from storylab import lab_cli, plan_cli
+from storylab import __version__, lab_cli, plan_cli
 from storylab.config import (
     DEFAULT_DATA_DIR,
     DEFAULT_PRESET,
@@ -181,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if args else 2
     if args[0] == "--version":
-        print(f"storylab {importlib.metadata.version('storylab')}")
+        print(f"storylab {__version__}")
         return 0
     return guarded(lambda: _run_verb(args[0], args[1:]))
 

@@ -84,8 +84,21 @@ class Split:
         return np.concatenate(parts).astype(np.int64)
 
     def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """Windows of ``length`` tokens that begin at ``starts``: ``[len(starts), length]`` int64."""
-        return np.stack([self.read(int(s), int(s) + length) for s in starts])
+        """Windows of ``length`` tokens that begin at ``starts``: ``[len(starts), length]`` int64.
+
+        One gather for each shard rather than a read for each window: a GPU's host has no time to lose.
+        """
+        firsts = np.asarray(starts, dtype=np.int64)
+        found = np.empty((len(firsts), length), dtype=np.int64)
+        shard_of = np.searchsorted(self.starts, firsts, side="right") - 1
+        across = firsts + length > np.asarray(self.starts)[shard_of + 1]
+        for number in np.unique(shard_of[~across]):
+            rows = (shard_of == number) & ~across
+            places = (firsts[rows] - self.starts[number])[:, None] + np.arange(length)
+            found[rows] = self.shards[number][places]
+        for row in np.flatnonzero(across):
+            found[row] = self.read(int(firsts[row]), int(firsts[row]) + length)
+        return found
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from storylab.compiler import missing_for_compiling
+
 # Up to this length the CPU is faster with plain batched products than with the flash kernel, whose
 # backward pass is slow on short sequences (docs/performance.md has the measurement).
 MAX_PRODUCT_LENGTH = 512
+# FlexAttention refuses smaller heads.
+MIN_FLEX_HEAD = 16
 # Blocks below this are too small for a matrix product to be worth its call.
 MIN_BLOCK = 32
 
@@ -51,8 +55,9 @@ def causal_attention(
         return _banded_attention(query, key, value, window)
     if query.device.type == "cpu" and source <= MAX_PRODUCT_LENGTH:
         return _product_attention(query, key, value, _mask(time, source, window, query.device))
-    if whole and window is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    if window is None and (whole or time == 1):
+        # A lone query reads everything, and flash attention takes no mask.
+        return F.scaled_dot_product_attention(query, key, value, is_causal=whole, enable_gqa=True)
     mask = _mask(time, source, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
@@ -121,15 +126,19 @@ def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) ->
 
 
 def block_masks(
-    windows: Sequence[int | None], time: int, device: torch.device
+    windows: Sequence[int | None], time: int, device: torch.device, head_size: int
 ) -> list[BlockMask | None]:
     """For each layer's window the blocks of a sequence of ``time`` positions that FlexAttention reads, or
-    None where it is not used: on other devices than CUDA, in evaluation, and where nothing is left out.
+    None where it is not used: on other devices than CUDA, where it cannot be compiled, for heads that
+    it does not take, and where nothing is left out.
 
     Made outside of compiled blocks, which would make them anew in every pass.
     """
-    # Evaluation runs uncompiled, where FlexAttention would make all scores.
-    used = device.type == "cuda" and torch.is_grad_enabled()
+    used = (
+        device.type == "cuda"
+        and head_size >= MIN_FLEX_HEAD
+        and missing_for_compiling("cuda") is None
+    )
     return [
         _block_mask(time, window, device) if used and window is not None and window < time else None
         for window in windows
@@ -149,12 +158,16 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Block
 
     https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
     """
-    alone = query.device.type == "cuda" and not torch.compiler.is_compiling()
-    flex = _compiled_flex() if alone else flex_attention
-    mixed: Tensor = flex(query, key, value, block_mask=block_mask, enable_gqa=True)
+    if query.device.type != "cuda" or torch.compiler.is_compiling():
+        mixed: Tensor = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
+        return mixed
+    # Evaluation runs uncompiled but for this, which would make all scores and round them.
+    with torch.compiler.set_stance("default"):
+        mixed = _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=True)
     return mixed
 
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)  # else it would make all scores
+    # For each length a kernel of its own: one for all lengths is slower.
+    return torch.compile(flex_attention, dynamic=False)

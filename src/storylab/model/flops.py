@@ -8,6 +8,10 @@ from storylab.config import ModelConfig, TrainConfig
 # much work in the blocks is several minutes on two CPU cores.
 COMPILE_FLOPS = 2e14
 
+# Positions in a block that attention on a GPU skips as a whole, and so the longest sequence in which a
+# window saves nothing there (FlexAttention's default block).
+SKIPPED_BLOCK = 128
+
 
 def linear_flops(config: ModelConfig) -> int:
     """FLOPs a token in one product (forward, say) of one block's linear layers."""

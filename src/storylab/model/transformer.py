@@ -359,7 +359,9 @@ class Transformer(nn.Module):
         x = embedded = self._embed(tokens, cache.last_token if cache is not None else None)
         tables = self.config.value_residual == "token_table"
         more_values = self.token_values(tokens) if tables else None
-        masks = block_masks(self.config.layer_windows, tokens.shape[1], tokens.device)
+        # Sampling meets a new length at every token, for which FlexAttention would be compiled anew.
+        windows = self.config.layer_windows if cache is None else [None] * len(self.blocks)
+        masks = block_masks(windows, tokens.shape[1], tokens.device, self.config.head_size)
         for layer, block in enumerate(self.blocks):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, more_values = block(x, rotary, layer_cache, embedded, more_values, masks[layer])

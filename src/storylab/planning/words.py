@@ -19,7 +19,7 @@ from storylab.planning.roofline import (
 from storylab.precision.convert import low_share
 from storylab.precision.hardware import families, has_library, supported
 from storylab.precision.recipes import Recipe, find_recipe
-from storylab.training.lines import duration
+from storylab.training.lines import duration, idle_windows
 from storylab.training.measure import Measured
 
 # Recipes whose gain is told of.
@@ -108,6 +108,8 @@ def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str
     room = "" if memory < card.memory * 1e9 else ": more than the card has, take a smaller batch"
     if config.dtype == "bfloat16":
         yield "  converted are the linear layers of the blocks; head, attention and what memory bounds stay"
+    if idle := idle_windows(config.model, config.block_size):
+        yield f"  {idle}"
     yield f"  memory about {memory / 1e9:.1f} GB{room}"
 
 

@@ -13,7 +13,7 @@ from storylab.model.transformer import Transformer
 from storylab.precision.convert import quantize_blocks
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.optimizers import build_optimizers
-from storylab.training.precision import Precision
+from storylab.training.precision import Precision, require_same_bits
 from storylab.training.step import StepResult, training_step
 
 
@@ -30,6 +30,7 @@ class Learner:
         self.config, self.precision = config, precision
         if precision.device.type == "cpu":
             keep_freed_memory()
+        require_same_bits(precision.device, config.block_size)
         self.model = Transformer(config.model, vocab_size, config.seed).to(precision.device)
         self.quantization = None
         if precision.recipe is not None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from storylab.config import ModelConfig
+from storylab.model.flops import SKIPPED_BLOCK
 
 UNKNOWN = "unknown on this device"
 
@@ -39,7 +40,17 @@ def best_line(val_loss: float) -> str:
     return f"Saved new best model (val loss: {val_loss:.4f})"
 
 
-def attention_lines(model: ModelConfig, block_size: int) -> list[str]:
+def idle_windows(model: ModelConfig, block_size: int) -> str | None:
+    """Why windows save no time on a GPU in sequences of ``block_size`` tokens; None where they may."""
+    if block_size > SKIPPED_BLOCK or not any(w and w < block_size for w in model.layer_windows):
+        return None
+    return (
+        f"on a GPU these windows save no time at {block_size} tokens: what attention skips there are "
+        f"blocks of {SKIPPED_BLOCK} positions"
+    )
+
+
+def attention_lines(model: ModelConfig, block_size: int, cuda: bool = False) -> list[str]:
     """The effective window of every layer and how far back they reach together; none if full."""
     if set(model.layer_windows) == {None}:
         return []
@@ -50,7 +61,9 @@ def attention_lines(model: ModelConfig, block_size: int) -> list[str]:
         lines.append(f"layer {layer:>2}: {kind}, reads up to {reads} of {block_size} positions")
     field = model.receptive_field
     reach = block_size if field is None else min(field, block_size)
-    return [*lines, f"receptive field of an output: {reach} of {block_size} positions", ""]
+    lines.append(f"receptive field of an output: {reach} of {block_size} positions")
+    idle = idle_windows(model, block_size) if cuda else None
+    return [*lines, *([idle] if idle else []), ""]
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ from storylab.training.run_folder import (
     require_free,
 )
 from storylab.training.sampling import StoryModel
+from storylab.training.saving import Saver
 from storylab.training.schedule import learning_rate
 from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError, StepReport, StepResult
@@ -274,9 +275,11 @@ class Trainer:
         cuda = self.precision.device.type == "cuda"
         self.prefetcher = Prefetcher(self.batches, pin=cuda)
         self.unread: list[PendingIteration] = []
+        self.saved_iteration: int | None = None
         self.telemetry = Telemetry(self.precision.device, self.progress.power)
         cpu = self.precision.device.type == "cpu"
         self.cores = CoreSharing(cpu, self._same_bits_with_one_thread, self._line)
+        self.saver = Saver(self.precision.device)
         self.lap_start = self.saved_at = time.perf_counter()
         try:
             with self.telemetry, stop_signals(self.stop.note):
@@ -287,6 +290,7 @@ class Trainer:
                     self._require_blameless_compiler(error)
                     raise TrainingDiverged(self._diverged(error)) from error
         finally:
+            self.saver.close()
             self.cores.close()
             self.prefetcher.close()
         return run
@@ -295,7 +299,8 @@ class Trainer:
         try:
             if not self.run.checkpoint("last").exists():
                 self._save_last()  # so that there always is one from before a fault
-                for line in lines.attention_lines(self.config.model, self.config.block_size):
+                cuda = self.precision.device.type == "cuda"
+                for line in lines.attention_lines(self.config.model, self.config.block_size, cuda):
                     self._line(line)
             self._test_precision()
             self._iterate()
@@ -303,6 +308,7 @@ class Trainer:
         except StopRequested:
             self._read()
             self._save_last()
+            self.saver.wait()
             number = self.stop.number or signal.SIGINT
             message = (
                 f"Stopped before iteration {self.progress.next_iteration}; continue with: "
@@ -372,10 +378,7 @@ class Trainer:
             except NonFiniteError as error:
                 fault = error  # what came after it is of no use
                 break
-        seconds = (time.perf_counter() - self.unread_since) / max(len(reports), 1)
-        for entry, report in zip(unread, reports, strict=False):
-            self._record(entry.iteration, report, seconds, entry.waited)
-            self.progress.next_iteration = entry.iteration + 1
+        self._record(list(zip(unread, reports, strict=False)))
         if fault is not None:
             raise fault
 
@@ -447,7 +450,7 @@ class Trainer:
         if best:
             state.best_val_loss, state.best_iteration = val_loss, iteration
             best_state = {"iteration": iteration, "val_loss": val_loss}
-            checkpoint.save(self.run.checkpoint("best"), self.model.state_dict(), best_state)
+            self.saver.save(self.run.checkpoint("best"), self.model.state_dict(), best_state)
             self._line(lines.best_line(val_loss))
         self._line("")
         state.train_loss, state.val_loss = train_loss, val_loss
@@ -467,38 +470,48 @@ class Trainer:
         self.stop.check()
         self.reporter.progress("evaluating", done, total)
 
-    def _record(self, iteration: int, report: StepReport, seconds: float, waited: float) -> None:
-        """Write the iteration's metrics and, at intervals, its line."""
+    def _record(self, done: Sequence[tuple[PendingIteration, StepReport]]) -> None:
+        """Write the metrics of iterations that are done, and the line that is due at the last of them.
+
+        One look at the clock, the meters and the files for all: the device has nothing to do meanwhile.
+        """
+        if not done:
+            return
         state, config = self.progress, self.config
         now = time.perf_counter()
+        seconds = (now - self.unread_since) / len(done)
         state.seconds += now - self.lap_start
         state.seconds_since_line += now - self.lap_start
         self.lap_start = now
-        state.training_seconds += seconds
+        state.training_seconds += seconds * len(done)
         state.peak_memory_bytes = max(
             state.peak_memory_bytes, peak_memory_bytes(self.precision.device)
         )
-        rate = learning_rate(config, iteration)
-        self._metric(
-            "iteration",
-            iteration,
-            loss=report.loss,
-            learning_rate=rate,
-            grad_norm=report.grad_norm,
-            clipped=report.clipped,
-            tokens=(iteration + 1) * config.tokens_per_iteration,
-            tokens_per_second=config.tokens_per_iteration / seconds,
-            step_seconds=seconds,
-            data_seconds=waited,
-            peak_memory_bytes=state.peak_memory_bytes,
-            **self.telemetry.latest(),
-        )
-        if iteration % config.log_interval == 0 or iteration == config.max_iters:
-            tokens = (iteration - state.last_line) * config.tokens_per_iteration
+        meters = self.telemetry.latest()
+        rows = []
+        for entry, report in done:
+            row = {
+                "loss": report.loss,
+                "learning_rate": learning_rate(config, entry.iteration),
+                "grad_norm": report.grad_norm,
+                "clipped": report.clipped,
+                "tokens": (entry.iteration + 1) * config.tokens_per_iteration,
+                "tokens_per_second": config.tokens_per_iteration / seconds,
+                "step_seconds": seconds,
+                "data_seconds": entry.waited,
+                "peak_memory_bytes": state.peak_memory_bytes,
+            }
+            rows.append(_row("iteration", entry.iteration, row | meters))
+        self.run.append(METRICS, "\n".join(rows))
+        last, report = done[-1]
+        state.next_iteration = last.iteration + 1
+        if last.iteration % config.log_interval == 0 or last.iteration == config.max_iters:
+            tokens = (last.iteration - state.last_line) * config.tokens_per_iteration
+            rate = learning_rate(config, last.iteration)
             elapsed = state.seconds_since_line
-            self._line(lines.iteration_line(iteration, report.loss, elapsed, tokens, rate))
-            state.last_line, state.seconds_since_line = iteration, 0.0
-        self.reporter.progress("training", iteration + 1, config.max_iters + 1)
+            self._line(lines.iteration_line(last.iteration, report.loss, elapsed, tokens, rate))
+            state.last_line, state.seconds_since_line = last.iteration, 0.0
+        self.reporter.progress("training", last.iteration + 1, config.max_iters + 1)
 
     def _require_blameless_compiler(self, error: NonFiniteError) -> None:
         """Raise a UserError if compiled code is what made a batch's numbers non-finite: that says nothing
@@ -528,13 +541,15 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the final weights on the whole validation split, sample, and sum up."""
-        self._save_last()
+        if self.saved_iteration != self.progress.next_iteration:
+            self._save_last()
         with self._as_evaluated():
             own = self._evaluate_whole() if self.quantization is not None else None
             # Without the recipe, so that arms of other precisions are evaluated alike.
             with self.quantization.disabled() if self.quantization else nullcontext():
                 evaluation = self._evaluate_whole()
                 samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
+        self.saver.wait()
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
         self.run.write_table(STORY_LOSSES, table)
         self.run.write_table(POSITION_LOSSES, evaluation.position_losses)
@@ -598,16 +613,20 @@ class Trainer:
         tensors = checkpoint.training_tensors(
             self.model, self.learner.optimizers, self.learner.average
         )
-        checkpoint.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
-        self.saved_at = time.perf_counter()
+        self.saver.save(self.run.checkpoint("last"), tensors, dataclasses.asdict(state))
+        self.saved_at, self.saved_iteration = time.perf_counter(), self.progress.next_iteration
 
     def _line(self, text: str) -> None:
         self.run.append(LOG, text)
         self.reporter.line(text)
 
     def _metric(self, kind: str, iteration: int, **values: Any) -> None:
-        row = {"kind": kind, "iteration": iteration, **values}
-        self.run.append(METRICS, json.dumps(row, allow_nan=False))
+        self.run.append(METRICS, _row(kind, iteration, values))
+
+
+def _row(kind: str, iteration: int, values: dict[str, Any]) -> str:
+    """A row of the metrics as it is written."""
+    return json.dumps({"kind": kind, "iteration": iteration, **values}, allow_nan=False)
 
 
 def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:

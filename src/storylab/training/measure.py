@@ -26,7 +26,15 @@ UNDER = {
 }
 NAMED = {
     "linear layers": ("aten::mm", "aten::addmm", "aten::_scaled_mm"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot_product"),
+    "attention": (
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_softmax",
+        "aten::_scaled_dot_product",
+        "aten::_flash_attention",
+        "triton_tem_fused_flex",
+        "flex_attention",
+    ),
     "optimizer": ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
 }
 LAST_UNDER = {"quantising": ("_Operands", "_Product")}
@@ -132,7 +140,7 @@ class StepTimer:
         cuda = self.device.type == "cuda"
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
-        with torch.profiler.profile(activities=kinds) as profile:
+        with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
             self.step(sequences)
         times: dict[str, float] = defaultdict(float)
         for event in profile.events() or ():

@@ -47,7 +47,28 @@ def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.opti
     ]
     betas = (config.beta1, config.beta2)
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
+    for optimizer in optimizers:
+        require_skipping(optimizer)
     return optimizers
+
+
+def require_skipping(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that an optimizer leaves weights and state alone where ``found_inf`` is set, see
+    :func:`skip_where`. torch's do so if fused, by an attribute that torch.amp.GradScaler goes by too;
+    others ignore it and would write NaN.
+
+    Raises:
+        TypeError: it does not say so.
+    """
+    if not (
+        getattr(optimizer, "skips_where_found_inf", False)
+        or getattr(optimizer, "_step_supports_amp_scaling", False)
+    ):
+        raise TypeError(
+            f"{type(optimizer).__name__} does not heed found_inf, so a step whose gradient is not "
+            "finite would spoil the weights: use its fused form, or heed it and set "
+            "skips_where_found_inf"
+        )
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
@@ -82,6 +103,8 @@ class Muon(torch.optim.Optimizer):
             and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491, but
             for that norm, which makes lr mean the same with and without).
     """
+
+    skips_where_found_inf = True
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Keys in a block of flash attention's backward pass.
+FLASH_BLOCK = 128
 # NVIDIA's tensor cores have bfloat16 from this compute capability on (Ampere).
 BFLOAT16_CAPABILITY = (8, 0)
 
@@ -64,7 +67,7 @@ def choose_device(name: str) -> torch.device:
         UserError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -77,7 +80,27 @@ def choose_device(name: str) -> torch.device:
         raise UserError("no MPS device here: use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device '{name}' is not supported: use cpu, cuda or mps")
+    if device.type == "cuda":
+        # cuDNN builds a plan for every new shape, 0.04 to 0.4 s each on an H100: 12 tok/s of sampling
+        # instead of 71. In training at 128 tokens flash attention takes as long, at 512 half as long.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def require_same_bits(device: torch.device, block_size: int) -> None:
+    """Let a step on a CUDA device give the same bits whenever it is repeated.
+
+    Flash attention's backward pass adds up blocks of 128 keys in the order in which they come to be ready,
+    unless torch is told not to; with a single block there is no order (docs/performance.md).
+    """
+    if device.type != "cuda":
+        return
+    several = block_size > FLASH_BLOCK
+    torch.use_deterministic_algorithms(several, warn_only=True)
+    if several:
+        # New tensors are written before they are read here, so filling them would be for nothing.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def choose_precision(

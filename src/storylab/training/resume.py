@@ -91,6 +91,8 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
         )
     if now["packages"] != then["packages"]:
         yield "The installed packages are not those of the start: bits may differ"
+    if "cuda" in then and now["cuda"] != then["cuda"]:
+        yield "CUDA, its libraries or the GPU are not those of the start: bits may differ"
     yield f"Resuming {run.folder} at iteration {done}"
 
 

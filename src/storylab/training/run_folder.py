@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 
+from storylab import __version__
 from storylab import config as configs
 from storylab.config import TrainConfig
 from storylab.data.dataset import TOKENIZER_FILE, Dataset, load_dataset
@@ -219,11 +220,12 @@ def environment() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "storylab": importlib.metadata.version("storylab"),
+        "storylab": __version__,
         "code_sha256": code_sha256(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": cuda_versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -231,6 +233,41 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with the build, which the package's metadata may not name
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cuda_versions() -> dict[str, Any] | None:
+    """Versions of what computes on a CUDA device, and its memory in bytes; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return {
+        "runtime": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+        "driver": _driver(),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+    }
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = str(pynvml.nvmlSystemGetDriverVersion())
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return version
 
 
 def _processor() -> str:
