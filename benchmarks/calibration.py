@@ -56,8 +56,8 @@ def false_positives_of_one_pair(runs: list[Result], floor: int, rng: np.random.G
     wrong = 0
     for _ in range(DRAWS):
         chosen = [runs[i] for i in rng.permutation(len(runs))[: 2 + floor]]
-        a, b, *others = (with_seed(run, 0) for run in chosen)
-        noise: Noise | None = noise_of([run.loss for run in others])
+        a, b = (with_seed(run, 0) for run in chosen[:2])
+        noise: Noise | None = noise_of(chosen[2:])
         comparison = compare_arms(Arm("a", (a,)), Arm("b", (b,)), frozenset(), noise=noise)
         wrong += comparison.verdict in FOUND
     return wrong / DRAWS

@@ -29,7 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from storylab.config import Dtype
 
 PRESET, SEQUENCES, VOCAB = "113m", 32, 50257
 
@@ -37,7 +40,7 @@ PRESET, SEQUENCES, VOCAB = "113m", 32, 50257
 class Kind(NamedTuple):
     """What a process measures."""
 
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     compiled: bool = False
     keep_memory: bool = True
     huge_pages: bool = False
@@ -86,7 +89,7 @@ def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.training import measure as measuring
 
     if not kind.keep_memory:
-        learner.keep_freed_memory = lambda: None
+        learner.keep_freed_memory = lambda: None  # type: ignore[attr-defined]
     if not kind.redo:
         transformer.redoing = lambda x: False
     config = preset_config(PRESET)
