@@ -16,6 +16,7 @@ from storylab.errors import UserError
 from storylab.precision.hardware import choose_hardware, supported
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
+from storylab.training.cores import SOME_CORES, CoreUse
 from storylab.training.lines import duration
 from storylab.training.measure import StepTimer, product_rate
 from storylab.training.precision import choose_device, choose_precision
@@ -45,13 +46,15 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     else:
         yield "CUDA: no device, or a CPU build of torch"
     yield ""
+    use = CoreUse()
     yield f"matrix products on {device} (rows {MATRIX[0]}, {MATRIX[1]} to {MATRIX[2]} columns):"
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
     rates: dict[Dtype, float] = {}
     for dtype in dtypes:
         try:
+            use.restart()
             rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
-            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s"
+            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s{company(use)}"
         except (UserError, RuntimeError) as error:
             yield f"  {dtype:<9} cannot run: {error}"
     best = max(rates, key=lambda dtype: rates[dtype])
@@ -59,13 +62,25 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     yield ""
     yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
     for name in presets:
+        use.restart()
         try:
             speed = _training_speed(name, device, best)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
             continue
         whole = duration(RECORD_TOKENS / speed)
-        yield f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
+        yield (
+            f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
+            f"{company(use)}"
+        )
+
+
+def company(use: CoreUse) -> str:
+    """What to say of a speed that was measured beside other programs; nothing where there were none."""
+    others = use.read().others
+    if others < SOME_CORES:
+        return ""
+    return f"  (other programs used {others:.1f} of {os.cpu_count()} cores: faster without them)"
 
 
 def examine_precision(device_name: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
 from storylab.data.sources import VALIDATION
 from storylab.errors import UserError, out_of_memory
+from storylab.training.cores import CoreUse
 from storylab.training.evaluation import EVAL_BATCH, window_losses
 from storylab.training.loop import (
     TrainingDiverged,
@@ -67,9 +68,10 @@ def work(action: str, config: TrainConfig, **options: Any) -> None:
 
 def measure(config: TrainConfig) -> dict[str, float]:
     """Seconds of a micro-batch, of an update and of an evaluation batch, and peak memory in bytes, from a
-    few of each."""
+    few of each; and how many cores other programs used meanwhile."""
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
+    use = CoreUse()
     timer = StepTimer(config, dataset.vocab_size)
     steps = timer.measured(0.0, least=2)
     split = dataset.splits[VALIDATION]
@@ -87,6 +89,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
         "evaluation_batch_seconds": evaluation * EVAL_BATCH / len(starts),
         "evaluation_batches": windows / EVAL_BATCH,
         "peak_memory_bytes": timer.memory(),
+        "other_cores": use.read().others,
     }
 
 

@@ -90,7 +90,9 @@ class SleepingWaits:
 
     def __enter__(self) -> SleepingWaits:
         threads = torch.get_num_threads()
-        pools = available_cores() // max(threads - 1, 1) + 1
+        if threads == 1:
+            return self  # which wait for nobody
+        pools = available_cores() // (threads - 1) + 1
         ready = threading.Barrier(pools + 1)
 
         def hold() -> None:

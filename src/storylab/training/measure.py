@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from storylab.config import TrainConfig
 from storylab.model.head import padded_vocab_size
+from storylab.training.cores import CoreUse, SleepingWaits
 from storylab.training.learner import Learner
 from storylab.training.loop import resolve_device
 from storylab.training.precision import Precision
@@ -107,9 +109,13 @@ class StepTimer:
         return found
 
     def median(self, sequences: int, seconds: float, least: int = 2) -> float:
-        """Median of :meth:`times` after a step that warms up."""
+        """Median of :meth:`times` after a step that warms up; beside other programs threads wait as they
+        soon would in training."""
+        use = CoreUse()
         self.step(sequences)
-        return statistics.median(self.times(sequences, seconds, least))
+        crowded = self.device.type == "cpu" and use.read().crowded
+        with SleepingWaits() if crowded else nullcontext():
+            return statistics.median(self.times(sequences, seconds, least))
 
     def measured(self, seconds: float, least: int) -> Measured:
         """Time a micro-batch and an update for about ``seconds``, by ``least`` steps of each kind at least.
