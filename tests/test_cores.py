@@ -212,3 +212,23 @@ def test_waits_without_spinning_come_and_go(two_threads: None) -> None:
         while process.num_threads() > before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.num_threads() <= before
+
+
+def test_an_evaluation_uses_all_threads(two_threads: None) -> None:
+    sharing = CoreSharing(True)
+    for way, threads in ((SPINNING, 2), (SLEEPING, 2), (ONE_THREAD, 1)):
+        sharing._go(way)
+        assert torch.get_num_threads() == threads
+        with sharing.all_threads():
+            assert torch.get_num_threads() == 2 and sharing.way != ONE_THREAD
+        assert sharing.way == way and torch.get_num_threads() == threads
+    sharing.close()
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_short_work_is_considerate(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None, crowded: bool
+) -> None:
+    monkeypatch.setattr(CoreUse, "crowded", crowded)
+    assert isinstance(cores.considerate(torch.device("cpu")), SleepingWaits) == crowded
+    assert not isinstance(cores.considerate(torch.device("cuda")), SleepingWaits)

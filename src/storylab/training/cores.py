@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
@@ -27,6 +28,8 @@ from storylab.training.step import NonFiniteError
 SOME_CORES = 0.25
 # A way of working is timed for this long at least.
 WINDOW_SECONDS = 1.0
+# How long a look at what other programs use takes, in seconds.
+LOOK_SECONDS = 0.1
 # Seconds until another trial, on a machine that stays busy.
 TRIAL_SECONDS = 60.0
 # Elements of an operation that torch shares between threads, whatever it asks for at least.
@@ -119,6 +122,16 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def considerate(device: torch.device) -> AbstractContextManager[object]:
+    """Context for work on a CPU that is too short to try what is faster: threads sleep where they wait if
+    other programs leave no core free at its start."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return nullcontext()
+    use = CoreUse()
+    time.sleep(LOOK_SECONDS)
+    return SleepingWaits() if use.read().crowded else nullcontext()
+
+
 class CoreSharing:
     """Chooses how threads wait, by what is fastest while the machine is busy.
 
@@ -175,6 +188,18 @@ class CoreSharing:
         """The step is done."""
         self._count()
         self._in_micro_batch = False
+
+    @contextmanager
+    def all_threads(self) -> Iterator[None]:
+        """For what is no step, and so has not been shown to give the same bits with one thread."""
+        alone = self.way == ONE_THREAD
+        if alone:
+            self._go(SLEEPING)
+        try:
+            yield
+        finally:
+            if alone:
+                self._go(ONE_THREAD)
 
     def close(self) -> None:
         """Let threads wait as they did at the start."""

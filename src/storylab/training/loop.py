@@ -29,7 +29,7 @@ from storylab.precision.observe import QuantizationStatistics
 from storylab.precision.quantize import wrong_kernels
 from storylab.training import checkpoint, lines
 from storylab.training.compile_check import CompileCheck, check_compiled, compiler_is_to_blame
-from storylab.training.cores import CoreSharing, same_bits_with_one_thread
+from storylab.training.cores import CoreSharing, considerate, same_bits_with_one_thread
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
 from storylab.training.learner import Learner
 from storylab.training.precision import (
@@ -225,9 +225,10 @@ class Trainer:
         first = self.progress.next_iteration
         windows = self.batches(first)[: self.config.batch_size].to(self.precision.device)
         shapes = dict.fromkeys(self.learner.pieces(i) for i in (first, self.config.max_iters))
-        for pieces in shapes:
-            check = check_compiled(self.learner, windows, pieces, self._tick_check)
-            self.compile_checks.append(check)
+        with considerate(self.precision.device):
+            for pieces in shapes:
+                check = check_compiled(self.learner, windows, pieces, self._tick_check)
+                self.compile_checks.append(check)
 
     def _tick_check(self, done: int, total: int) -> None:
         self.reporter.progress("checking the compiled code", done, total)
@@ -462,7 +463,7 @@ class Trainer:
         uncompiled, as shapes vary and a loss should not depend on how the training was sped up."""
         compiled = self.config.compile
         stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with stance, self.learner.averaged():
+        with stance, self.learner.averaged(), self.cores.all_threads():
             yield
 
     def _tick(self, done: int, total: int) -> None:

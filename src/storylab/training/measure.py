@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from storylab.config import TrainConfig
 from storylab.model.head import padded_vocab_size
-from storylab.training.cores import CoreUse, SleepingWaits
+from storylab.training.cores import considerate
 from storylab.training.learner import Learner
 from storylab.training.loop import resolve_device
 from storylab.training.precision import Precision
@@ -111,10 +110,8 @@ class StepTimer:
     def median(self, sequences: int, seconds: float, least: int = 2) -> float:
         """Median of :meth:`times` after a step that warms up; beside other programs threads wait as they
         soon would in training."""
-        use = CoreUse()
-        self.step(sequences)
-        crowded = self.device.type == "cpu" and use.read().crowded
-        with SleepingWaits() if crowded else nullcontext():
+        with considerate(self.device):
+            self.step(sequences)
             return statistics.median(self.times(sequences, seconds, least))
 
     def measured(self, seconds: float, least: int) -> Measured:
