@@ -355,25 +355,31 @@ def test_losses_of_stories_equal_a_plain_loop(dataset: Dataset) -> None:
     assert result.perplexity == pytest.approx(math.exp(losses[1:].mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("block", [5, 16, 400])
+@pytest.mark.parametrize("block", [5, 16, 400, 900])
 def test_aligned_windows_read_a_token_from_its_own_story_alone(
     dataset: Dataset, block: int
 ) -> None:
+    """To the last story of the split, which windows that reach back would predict from others."""
     model = Transformer(TINY, VOCAB, seed=4)
     split = dataset.splits["validation"]
     result = evaluate_split(model, split, block, FLOAT32, aligned=True)
     ids = torch.from_numpy(split.read(0, len(split)))
     borders = [0, *(int(i) + 1 for i in (ids == dataset.tokenizer.end_of_text).nonzero())]
+    at_position: list[list[float]] = [[] for _ in range(block)]
     for number, (begin, end) in enumerate(itertools.pairwise(borders)):
-        if end + block > len(ids):
-            break  # the last windows reach back so as to be whole
         start, total = max(begin - 1, 0), 0.0
         while start < end - 1:
             stop = min(start + block, end - 1)
             logits = model(ids[None, start:stop])[0]
-            total += F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum").item()
+            losses = F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="none").tolist()
+            for position, loss in enumerate(losses):
+                at_position[position].append(loss)
+            total += sum(losses)
             start = stop
         assert result.story_losses[number] == pytest.approx(total, rel=1e-4)
+    assert number == len(result.story_losses) - 1
+    means = [sum(some) / len(some) if some else math.nan for some in at_position]
+    np.testing.assert_allclose(result.position_losses, means, rtol=1e-4)
     plain = evaluate_split(model, split, block, FLOAT32)
     np.testing.assert_array_equal(result.story_tokens, plain.story_tokens)
 
