@@ -445,6 +445,8 @@ def test_every_window_once_per_epoch(length: int, block: int, sequences: int, se
     batches = TrainingBatches(counting_split(length), "f", seed, block, sequences)
     per_epoch = batches.windows_per_epoch
     assert per_epoch == (length - 1) // block
+    targets = {w * block + i for w in range(per_epoch) for i in range(1, block + 1)}
+    assert batches.unseen == length - 1 - len(targets)
     iterations = -(-2 * per_epoch // sequences)
     windows = np.concatenate([batches.windows(i) for i in range(iterations)])
     first, second = windows[:per_epoch], windows[per_epoch : 2 * per_epoch]

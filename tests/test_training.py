@@ -779,6 +779,18 @@ def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_
     assert weights(resume(config.out_dir)) == weights(whole)
 
 
+@pytest.mark.parametrize(("block", "unseen"), [(500, 411), (16, 7)])
+def test_a_run_tells_of_tokens_that_are_never_trained_on(
+    tiny_config: MakeConfig, dataset: Dataset, block: int, unseen: int
+) -> None:
+    tokens = dataset.manifest["splits"]["train"]["tokens"]
+    assert (tokens - 1) % block == unseen
+    run = train(tiny_config(block_size=block, max_iters=1, batch_size=1))
+    assert run.summary is not None and run.summary["unseen_tokens"] == unseen
+    told = f"the last {unseen} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never"
+    assert (told in (run.folder / "log.txt").read_text()) == (unseen / tokens > 0.001)
+
+
 def test_one_validation_story_has_no_standard_error(
     tmp_path: Path, tiny_config: MakeConfig
 ) -> None:
