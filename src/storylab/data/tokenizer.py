@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from storylab.data.sources import END_OF_TEXT, download
+from storylab.data.paths import file_errors, hash_file, open_file, shown
+from storylab.data.reading import END_OF_TEXT
+from storylab.data.sources import download
 from storylab.errors import UserError
-from storylab.files import atomic_path, sha256_file
+from storylab.files import atomic_path
 
 # GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
 WORD_PATTERN = (
@@ -89,19 +91,33 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; ``<|endoftext|>`` in it is ordinary text."""
-        return self._encoding.encode_ordinary(text)
+        return self._encode(text).tolist()
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Ids of ``text`` as uint32."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_stories(self, stories: Sequence[str]) -> np.ndarray:
         """Ids of all stories, each followed by the end-of-text id, as one ``[n]`` uint32 array.
 
-        Releases Python's lock, so that threads encode in parallel.
+        ``<|endoftext|>`` inside a story is ordinary text. Releases Python's lock, so that threads encode
+        in parallel.
         """
         parts = []
-        for slow, group in itertools.groupby(stories, lambda s: LONG_SPACE.search(s) is not None):
-            encoding = self._encoding if slow else self._fast_encoding
-            joined = "".join(story + END_OF_TEXT for story in group)
-            parts.append(encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}))
+        for encoding, group in itertools.groupby(stories, self._encoding_of):
+            if encoding is None:
+                end = np.array([self.end_of_text], dtype=np.uint32)
+                parts += [part for story in group for part in (self._encode(story), end)]
+            else:
+                joined = "".join(story + END_OF_TEXT for story in group)
+                parts.append(encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}))
         return np.concatenate(parts)
+
+    def _encoding_of(self, story: str) -> tiktoken.Encoding | None:
+        """The fastest encoding that is right for a story among others; None: it is encoded alone."""
+        if END_OF_TEXT in story:
+            return None
+        return self._encoding if LONG_SPACE.search(story) else self._fast_encoding
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that are not whole characters become U+FFFD."""
@@ -128,12 +144,12 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
     Raises:
         UserError: the file is missing or not of that format.
     """
+    with open_file(path) as file, file_errors(path):
+        content = file.read()
     try:
-        rows = [line.split() for line in path.read_bytes().splitlines()]
+        rows = [line.split() for line in content.splitlines()]
         tokens = tuple(base64.b64decode(token, validate=True) for token, _ in rows)
         ranks = [int(rank) for _, rank in rows]
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(
             f"{path} is not a .tiktoken file ({error}): prepare the data anew"
@@ -153,16 +169,21 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
     paths = {name: _gpt2_file(name, folder) for name in GPT2_FILES}
     for name, path in paths.items():
-        if sha256_file(path) != GPT2_FILES[name]:
-            raise UserError(f"{path} is not GPT-2's {name} (its SHA-256 differs): get it anew")
+        if hash_file(path) != GPT2_FILES[name]:
+            raise UserError(
+                f"{shown(path)} is not GPT-2's {name} (its SHA-256 differs): get it anew"
+            )
     ranks = data_gym_to_mergeable_bpe_ranks(str(paths["vocab.bpe"]), str(paths["encoder.json"]))
     return Tokenizer("gpt2", tuple(sorted(ranks, key=ranks.__getitem__)))
 
 
 def _gpt2_file(name: str, folder: Path | None) -> Path:
     if folder is not None:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: give the folder of GPT-2's two files")
+        with file_errors(folder / name):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{shown(folder)} has no {name}: give the folder of GPT-2's two files"
+                )
         return folder / name
     try:
         # A package that carries the two files; it is not imported.
