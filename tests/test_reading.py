@@ -11,6 +11,8 @@ import random
 import re
 import shlex
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storylab.cli import describe_dataset, main
 from storylab.config import TrainConfig
 from storylab.data import builtin
+from storylab.data import tokenizer as tokenizers_here
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.data.reading import clean, other_separator, read_texts
 from storylab.data.sources import download, local_source
 from storylab.data.tally import Tally
-from storylab.data.tokenizer import gpt2_tokenizer
+from storylab.data.tokenizer import gpt2_tokenizer, train_tokenizer
 from storylab.errors import UserError
 from storylab.flags import default_for, parse
 from test_data import hugging_face_gpt2
@@ -702,3 +707,112 @@ def test_checksums_of_parquet_pages_are_held_against_the_data(tmp_path: Path) ->
     path.write_bytes(data.replace(b"cat", b"rat"))
     assert path.read_bytes() != data
     assert "cannot read" in refusal(tmp_path, path)
+
+
+# --- long runs and long words
+
+
+GPT2, OTHER_GPT2 = gpt2_tokenizer(), hugging_face_gpt2()
+
+
+def with_short_runs_cut(text: str) -> list[int]:
+    """Ids of GPT-2 with runs of white space cut that are long for this test."""
+    pattern = re.compile(tokenizers_here.HUGE_SPACE.pattern.replace("10000", "3"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers_here, "HUGE_SPACE", pattern)
+        patch.setattr(tokenizers_here, "MAX_SPACE", 3)
+        ids = GPT2.encode_stories([text]).tolist()
+        assert GPT2.encode(text) == ids[:-1]
+        return ids
+
+
+SPACES = " \n\t\r\u00a0\u0085\u1680\u2003\u2028\u202f\u3000\x0b\x1c\u200b"
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text(st.sampled_from(SPACES + "   \n\nab1é.'s"), max_size=30))
+def test_runs_of_space_are_cut_as_gpt2_would(text: str) -> None:
+    assert with_short_runs_cut(text) == [*gpt2_ids(text), 50256]
+
+
+def gpt2_ids(text: str) -> list[int]:
+    return list(OTHER_GPT2.encode(text).ids)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
+@pytest.mark.parametrize("end", ["y", "\u00e9", ".", "1", "'s"])
+def test_long_runs_of_space_are_encoded_as_gpt2_would(space: str, end: str) -> None:
+    for length in (9_999, 10_000, 10_001, 40_000):
+        text = f"x{space * length}{end}\n \nz{space * length}"
+        assert GPT2.encode(text) == gpt2_ids(text)
+
+
+def test_a_million_spaces_are_prepared(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" + " " * 1_000_000 + "y")
+    split = data_from(tmp_path, tmp_path / "a.txt").splits["train"]
+    x, space, y = (gpt2_ids(text)[0] for text in ("x", " ", " y"))
+    ids = split.read(0, len(split)).tolist()
+    assert gpt2_ids("x" + " " * 1000 + "y") == [x, *[space] * 999, y]
+    assert ids == [x, *[space] * 999_999, y, 50256]
+
+
+@pytest.mark.parametrize("word", ["a", "\u6f22\u5b57\u4e00\u4e8c", "-", "12"])
+def test_long_words_are_encoded_as_gpt2_would(word: str) -> None:
+    text = word * (20_000 // len(word)) + " end"
+    assert GPT2.encode_stories([text]).tolist() == [*gpt2_ids(text), 50256]
+
+
+def test_long_words_are_counted_in_pieces(tmp_path: Path) -> None:
+    """A vocabulary of text with long words is that of the same text with the words cut."""
+    chance = random.Random(1)
+    long = ["".join(chance.choices("abcd", k=n)) for n in (257, 5000, 512, 300)]
+    usual = ["".join(chance.choices("abcd", k=n)) for n in (256, 255, 100)]
+    cut = [word[i : i + 256] for word in long for i in range(0, len(word), 256)]
+    whole = train_tokenizer(iter([*long, *usual]), 400)
+    assert whole.tokens == plainly_trained([*cut, *usual], 400)
+    assert whole.tokens != plainly_trained([*long, *usual], 400)
+
+
+def plainly_trained(texts: list[str], size: int) -> tuple[bytes, ...]:
+    """The vocabulary of the `tokenizers` library alone, of texts in letters that stand for themselves."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trainer = Tokenizer(models.BPE())
+    trainer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False
+    )
+    trainer.train_from_iterator(texts, options)
+    vocabulary = trainer.get_vocab()
+    learned = sorted(vocabulary, key=vocabulary.__getitem__)[256:]
+    return (*train_tokenizer(iter(["abab"]), 258).tokens[:256], *(t.encode() for t in learned))
+
+
+def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
+    """Work that grew with the square of a word would keep this for hours."""
+    stories = list(builtin.stories(0, 0, 60))
+    words = ["a" * 1_000_000, "\u6f22\u5b57\u4e00\u4e8c" * 100_000, "x" + " " * 1_000_000 + "y"]
+    (tmp_path / "a.txt").write_text(END.join([*stories, *words]), encoding="utf-8")
+    data = data_from(tmp_path, tmp_path / "a.txt", tokenizer="bpe:300")
+    assert stories_of(data) == [*stories, *words]
+
+
+def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
+    started, given_up = threading.Event(), time.monotonic() + 120
+
+    def endless() -> Iterator[str]:
+        for number in itertools.count():
+            started.set()
+            if time.monotonic() > given_up:
+                raise AssertionError("Ctrl-C was not heard")
+            yield builtin.story(0, number)
+
+    def press() -> None:
+        started.wait()
+        os.kill(os.getpid(), 2)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(endless(), 300)
