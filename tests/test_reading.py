@@ -312,12 +312,15 @@ def test_a_text_without_the_separator_tells_what_it_has_instead(
     tmp_path: Path, separator: str, has: str
 ) -> None:
     stories = [f"My friend {n} found a kite. [He laughed.]" for n in range(60)]
-    (tmp_path / "a.txt").write_text(f"\n{separator}\n".join(stories), encoding="utf-8")
-    data = data_from(tmp_path, tmp_path / "a.txt")
-    assert data.manifest["splits"]["train"]["stories"] == 1
-    expected = f"train:       a.txt has no {END}, so it is one story (it has {has})"
-    assert expected in described(data)
-    assert not any(line.startswith("validation: ") and "has no" in line for line in described(data))
+    text = f"\n{separator}\n".join(stories)
+    for number, end in enumerate(("", f"\n{END}\n")):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}/a.txt").write_text(text + end, encoding="utf-8")
+        data = data_from(tmp_path / f"{number}", tmp_path / f"{number}/a.txt")
+        assert data.manifest["splits"]["train"]["stories"] == 1
+        expected = f"train:       a.txt is one story, without {END} inside (it has {has})"
+        assert expected in described(data)
+        assert not any("held-out" in line for line in described(data))
 
 
 def test_a_separator_is_looked_for_in_a_bounded_part() -> None:
@@ -333,7 +336,7 @@ def test_many_files_without_a_separator_are_counted(tmp_path: Path) -> None:
     data = data_from(tmp_path, tmp_path / "in")
     assert data.manifest["reading"]["train"]["unseparated"] == 150
     assert len(data.manifest["reading"]["train"]["unseparated_files"]) == 100
-    assert f"train:       147 more files without {END}, each one story" in described(data)
+    assert "train:       147 more files of one story each" in described(data)
     assert stories_of(data) == [f"Story {number}." for number in range(150)]
 
 

@@ -192,19 +192,19 @@ def _decode(data: bytes, path: Path, place: str, offset: int | None = None) -> s
 
 
 def _read_txt(path: Path, tally: Tally) -> Iterator[str]:
-    number, text, separated = 0, "", False
-    for index, (offset, piece) in enumerate(_pieces(path, END_OF_TEXT.encode())):
-        separated = index > 0
+    number, first = 0, ""
+    for offset, piece in _pieces(path, END_OF_TEXT.encode()):
         text = _decode(piece, path, f"story {number + 1:,}", offset)
         if text.replace(BYTE_ORDER_MARK, "").strip():
             number += 1
+            first = first or text
             yield text
-    if number and not separated:
-        tally.note_unseparated(path.name, other_separator(text))
+    if number == 1:
+        tally.note_unseparated(path.name, other_separator(first))
 
 
 def other_separator(text: str) -> str:
-    """What may separate stories in a text without ``<|endoftext|>``, and how often it is there."""
+    """What may separate stories in a text beside ``<|endoftext|>``, and how often it is there."""
     if len(text) > SEARCHED:
         return f"{other_separator(text[:SEARCHED])} in its first {SEARCHED:,} characters"
     markers = Counter(m for m in _MARKER.findall(text) if _MARKER_NAME.search(m))

@@ -22,7 +22,7 @@ class Tally:
         null_rows, blank_rows: rows without text, left out.
         markers: stories that hold ``<|endoftext|>`` as ordinary text.
         skipped: how many entries of folders were not read, and ``skipped_names``, the first of them.
-        unseparated: how many files without ``<|endoftext|>`` were read as one story, and
+        unseparated: how many .txt files are one story, without ``<|endoftext|>`` inside, and
             ``unseparated_files``, the first of them with what else may separate their stories.
     """
 
@@ -67,11 +67,11 @@ class Tally:
             found.append(f"{plural(self.skipped, 'entry')} of folders not read ({self._names()})")
         for entry in self.unseparated_files[:NAMES_SHOWN]:
             found.append(
-                f"{shown(entry['file'])} has no <|endoftext|>, so it is one story (it has {entry['has']})"
+                f"{shown(entry['file'])} is one story, without <|endoftext|> inside (it has {entry['has']})"
             )
         more = self.unseparated - NAMES_SHOWN
         if more > 0:
-            found.append(f"{plural(more, 'more file')} without <|endoftext|>, each one story")
+            found.append(f"{plural(more, 'more file')} of one story each")
         return found
 
     def _names(self) -> str:
