@@ -266,7 +266,7 @@ def test_bits_are_kept_where_flash_attention_has_several_blocks(
     monkeypatch.setattr(torch, "use_deterministic_algorithms", mode)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     require_same_bits(CUDA, block_size)
-    mode.assert_called_once_with(expected, warn_only=True)
+    mode.assert_called_once_with(expected)
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
     require_same_bits(torch.device("cpu"), block_size)
     mode.assert_called_once()

@@ -36,7 +36,9 @@ from storylab.data.dataset import (
     token_dtype,
 )
 from storylab.data.prepare import PrepareConfig, prepare, write_dataset
-from storylab.data.sources import FileSource, RowRange, clean, read_texts
+from storylab.data.reading import clean, read_texts
+from storylab.data.sources import FileSource, RowRange
+from storylab.data.tally import Tally
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from storylab.errors import UserError
 from storylab.files import exclusive
@@ -53,11 +55,15 @@ class ListSource:
     def describe(self) -> dict[str, Any]:
         return {"name": "list"}
 
-    def texts(self, split: str) -> Iterator[str]:
+    def texts(self, split: str, tally: Tally) -> Iterator[str]:
         return iter(self.splits[split])
 
     def size_bytes(self, split: str) -> int | None:
         return None
+
+
+def stories_in(path: Path) -> list[str]:
+    return list(clean(read_texts(path, Tally()), Tally()))
 
 
 def write(folder: Path, train: list[str], tokenizer: Tokenizer, keep: bool = False) -> Dataset:
@@ -79,38 +85,38 @@ def test_every_file_format_gives_the_same_stories(tmp_path: Path) -> None:
         stream.write(text.encode())
     pq.write_table(pa.table({"text": STORIES}), tmp_path / "e.parquet")
     for path in sorted(tmp_path.iterdir()):
-        assert list(clean(read_texts(path))) == STORIES, path
+        assert stories_in(path) == STORIES, path
 
 
 def test_stories_longer_than_a_read_block_stay_whole(tmp_path: Path) -> None:
     stories = ["é" * 1_500_001, "short", "x" * 3_000_000]
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>".join(stories), encoding="utf-8")
-    assert list(clean(read_texts(path))) == stories
+    assert stories_in(path) == stories
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("One.<|endoftext|>Two.".encode("utf-8-sig"))
-    assert list(clean(read_texts(tmp_path / "a.txt"))) == ["One.", "Two."]
+    assert stories_in(tmp_path / "a.txt") == ["One.", "Two."]
 
 
 def test_separators_across_blocks_and_text_without_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stories = ["é" * n for n in range(40)] + ["<|endof|>" * 3]
+    stories = ["é" * n for n in range(1, 40)] + ["<|endof|>" * 3]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     for size in (1, 7, 64):
-        monkeypatch.setattr("storylab.data.sources.READ_BYTES", size)
-        assert list(read_texts(tmp_path / "a.txt")) == stories
-    monkeypatch.setattr("storylab.data.sources.MAX_STORY_BYTES", 50)
+        monkeypatch.setattr("storylab.data.reading.READ_BYTES", size)
+        assert stories_in(tmp_path / "a.txt") == stories
+    monkeypatch.setattr("storylab.data.reading.MAX_STORY_BYTES", 50)
     with pytest.raises(UserError, match="between stories"):
-        list(read_texts(tmp_path / "a.txt"))
+        stories_in(tmp_path / "a.txt")
 
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="int64, not text"):
-        list(read_texts(tmp_path / "a.parquet"))
+        stories_in(tmp_path / "a.parquet")
 
 
 def test_rows_of_a_split_are_counted_in_the_file(tmp_path: Path) -> None:
@@ -119,8 +125,10 @@ def test_rows_of_a_split_are_counted_in_the_file(tmp_path: Path) -> None:
     rows = {"train": RowRange(4), "validation": RowRange(2, 4)}
     files = {split: (tmp_path / "a.parquet",) for split in rows}
     source = FileSource("x", files, rows, {})
-    assert list(clean(source.texts("validation"))) == ["b"]
-    assert list(clean(source.texts("train"))) == ["c", "d"]
+    for split, stories, counts in (("validation", ["b"], (1, 0)), ("train", ["c", "d"], (0, 0))):
+        tally = Tally()
+        assert list(clean(source.texts(split, tally), tally)) == stories
+        assert (tally.null_rows, tally.blank_rows) == counts  # of the split's own rows
 
 
 def test_builtin_corpus_is_deterministic_and_varied() -> None:
@@ -158,7 +166,7 @@ def test_gpt2_tokenizer_is_the_published_one() -> None:
 
 def test_gpt2_ids_equal_those_of_another_library(real_stories: Path) -> None:
     path = real_stories / "v1-validation-00000-of-00001.parquet"
-    stories = list(clean(read_texts(path)))
+    stories = stories_in(path)
     tokenizer, other = gpt2_tokenizer(), hugging_face_gpt2()
     ids = tokenizer.encode_stories(stories)
     expected = [i for s in stories for i in [*other.encode(s).ids, 50256]]
@@ -397,13 +405,13 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path: Path) ->
     ("name", "content", "message"),
     [
         ("empty.txt", b"  \n<|endoftext|>\n", "no training stories"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot read"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "byte 3 .*save it as UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{oops\n', "line 2"),
         ("other.jsonl", b'{"body": "a"}\n', '"text"'),
         ("bad.parquet", b"PAR1 not really", "cannot read"),
         ("bad.jsonl.gz", b"\x1f\x8b nonsense", "cannot read"),
         ("a.pdf", b"", "no known kind"),
-        ("half.jsonl", b'{"text": "\\ud800"}\n', "surrogates"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate"),
     ],
 )
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -446,6 +454,8 @@ def test_every_window_once_per_epoch(length: int, block: int, sequences: int, se
     batches = TrainingBatches(counting_split(length), "f", seed, block, sequences)
     per_epoch = batches.windows_per_epoch
     assert per_epoch == (length - 1) // block
+    targets = {w * block + i for w in range(per_epoch) for i in range(1, block + 1)}
+    assert batches.unseen == length - 1 - len(targets)
     iterations = -(-2 * per_epoch // sequences)
     windows = np.concatenate([batches.windows(i) for i in range(iterations)])
     first, second = windows[:per_epoch], windows[per_epoch : 2 * per_epoch]

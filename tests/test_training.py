@@ -356,25 +356,31 @@ def test_losses_of_stories_equal_a_plain_loop(dataset: Dataset) -> None:
     assert result.perplexity == pytest.approx(math.exp(losses[1:].mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("block", [5, 16, 400])
+@pytest.mark.parametrize("block", [5, 16, 400, 900])
 def test_aligned_windows_read_a_token_from_its_own_story_alone(
     dataset: Dataset, block: int
 ) -> None:
+    """To the last story of the split, which windows that reach back would predict from others."""
     model = Transformer(TINY, VOCAB, seed=4)
     split = dataset.splits["validation"]
     result = evaluate_split(model, split, block, FLOAT32, aligned=True)
     ids = torch.from_numpy(split.read(0, len(split)))
     borders = [0, *(int(i) + 1 for i in (ids == dataset.tokenizer.end_of_text).nonzero())]
+    at_position: list[list[float]] = [[] for _ in range(block)]
     for number, (begin, end) in enumerate(itertools.pairwise(borders)):
-        if end + block > len(ids):
-            break  # the last windows reach back so as to be whole
         start, total = max(begin - 1, 0), 0.0
         while start < end - 1:
             stop = min(start + block, end - 1)
             logits = model(ids[None, start:stop])[0]
-            total += F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum").item()
+            losses = F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="none").tolist()
+            for position, loss in enumerate(losses):
+                at_position[position].append(loss)
+            total += sum(losses)
             start = stop
         assert result.story_losses[number] == pytest.approx(total, rel=1e-4)
+    assert number == len(result.story_losses) - 1
+    means = [sum(some) / len(some) if some else math.nan for some in at_position]
+    np.testing.assert_allclose(result.position_losses, means, rtol=1e-4)
     plain = evaluate_split(model, split, block, FLOAT32)
     np.testing.assert_array_equal(result.story_tokens, plain.story_tokens)
 
@@ -772,6 +778,18 @@ def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_
     _, state = checkpoint.load(open_run(config.out_dir).checkpoint("last"))
     assert state["scaler"]["scale"] > 1
     assert weights(resume(config.out_dir)) == weights(whole)
+
+
+@pytest.mark.parametrize(("block", "unseen"), [(500, 411), (16, 7)])
+def test_a_run_tells_of_tokens_that_are_never_trained_on(
+    tiny_config: MakeConfig, dataset: Dataset, block: int, unseen: int
+) -> None:
+    tokens = dataset.manifest["splits"]["train"]["tokens"]
+    assert (tokens - 1) % block == unseen
+    run = train(tiny_config(block_size=block, max_iters=1, batch_size=1))
+    assert run.summary is not None and run.summary["unseen_tokens"] == unseen
+    told = f"the last {unseen} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never"
+    assert (told in (run.folder / "log.txt").read_text()) == (unseen / tokens > 0.001)
 
 
 def test_one_validation_story_has_no_standard_error(

@@ -265,7 +265,19 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
         *rows,
         f"overlap:     {overlap['train_stories_in_validation']:,} train stories are in "
         f"validation ({fate})",
+        *_reading_lines(manifest),
         f"fingerprint: {manifest['fingerprint']}",
+    ]
+
+
+def _reading_lines(manifest: dict[str, Any]) -> list[str]:
+    """What reading changed or left out, for each split; data sets of earlier versions do not tell."""
+    from storylab.data.tally import Tally
+
+    return [
+        f"{name + ':':<12} {line}"
+        for name, counts in manifest.get("reading", {}).items()
+        for line in Tally.from_dict(counts).lines()
     ]
 
 

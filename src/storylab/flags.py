@@ -7,15 +7,20 @@ import dataclasses
 import io
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, preset_config
 from storylab.errors import UserError
 
 T = TypeVar("T")
+
+# An empty argument as a path: no file has this name, while that of Path("") is the current folder.
+EMPTY_PATH = Path("\0")
 
 
 def parse(
@@ -35,12 +40,13 @@ def parse(
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            command = tyro.cli(
                 kind,
                 args=_switches(kind, args),
                 prog=prog,
                 use_underscores=True,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=_registry(),
                 **options,
             )
     except SystemExit as stop:
@@ -48,6 +54,39 @@ def parse(
             raise
         message = _one_line(errors.getvalue())
         raise UserError(f"{message}; {advice or f'see {prog} --help'}") from None
+    for name in _empty_paths(command):
+        flag = f"--{name}" if name in given_flags(args) else name.upper()
+        raise UserError(f"{flag} has an empty path: give one (a variable that is not set is empty)")
+    return command
+
+
+def _registry() -> ConstructorRegistry:
+    """The parser's types, with an empty path kept apart from the current folder."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda args: Path(args[0]) if args[0] else EMPTY_PATH,
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _empty_paths(command: Any) -> Iterator[str]:
+    """Names of the fields that hold an empty path."""
+    for f in dataclasses.fields(command):
+        value = getattr(command, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _empty_paths(value)
+        elif value == EMPTY_PATH or (isinstance(value, tuple) and EMPTY_PATH in value):
+            yield f.name
 
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:

@@ -58,6 +58,11 @@ class TrainingBatches:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return permutation(self.windows_per_epoch, f"{self._key}:{epoch}")
 
+    @property
+    def unseen(self) -> int:
+        """Tokens at the end of the split that are in no window as a target, so never trained on."""
+        return len(self.split) - 1 - self.windows_per_epoch * self.block_size
+
     def windows(self, iteration: int) -> np.ndarray:
         """Numbers of the windows in the batch of ``iteration``, ``[sequences]`` int64."""
         first = iteration * self.sequences

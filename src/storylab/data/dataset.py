@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from storylab.data.paths import file_errors, open_file
 from storylab.data.sources import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
@@ -151,7 +152,9 @@ def load_dataset(folder: Path) -> Dataset:
     Raises:
         UserError: it does not exist, was made by another format, or a file is missing or altered.
     """
-    if not (folder / MANIFEST).is_file():
+    with file_errors(folder):
+        made = (folder / MANIFEST).is_file()
+    if not made:
         raise UserError(
             f"no prepared data in {folder}: run `storylab prepare` first, or give its --data_dir"
         )
@@ -197,16 +200,14 @@ def _check_file(path: Path, expected: str, dtype: np.dtype[Any] = BYTE) -> int:
     One pass in blocks: through a memory map, every page would count as this process's memory.
     """
     digest, greatest = hashlib.sha256(), 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-                whole = len(block) // dtype.itemsize * dtype.itemsize
-                greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {REPAIR}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file_errors(path):
+        if not path.exists():
+            raise UserError(f"{path} is missing: {REPAIR}")
+    with open_file(path) as file, file_errors(path):
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            whole = len(block) // dtype.itemsize * dtype.itemsize
+            greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
     if digest.hexdigest() != expected:
         raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
     return greatest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -26,15 +27,18 @@ from storylab.data.dataset import (
     narrow_ids,
     token_dtype,
 )
+from storylab.data.paths import file_errors, shown
+from storylab.data.reading import clean
 from storylab.data.sources import (
+    SPLITS,
     TRAIN,
     VALIDATION,
     BuiltinSource,
     Source,
-    clean,
     hub_source,
     local_source,
 )
+from storylab.data.tally import Tally
 from storylab.data.tokenizer import NO_STORIES, Tokenizer, gpt2_tokenizer, train_tokenizer
 from storylab.errors import UserError
 from storylab.files import (
@@ -107,29 +111,49 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
         "keep_overlap": config.keep_overlap,
     }
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another folder with --out")
-    if folder.resolve() == Path.cwd():
-        raise UserError("the data set needs a folder of its own: choose one with --out")
-    if folder.exists() and any(folder.iterdir()):
+    if _in_use(folder):
         return _existing(folder, request)
     report = progress or (lambda name, done, total: None)
     if config.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer(config.tokenizer_dir)
     else:
-        held_out = OverlapFilter(clean(source.texts(VALIDATION)))
+        held_out = OverlapFilter(_stories(source, VALIDATION, Tally()))
         for _ in held_out:
             pass
-        stories = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes)
+        stories = OverlapFilter(_stories(source, TRAIN, Tally()), held_out.hashes)
         counted = _counted(stories, "training the tokenizer", source.size_bytes(TRAIN), report)
         tokenizer = train_tokenizer(counted, int(config.tokenizer.removeprefix("bpe:")))
     write_dataset(folder, source, tokenizer, request, config.keep_overlap, report)
     return load_dataset(folder)
 
 
+def _stories(source: Source, split: str, tally: Tally) -> Iterator[str]:
+    return clean(source.texts(split, tally), tally)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether there is something in ``folder``.
+
+    Raises:
+        UserError: no data set can be made there.
+    """
+    with file_errors(folder):
+        if not folder.exists():
+            if folder.is_symlink():
+                raise UserError(
+                    f"{shown(folder)} is a link that leads nowhere: choose another --out"
+                )
+            return False
+        if not folder.is_dir():
+            raise UserError(f"{shown(folder)} is a file: choose another folder with --out")
+        if folder.samefile(Path()):
+            raise UserError("the data set needs a folder of its own: choose one with --out")
+        return any(folder.iterdir())
+
+
 def _check_tokenizer_name(name: str) -> None:
     size = name.removeprefix("bpe:")
-    if name != "gpt2" and not (name.startswith("bpe:") and size.isdecimal()):
+    if name != "gpt2" and not (name.startswith("bpe:") and size.isdecimal() and len(size) < 10):
         raise UserError(f"unknown tokenizer '{name}': use gpt2, or bpe:N such as bpe:4096")
 
 
@@ -147,7 +171,9 @@ def _source(config: PrepareConfig) -> Source:
 
 def _existing(folder: Path, request: dict[str, Any]) -> Dataset:
     """The data set in ``folder`` if it is what was asked for."""
-    if not (folder / MANIFEST).is_file():
+    with file_errors(folder):
+        made = (folder / MANIFEST).is_file()
+    if not made:
         raise UserError(f"{folder} exists and is not a data set: choose another folder with --out")
     if _request_of(folder) != request:
         raise UserError(
@@ -175,8 +201,10 @@ def write_dataset(
         dtype = token_dtype(tokenizer.vocab_size)
         tokenizer.save(partial / TOKENIZER_FILE)
         # Validation first: training stories are compared with it while they stream by.
-        held_out = OverlapFilter(clean(source.texts(VALIDATION)))
-        train = OverlapFilter(clean(source.texts(TRAIN)), held_out.hashes, keep_overlap)
+        tallies = {split: Tally() for split in SPLITS}
+        held_out = OverlapFilter(_stories(source, VALIDATION, tallies[VALIDATION]))
+        read = _stories(source, TRAIN, tallies[TRAIN])
+        train = OverlapFilter(read, held_out.hashes, keep_overlap)
         splits: dict[str, Any] = {}
         for split, stories in ((VALIDATION, held_out), (TRAIN, train)):
             writer = _SplitWriter(partial, split, tokenizer, dtype)
@@ -197,6 +225,8 @@ def write_dataset(
                 "train_stories_in_validation": train.overlap,
                 "left_out": not keep_overlap,
             },
+            # Beside the content, so no part of the fingerprint.
+            "reading": {split: dataclasses.asdict(tally) for split, tally in tallies.items()},
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(partial / MANIFEST, manifest)
@@ -209,9 +239,9 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with exclusive(partial):
+            for left_by_a_kill in partial.iterdir():
+                left_by_a_kill.unlink()
             try:
-                for left_by_a_kill in partial.iterdir():
-                    left_by_a_kill.unlink()
                 yield partial
                 if folder.exists():
                     folder.rmdir()  # empty, or the caller would not have come here
@@ -220,7 +250,8 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise write_error(folder, error) from error
+        place = Path(error.filename) if isinstance(error.filename, str) else folder
+        raise write_error(place, error) from error
 
 
 class OverlapFilter:

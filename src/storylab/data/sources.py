@@ -1,33 +1,28 @@
 """Where stories come from: the Hugging Face hub, local files, the built-in corpus.
 
-A source yields the raw texts of one split in a fixed order; :func:`clean` turns them into stories.
+A source yields the raw texts of one split in a fixed order.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 import socket
+import stat
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from storylab.data import builtin
+from storylab.data.paths import file_errors, hash_file, shown
+from storylab.data.reading import END_OF_TEXT, kind_of, read_texts, text_bytes
+from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
-from storylab.files import sha256_file
 
-END_OF_TEXT = "<|endoftext|>"
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
-READ_BYTES = 1 << 20
-MAX_STORY_BYTES = 64_000_000
 
 THREE_WAYS = (
     "three ways on: local files (storylab prepare --train FILES --validation FILES "
@@ -43,22 +38,13 @@ class Source(Protocol):
         """JSON values that identify the content, for the manifest."""
         ...
 
-    def texts(self, split: str) -> Iterator[str]:
-        """Raw texts of ``split`` in order; one may hold several stories, see :func:`clean`."""
+    def texts(self, split: str, tally: Tally) -> Iterator[str | None]:
+        """Raw texts of ``split`` in order, None for a null row, for :func:`storylab.data.reading.clean`."""
         ...
 
     def size_bytes(self, split: str) -> int | None:
         """About how many bytes of text the split has, for progress; None if unknown."""
         ...
-
-
-def clean(texts: Iterator[str]) -> Iterator[str]:
-    """Stories: texts cut at ``<|endoftext|>``, stripped of surrounding space, empty ones dropped."""
-    for text in texts:
-        for part in text.split(END_OF_TEXT):
-            story = part.strip()
-            if story:
-                yield story
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class BuiltinSource:
     seed: int
 
     def describe(self) -> dict[str, Any]:
-        grammar = sha256_file(Path(builtin.__file__))
+        grammar = hash_file(Path(builtin.__file__))
         return {
             "name": "builtin",
             "stories": self.stories,
@@ -77,7 +63,7 @@ class BuiltinSource:
             "grammar_sha256": grammar,
         }
 
-    def texts(self, split: str) -> Iterator[str]:
+    def texts(self, split: str, tally: Tally) -> Iterator[str]:
         held_out = max(1, self.stories // 20)
         if split == VALIDATION:
             return builtin.stories(self.seed, 0, held_out)
@@ -97,30 +83,34 @@ class RowRange:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Stories in files; ``rows`` names the part of the files that belongs to a split."""
+    """Stories in files; ``rows`` names the part of the files that belongs to a split, and ``skipped``
+    what was passed over in the folders that were given."""
 
     name: str
     files: dict[str, tuple[Path, ...]]
     rows: dict[str, RowRange]
     origin: dict[str, str]
+    skipped: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         hashes = {
-            split: [{"file": path.name, "sha256": sha256_file(path)} for path in paths]
+            split: [{"file": path.name, "sha256": hash_file(path)} for path in paths]
             for split, paths in self.files.items()
         }
         return {"name": self.name, **self.origin, "files": hashes}
 
-    def texts(self, split: str) -> Iterator[str]:
+    def texts(self, split: str, tally: Tally) -> Iterator[str | None]:
+        tally.skip(self.skipped.get(split, ()))
         part = self.rows.get(split, RowRange())
-        for row, text in enumerate(t for path in self.files[split] for t in read_texts(path)):
+        texts = (text for path in self.files[split] for text in read_texts(path, tally))
+        for row, text in enumerate(texts):
             if part.last is not None and row >= part.last:
                 return
             if row >= part.first:
                 yield text
 
     def size_bytes(self, split: str) -> int | None:
-        return sum(_text_bytes(path) for path in self.files[split])
+        return sum(text_bytes(path) for path in self.files[split])
 
 
 @dataclass(frozen=True)
@@ -208,12 +198,10 @@ def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
             )
         )
 
-    try:
-        return fetch(cached=True)
-    except LocalEntryNotFoundError:
-        pass
     endpoint = constants.ENDPOINT
     try:
+        with suppress(LocalEntryNotFoundError):
+            return fetch(cached=True)
         _check_reachable(endpoint)
         return fetch(cached=False)
     except Exception as error:  # the hub's client lets its transport's errors through
@@ -233,127 +221,63 @@ def _check_reachable(endpoint: str) -> None:
 
 
 def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileSource:
-    """Local files; folders stand for the readable files in them, in order of their names.
+    """Local files; folders stand for the readable files in and below them, in order of their names.
 
     Raises:
         UserError: a path does not exist or holds no file of a known kind.
     """
-    files = {TRAIN: _expand(train), VALIDATION: _expand(validation)}
-    return FileSource("files", files, {}, {})
+    found = {TRAIN: _expand(train), VALIDATION: _expand(validation)}
+    files = {split: paths for split, (paths, _) in found.items()}
+    skipped = {split: names for split, (_, names) in found.items()}
+    return FileSource("files", files, {}, {}, skipped)
 
 
-def _expand(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    found: list[Path] = []
+def _expand(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Files to read, and the names of what folders have beside them."""
+    files: list[Path] = []
+    skipped: list[str] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if _kind(p))
+        with file_errors(path):
+            mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            inside, others = _walk(path)
             if not inside:
-                raise UserError(f"{path} has no .txt, .parquet or .jsonl file")
-            found += inside
-        elif not path.exists():
-            raise UserError(f"{path} does not exist: give the path of a story file or folder")
-        elif not _kind(path):
+                left = f" (passed over {plural(len(others), 'entry')})" if others else ""
+                raise UserError(f"{shown(path)} has no .txt, .parquet or .jsonl file{left}")
+            files += inside
+            skipped += others
+        elif not kind_of(path):
             raise UserError(
-                f"{path} is of no known kind: use .txt with {END_OF_TEXT} between stories, "
+                f"{shown(path)} is of no known kind: use .txt with {END_OF_TEXT} between stories, "
                 ".parquet with a text column, or .jsonl (also .gz or .zst)"
             )
         else:
-            found.append(path)
-    return tuple(found)
+            files.append(path)
+    return tuple(files), tuple(skipped)
 
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+def _walk(root: Path) -> tuple[list[Path], list[str]]:
+    """Readable files in and below a folder, in order of their paths, and what is passed over: hidden
+    files and folders, files of other kinds, and links to a folder that holds this one or has been read."""
+    files: list[Path] = []
+    skipped: list[str] = []
+    with file_errors(root):
+        seen = {_identity(folder) for folder in root.resolve().parents}
+    ahead = [root]
+    while ahead:
+        path = ahead.pop()
+        hidden = path != root and path.name.startswith(".")
+        with file_errors(path):
+            if not hidden and path.is_dir() and _identity(path) not in seen:
+                seen.add(_identity(path))
+                ahead += sorted(path.iterdir(), reverse=True)
+            elif not hidden and not path.is_dir() and kind_of(path):
+                files.append(path)
+            else:
+                skipped.append(str(path.relative_to(root)))
+    return files, skipped
 
 
-def _kind(path: Path) -> str | None:
-    """Which reader a file needs: txt, jsonl or parquet; None for other files."""
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _COMPRESSION:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1].removeprefix(".") if suffixes else ""
-    return kind if kind in ("txt", "jsonl", "parquet") else None
-
-
-def _text_bytes(path: Path) -> int:
-    """Size of the text in a file: exact for .txt, from the metadata for parquet, else a guess."""
-    if _kind(path) == "parquet":
-        with _reading(path):
-            metadata = pq.ParquetFile(path).metadata
-        return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    return path.stat().st_size * (3 if path.suffix in _COMPRESSION else 1)
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Texts of one file in order, a bounded part of it in memory at a time.
-
-    Raises:
-        UserError: the file is damaged, has no text column or is not UTF-8.
-    """
-    readers = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    with _reading(path):
-        yield from readers[_kind(path) or "txt"](path)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a file's content into a message that names the file."""
-    try:
-        yield
-    except (OSError, pa.ArrowException, UnicodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} ({reason}): get the file anew") from error
-
-
-def _lines(path: Path, separator: str) -> Iterator[str]:
-    """Pieces between separators, read in blocks; a byte order mark at the start is dropped."""
-    mark, buffer, searched = separator.encode(), bytearray(), 0
-    with pa.input_stream(str(path), compression=_COMPRESSION.get(path.suffix)) as stream:
-        while block := stream.read(READ_BYTES):
-            first = not buffer and not searched
-            buffer += block.removeprefix(codecs.BOM_UTF8) if first else block
-            begin = 0
-            while (end := buffer.find(mark, max(begin, searched))) >= 0:
-                yield buffer[begin:end].decode("utf-8")
-                begin = searched = end + len(mark)
-            del buffer[:begin]
-            # A separator may span two blocks; what is searched once is not searched again.
-            searched = max(0, len(buffer) - len(mark) + 1)
-            if len(buffer) > MAX_STORY_BYTES:
-                raise UserError(
-                    f"{path} has over {MAX_STORY_BYTES // 10**6} MB without {separator!r}: put one "
-                    "between stories"
-                )
-    yield buffer.decode("utf-8")
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    return _lines(path, END_OF_TEXT)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path, "\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
-        text = row.get("text", row.get("story")) if isinstance(row, dict) else row
-        if not isinstance(text, str):
-            raise UserError(f'{path} line {number} has no "text" (or "story") string')
-        text.encode()  # half of a surrogate pair is valid JSON and no text: a UnicodeError
-        yield text
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    file = pq.ParquetFile(path)
-    names = [name for name in ("text", "story") if name in file.schema_arrow.names]
-    if not names:
-        columns = ", ".join(file.schema_arrow.names)
-        raise UserError(f"{path} has no column 'text' or 'story' (its columns: {columns})")
-    kind = file.schema_arrow.field(names[0]).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: the column '{names[0]}' holds {kind}, not text")
-    for batch in file.iter_batches(batch_size=4096, columns=names[:1]):
-        # Rows are counted by their place in the file, so an empty one is kept until cleaning.
-        yield from (text or "" for text in batch.column(0).to_pylist())
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

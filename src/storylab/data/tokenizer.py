@@ -11,17 +11,21 @@ import hashlib
 import importlib.metadata
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import tiktoken
 
-from storylab.data.sources import END_OF_TEXT, download
+from storylab.data.paths import file_errors, hash_file, open_file, shown
+from storylab.data.reading import END_OF_TEXT
+from storylab.data.sources import download
 from storylab.errors import UserError
-from storylab.files import atomic_path, sha256_file
+from storylab.files import atomic_path
 
 # GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
 WORD_PATTERN = (
@@ -33,6 +37,12 @@ WORD_PATTERN = (
 # alone, which is what the last alternative does.
 FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"""
 LONG_SPACE = re.compile(r"\s\s(?:\s|\Z)")
+# White space by Unicode, as tiktoken has it. Its look-ahead puts every character of a run on a stack that
+# holds a million; a run of this length or more is cut first, where the rule itself would cut it.
+MAX_SPACE = 10_000
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The look-behind keeps the search from beginning again at every character of a run.
+HUGE_SPACE = re.compile(f"(?<![{_SPACE}])[{_SPACE}]{{{MAX_SPACE},}}")
 NO_STORIES = (
     "there are no training stories: the files have no text, or all of their stories are also in "
     "the validation files"
@@ -46,6 +56,9 @@ GPT2_REPO, GPT2_REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633
 GPT2_HUB_NAMES = {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}
 # Enough text for any vocabulary in use here; pairs counted on more would be the same ones.
 TRAINING_BYTES = 200_000_000
+# A longer word is cut into pieces of so many bytes before its pairs are counted: the trainer's work grows
+# with the square of a word. Words of ordinary text are far shorter.
+TRAINING_WORD_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -89,19 +102,43 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; ``<|endoftext|>`` in it is ordinary text."""
-        return self._encoding.encode_ordinary(text)
+        return self._encode(text).tolist()
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Ids of ``text`` as uint32, cut in huge runs of white space.
+
+        GPT-2's rule takes a run that a word follows as one piece but for its last character, which goes
+        with the word. Cut there, both sides give the same pieces alone as together, as no rule looks back.
+        """
+        parts, begin = [], 0
+        for run in HUGE_SPACE.finditer(text):
+            if run.end() < len(text):
+                parts += [text[begin : run.start()], text[run.start() : run.end() - 1]]
+                begin = run.end() - 1
+        encode = self._encoding.encode_to_numpy
+        return np.concatenate([encode(p, disallowed_special=()) for p in [*parts, text[begin:]]])
 
     def encode_stories(self, stories: Sequence[str]) -> np.ndarray:
         """Ids of all stories, each followed by the end-of-text id, as one ``[n]`` uint32 array.
 
-        Releases Python's lock, so that threads encode in parallel.
+        ``<|endoftext|>`` inside a story is ordinary text. Releases Python's lock, so that threads encode
+        in parallel.
         """
         parts = []
-        for slow, group in itertools.groupby(stories, lambda s: LONG_SPACE.search(s) is not None):
-            encoding = self._encoding if slow else self._fast_encoding
-            joined = "".join(story + END_OF_TEXT for story in group)
-            parts.append(encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}))
+        for encoding, group in itertools.groupby(stories, self._encoding_of):
+            if encoding is None:
+                end = np.array([self.end_of_text], dtype=np.uint32)
+                parts += [part for story in group for part in (self._encode(story), end)]
+            else:
+                joined = "".join(story + END_OF_TEXT for story in group)
+                parts.append(encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}))
         return np.concatenate(parts)
+
+    def _encoding_of(self, story: str) -> tiktoken.Encoding | None:
+        """The fastest encoding that is right for a story among others; None: it is encoded alone."""
+        if END_OF_TEXT in story or (len(story) > MAX_SPACE and HUGE_SPACE.search(story)):
+            return None
+        return self._encoding if LONG_SPACE.search(story) else self._fast_encoding
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that are not whole characters become U+FFFD."""
@@ -128,12 +165,12 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
     Raises:
         UserError: the file is missing or not of that format.
     """
+    with open_file(path) as file, file_errors(path):
+        content = file.read()
     try:
-        rows = [line.split() for line in path.read_bytes().splitlines()]
+        rows = [line.split() for line in content.splitlines()]
         tokens = tuple(base64.b64decode(token, validate=True) for token, _ in rows)
         ranks = [int(rank) for _, rank in rows]
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(
             f"{path} is not a .tiktoken file ({error}): prepare the data anew"
@@ -153,16 +190,21 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
     paths = {name: _gpt2_file(name, folder) for name in GPT2_FILES}
     for name, path in paths.items():
-        if sha256_file(path) != GPT2_FILES[name]:
-            raise UserError(f"{path} is not GPT-2's {name} (its SHA-256 differs): get it anew")
+        if hash_file(path) != GPT2_FILES[name]:
+            raise UserError(
+                f"{shown(path)} is not GPT-2's {name} (its SHA-256 differs): get it anew"
+            )
     ranks = data_gym_to_mergeable_bpe_ranks(str(paths["vocab.bpe"]), str(paths["encoder.json"]))
     return Tokenizer("gpt2", tuple(sorted(ranks, key=ranks.__getitem__)))
 
 
 def _gpt2_file(name: str, folder: Path | None) -> Path:
     if folder is not None:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: give the folder of GPT-2's two files")
+        with file_errors(folder / name):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{shown(folder)} has no {name}: give the folder of GPT-2's two files"
+                )
         return folder / name
     try:
         # A package that carries the two files; it is not imported.
@@ -178,11 +220,13 @@ def _gpt2_file(name: str, folder: Path | None) -> Path:
 def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
     """Byte-pair vocabulary of ``vocab_size`` ids learned from ``stories`` (the training split).
 
+    Words over 256 bytes are counted in pieces of 256 bytes.
+
     Raises:
         UserError: the size is out of range, or the text has too few distinct pairs for it.
     """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainer
-    from tokenizers import models, pre_tokenizers, trainers
 
     if not 258 <= vocab_size <= 1_000_000:
         raise UserError(f"bpe:{vocab_size}: the vocabulary size must be from 258 to 1,000,000")
@@ -191,13 +235,21 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
         raise UserError(NO_STORIES)
     stories = itertools.chain([first], stories)
     trainer = Trainer(models.BPE())
-    trainer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # After the first rule, every byte is a character; shorter words stay as they are.
+    too_long = pre_tokenizers.Split(Regex(f".{{{TRAINING_WORD_BYTES}}}"), "isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer.pre_tokenizer = pre_tokenizers.Sequence([words, too_long])
     options = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trainer.train_from_iterator(_first_bytes(stories, TRAINING_BYTES), options)
+    _in_a_thread(
+        lambda stop: trainer.train_from_iterator(
+            itertools.takewhile(lambda _: not stop.is_set(), _first_bytes(stories, TRAINING_BYTES)),
+            options,
+        )
+    )
     vocabulary = trainer.get_vocab()
     if len(vocabulary) != vocab_size - 1:
         raise UserError(
@@ -207,6 +259,17 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
     to_byte = {character: byte for byte, character in _byte_characters().items()}
     in_order = sorted(vocabulary, key=vocabulary.__getitem__)
     return Tokenizer(f"bpe:{vocab_size}", tuple(bytes(to_byte[c] for c in t) for t in in_order))
+
+
+def _in_a_thread(work: Callable[[Event], None]) -> None:
+    """Do ``work`` in a thread and wait for it, so that Ctrl-C is heard: while the main thread is in the
+    trainer's code, it hears none. ``work`` ends early once its event is set."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(work, stop).result()
+        finally:
+            stop.set()
 
 
 def _first_bytes(stories: Iterator[str], limit: int) -> Iterator[str]:

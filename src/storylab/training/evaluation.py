@@ -33,7 +33,7 @@ class Evaluation:
     ``story_losses [n]`` are sums of nats, ``story_tokens [n]`` the predicted tokens of each story,
     its end-of-text token included; the very first token of the split has nothing before it and is
     not predicted. ``position_losses [block_size]`` are mean nats of the targets at each position
-    of a window.
+    of a window, NaN where no window has one.
     """
 
     story_losses: np.ndarray
@@ -83,16 +83,27 @@ def window_losses(
     precision: Precision,
     tick: Tick = lambda done, total: None,
 ) -> np.ndarray:
-    """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32."""
+    """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32.
+
+    Past the end of the split a window is filled with token 0, which nothing before it sees.
+    """
     losses = np.empty((len(starts), block_size), dtype=np.float32)
     for first in range(0, len(starts), EVAL_BATCH):
         tick(first, len(starts))
         chosen = slice(first, first + EVAL_BATCH)
-        windows = torch.from_numpy(split.windows(starts[chosen], block_size + 1))
+        windows = torch.from_numpy(_padded_windows(split, starts[chosen], block_size + 1))
         windows = windows.to(precision.device)
         with torch.no_grad(), precision.autocast():
             losses[chosen] = model.token_losses(windows[:, :-1], windows[:, 1:]).cpu().numpy()
     return losses
+
+
+def _padded_windows(split: Split, starts: np.ndarray, length: int) -> np.ndarray:
+    windows = np.zeros((len(starts), length), dtype=np.int64)
+    for window, start in zip(windows, starts.tolist(), strict=True):
+        tokens = split.read(start, start + length)
+        window[: len(tokens)] = tokens
+    return windows
 
 
 def estimate_loss(
@@ -122,7 +133,7 @@ def evaluate_split(
     Windows follow each other without overlap, so a token is predicted from 1 to ``block_size``
     tokens before it; the last window reaches back to be whole, and only its new tokens count.
     With ``aligned`` they begin anew at every story, with the end of the one before it, so that a
-    token is predicted from its own story alone.
+    token is predicted from its own story alone; tokens of a window past its story's end do not count.
     """
     targets = (
         len(split) - 1
@@ -131,17 +142,25 @@ def evaluate_split(
     ends = split.stories[1:, 0] - 1
     if aligned:
         pieces = [np.arange(*story, block_size) for story in zip(begins, ends, strict=True)]
-        new = np.concatenate(pieces)
+        starts = new = np.concatenate(pieces)
     else:
         new = np.arange(0, targets, block_size)
-    starts = np.minimum(new, targets - block_size)
+        starts = np.minimum(new, targets - block_size)
     losses = window_losses(model, split, starts, block_size, precision, tick)
     by_target = np.empty(targets, dtype=np.float32)
-    for row, start, first, end in zip(losses, starts, new, [*new[1:], targets], strict=True):
+    stops = np.append(new[1:], targets)
+    for row, start, first, end in zip(losses, starts, new, stops, strict=True):
         by_target[first:end] = row[first - start : end - start]
     sums = np.add.reduceat(by_target, begins, dtype=np.float64)
-    positions = losses.mean(axis=0, dtype=np.float64)
+    positions = _position_means(losses, stops - starts)
     return Evaluation(sums, ends - begins, positions, split.text_bytes)
+
+
+def _position_means(losses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Means over windows of ``losses [W, T]`` of which ``lengths [W]`` count: ``[T]``, NaN for none."""
+    counted = np.arange(losses.shape[1]) < lengths[:, None]
+    sums, counts = losses.sum(axis=0, dtype=np.float64, where=counted), counted.sum(axis=0)
+    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
 def evaluate_run(

@@ -66,6 +66,17 @@ def attention_lines(model: ModelConfig, block_size: int, cuda: bool = False) -> 
     return [*lines, *([idle] if idle else []), ""]
 
 
+def unseen_lines(unseen: int, tokens: int, block_size: int) -> list[str]:
+    """How much of the training split no window of ``block_size`` reaches; none if under 0.1 %."""
+    if unseen < tokens / 1000:
+        return []
+    return [
+        f"the last {unseen:,} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never trained on: "
+        f"they do not fill a window of {block_size:,}",
+        "",
+    ]
+
+
 def duration(seconds: float) -> str:
     """``18 min 43 s``, ``2 h 05 min`` or ``41.2 s``."""
     if seconds < 60:

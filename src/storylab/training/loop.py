@@ -301,7 +301,11 @@ class Trainer:
             if not self.run.checkpoint("last").exists():
                 self._save_last()  # so that there always is one from before a fault
                 cuda = self.precision.device.type == "cuda"
-                for line in lines.attention_lines(self.config.model, self.config.block_size, cuda):
+                block_size, tokens = self.config.block_size, len(self.batches.split)
+                for line in (
+                    *lines.attention_lines(self.config.model, block_size, cuda),
+                    *lines.unseen_lines(self.batches.unseen, tokens, block_size),
+                ):
                     self._line(line)
             self._test_precision()
             self._iterate()
@@ -590,6 +594,7 @@ class Trainer:
             "iterations": state.next_iteration,
             "tokens": tokens,
             "epochs": self.batches.epochs(state.next_iteration),
+            "unseen_tokens": self.batches.unseen,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "final_train_loss": state.train_loss,
             "final_val_loss": state.val_loss,

@@ -96,7 +96,9 @@ def require_same_bits(device: torch.device, block_size: int) -> None:
     if device.type != "cuda":
         return
     several = block_size > FLASH_BLOCK
-    torch.use_deterministic_algorithms(several, warn_only=True)
+    torch.use_deterministic_algorithms(
+        several
+    )  # a warning alone would leave flash attention as it is
     if several:
         # New tensors are written before they are read here, so filling them would be for nothing.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

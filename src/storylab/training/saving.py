@@ -16,25 +16,26 @@ class Saver:
     """Saves checkpoints: on a CPU at once, on a CUDA device from a copy in a thread.
 
     The copy is queued on the device behind the step that it belongs to, so that the steps after it cannot
-    reach it. One checkpoint is written at a time, and one copy of each kind is kept in pinned memory.
+    reach it. One checkpoint is written after the other, and one copy of each is kept in pinned memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if self._cuda else None
-        self._writing: Future[None] | None = None
+        self._writing: dict[Path, Future[None]] = {}
         self._copies: dict[Path, dict[str, Tensor]] = {}
 
     def save(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint; what went wrong with the one before comes to light here or in :meth:`wait`.
+        """Write a checkpoint; what went wrong with those before comes to light here or in :meth:`wait`.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        self.wait()
         if self._pool is None:
             checkpoint.save(path, tensors, state)
             return
+        if path in self._writing:
+            self._writing.pop(path).result()  # it still reads the copy
         copies = self._copies.setdefault(path, {})
         for name, tensor in tensors.items():
             if name not in copies:
@@ -47,7 +48,7 @@ class Saver:
             copied.synchronize()
             checkpoint.save(path, copies, state)
 
-        self._writing = self._pool.submit(write)
+        self._writing[path] = self._pool.submit(write)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -55,9 +56,8 @@ class Saver:
         Raises:
             UserError: it could not be written.
         """
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        for path in list(self._writing):
+            self._writing.pop(path).result()
 
     def close(self) -> None:
         """End the thread, when it has written what it was given."""
