@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
-from storylab.data.sources import END_OF_TEXT
+from storylab.data.reading import END_OF_TEXT
 from storylab.data.tokenizer import Tokenizer, _gpt2_file, gpt2_tokenizer
 
 
