@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from storylab.compiler import missing_for_compiling
 from storylab.config import ModelConfig
 from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
@@ -380,3 +382,21 @@ def test_gradients_of_compiled_blocks_are_those_of_plain_ones(value_residual: st
     torch._dynamo.reset()
     for one, other in zip(plain, compiled, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(missing_for_compiling("cpu") is not None, reason="nothing here compiles C++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_softmax_in_one_kernel_is_the_softmax(dtype: torch.dtype) -> None:
+    """A GPU's, here by the CPU's compiler: against float64, in rows that are a part of padded ones."""
+    generator = torch.Generator().manual_seed(0)
+    padded = (4 * torch.randn(40, 320, generator=generator)).to(dtype)
+    logits, targets = padded.narrow(1, 0, 300), torch.randint(300, (40,), generator=generator)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = head._losses_in_one_kernel(logits, targets, 0.0, gradient=True)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 1e-6}
+    torch.testing.assert_close(logits.double(), gradient, **close)

@@ -298,6 +298,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.compiled = False
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         if config.bigram_rows:
             self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
@@ -330,7 +331,9 @@ class Transformer(nn.Module):
                 parameter.zero_()
 
     def compile_blocks(self) -> None:
-        """Compile the blocks in place, so that names in checkpoints stay as they are."""
+        """Compile the blocks in place, so that names in checkpoints stay as they are, and the head's
+        softmax where it pays."""
+        self.compiled = True
         # It would warn of operations in place, of which a block has none that anything else sees.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         set_tuning()
@@ -396,7 +399,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens).flatten(0, 1)
         weight, softcap = self.embedding.weight, self.config.softcap
-        total = linear_cross_entropy(hidden, weight, targets.flatten(), softcap)
+        total = linear_cross_entropy(hidden, weight, targets.flatten(), softcap, self.compiled)
         return total / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
