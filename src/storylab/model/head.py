@@ -156,7 +156,7 @@ def _losses_in_one_kernel(
 @cache
 def _softmax_kernel() -> Any:
     def softmax_minus_one(logits: Tensor, targets: Tensor) -> Tensor:
-        """Turn ``logits [N, V]`` into softmax - 1 at ``targets [N]``; return log sum exp ``[N]`` float32."""
+        """Turn ``logits [N, V]`` into softmax - 1 at ``targets [N]``; return log sum exp, ``[N]``."""
         wide = logits.float()
         log_sum = wide.logsumexp(dim=1, keepdim=True)
         # A comparison, as scattering would be done by atomic additions to a copy.
