@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from storylab.config import TrainConfig, differences
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.precision.recipes import find_recipe
 from storylab.training.loop import Reporter, SilentReporter, Trainer, resolve_device
+from storylab.training.precision import choose_device
 from storylab.training.run_folder import Run, environment, open_run
-from storylab.training.schedule import learning_rate
+from storylab.training.schedule import learning_rate, telling_iterations
 
 
 def resume(
@@ -38,7 +40,13 @@ def resume(
 
 def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
-    config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
+    _require_device(run, stored)
+    try:
+        config, precision = resolve_device(dataclasses.replace(wanted, out_dir=run.folder))
+    except UserError as error:
+        raise UserError(
+            f"{run.folder} goes on with its own config alone, and cannot here: {error}"
+        ) from error
     _check_config(stored, config)
     _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
@@ -67,7 +75,8 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
-    now, then = environment(), run.environment
+    now: Mapping[str, Any] = environment()
+    then: Mapping[str, Any] = run.environment
     for name, key in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
         if now[key] != then[key]:
             yield f"The {name} is not what the run was started with: bits may differ"
@@ -82,12 +91,26 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
     yield f"Resuming {run.folder} at iteration {done}"
 
 
+def _require_device(run: Run, stored: TrainConfig) -> None:
+    try:
+        choose_device(stored.device)
+    except UserError as error:
+        raise UserError(
+            f"{run.folder} was trained on device '{stored.device}', which this machine lacks: a run goes "
+            "on on its own kind of device only, as another computes other bits. Resume it where there is "
+            "one; `storylab eval` and `storylab sample` work here too"
+        ) from error
+
+
 def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
     changed = differences(stored, wanted)
     changed.pop("max_iters", None)
     if changed:
         shown = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-        raise UserError(f"cannot resume with another config ({shown}): start a new run instead")
+        why = "; a run goes on on its own kind of device only" if "device" in changed else ""
+        raise UserError(
+            f"cannot resume with another config ({shown}{why}): start a new run instead"
+        )
 
 
 def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
@@ -112,7 +135,7 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
     if done > wanted.max_iters + 1:
         raise UserError(f"the run has done {done} iterations, more than max_iters allows")
-    for iteration in range(min(done, stored.max_iters + 1)):
+    for iteration in telling_iterations((stored, wanted), min(done, stored.max_iters + 1)):
         was, would_be = learning_rate(stored, iteration), learning_rate(wanted, iteration)
         if was != would_be:
             raise UserError(
