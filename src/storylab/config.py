@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from storylab.checked import check, shown
 from storylab.errors import UserError
 
 Dtype = Literal[
@@ -40,18 +41,30 @@ Name = TypeVar("Name", bound=str)
 
 GPT2_VOCAB_SIZE = 50257
 SMALL_VOCAB_SIZE = 4096
+# More than any machine counts to; products of two still fit into a float, sums into 64 bits.
+MOST = 10**15
+# Layers are built one by one.
+MOST_LAYERS = 10_000
 
 
 def _at_least(minimum: float, name: str, value: float) -> None:
     # "not >=" rather than "<" so that NaN is refused too.
     if not value >= minimum or value == float("inf"):
-        raise UserError(f"{name} is {value}: it must be a finite number of at least {minimum}")
+        raise UserError(
+            f"{name} is {shown(value)}: it must be a finite number of at least {minimum}"
+        )
+
+
+def at_most(maximum: int, name: str, value: int) -> None:
+    """Raise a UserError if a whole number is over ``maximum``."""
+    if value > maximum:
+        raise UserError(f"{name} is {shown(value)}: it must be at most {maximum:,}")
 
 
 def check_seed(name: str, value: int) -> None:
     """Raise a UserError unless ``value`` is a seed that torch takes."""
     if not 0 <= value < 2**63:
-        raise UserError(f"{name} is {value}: it must be from 0 to 2^63 - 1")
+        raise UserError(f"{name} is {shown(value)}: it must be from 0 to 2^63 - 1")
 
 
 def parse_attention(pattern: str) -> tuple[int | None, ...]:
@@ -114,9 +127,11 @@ class ModelConfig:
         parse_attention(self.attention)
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             _at_least(1, name, getattr(self, name))
+            at_most(MOST_LAYERS if name == "n_layer" else MOST, name, getattr(self, name))
         _at_least(1, "rope_base", self.rope_base)
         for name in ("softcap", "bigram_rows"):
             _at_least(0, name, getattr(self, name))
+        at_most(MOST, "bigram_rows", self.bigram_rows)
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -308,6 +323,10 @@ class TrainConfig:
             "log_interval",
         ):
             _at_least(1, name, getattr(self, name))
+            at_most(MOST, name, getattr(self, name))
+        at_most(MOST, "tokens in an iteration", self.tokens_per_iteration)
+        for name in ("max_iters", "warmup_iters"):
+            at_most(MOST, name, getattr(self, name))
         for name in (
             "max_iters",
             "warmup_iters",
@@ -387,23 +406,29 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     """Rebuild a config that :func:`to_dict` made.
 
     Raises:
-        UserError: a field is unknown or missing, for instance in a run of another version.
+        UserError: a field is unknown, missing or of another type, for instance in a run of another
+            version.
     """
+    check(TrainConfig, values, "the run's config")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
-    if "backend" not in given and values["dtype"] not in WIDE_DTYPES:
+    if "backend" not in given and values.get("dtype") not in WIDE_DTYPES:
         values["backend"] = "emulated"  # before there was a choice
-    if set(values) != names:
-        odd = ", ".join(sorted(set(values) ^ names))
-        raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")
-    values = dict(values)
-    try:
-        values["model"] = ModelConfig(**values["model"])
-        values["data_dir"] = Path(values["data_dir"])
-        values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise UserError(f"the run's config does not fit this version: {error}") from error
+    odd = set(values) ^ names
+    if not odd:
+        model = ADDED_MODEL_FIELDS | values["model"]
+        odd = {
+            f"model.{name}"
+            for name in set(model) ^ {f.name for f in dataclasses.fields(ModelConfig)}
+        }
+    if odd:
+        raise UserError(
+            f"the run's config does not fit this version of storylab (fields: {', '.join(sorted(odd))})"
+        )
+    values["model"] = ModelConfig(**model)
+    values["data_dir"] = Path(values["data_dir"])
+    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
+    return TrainConfig(**values)
 
 
 # Fields that say where and how often to look, not what is computed: a resumed run may change them.
