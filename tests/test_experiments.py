@@ -639,7 +639,7 @@ def test_a_damaged_run_is_set_aside_and_trained_anew(
     assert planned[0].state == "damaged"
     watcher = Watcher()
     assert run_experiment(planned, watcher) == ["finished", "finished"]
-    assert "metrics of 0 of its 7 iterations), set aside as" in watcher.lines[0]
+    assert "metrics.jsonl has 0 of its 7 iterations), set aside as" in watcher.lines[0]
 
 
 def test_a_killed_run_goes_on_once_before_it_is_cut_finer(

@@ -125,6 +125,11 @@ def _text(value: Any) -> Fault | None:
     return None if is_unicode(value) else ("", f"is {shown(value)}, which is no Unicode text")
 
 
+def _name(value: Any) -> Fault | None:
+    """Of a file: bytes that are no Unicode may be in it."""
+    return None if type(value) is str else ("", f"is {shown(value)}, not text")
+
+
 def is_unicode(text: str) -> bool:
     """Whether ``text`` can be written as UTF-8: bytes of a file's name that are none make text that
     cannot."""
@@ -147,7 +152,7 @@ _PLAIN: dict[Any, Check] = {
     int: _int,
     float: _float,
     str: _text,
-    Path: _text,
+    Path: _name,
     object: _any,
     Any: _any,
 }

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -19,6 +20,7 @@ from storylab.errors import UserError
 T = TypeVar("T")
 # Ids are stored in 32 bits at most.
 MOST_IDS = 2**32
+LONGEST_LINE = 10_000
 # What other programs of the field call a flag.
 USUAL_NAMES = {
     "learning_rate": "lr peak_lr max_lr",
@@ -73,7 +75,7 @@ def parse(
     errors = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), _unbroken_lines(args):
             return tyro.cli(
                 kind,
                 args=_switches(kind, args),
@@ -87,6 +89,21 @@ def parse(
             raise
         message = _one_line(errors.getvalue(), _flag_names(kind))
         raise UserError(f"{message}; {advice or f'see {prog} --help'}") from None
+
+
+@contextlib.contextmanager
+def _unbroken_lines(args: Sequence[str]) -> Iterator[None]:
+    """Let the parser write a message in one line: it fits them to the terminal, in the middle of a number
+    if need be. Help is to be fitted to it."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(args):
+        os.environ["COLUMNS"] = str(LONGEST_LINE)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:

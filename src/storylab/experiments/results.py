@@ -213,9 +213,7 @@ def _faults(result: Result) -> Iterator[str]:
         return
     summary, stories = result.summary, result.story_losses
     if len(result.iterations) != summary["iterations"]:
-        yield (
-            f"it has metrics of {len(result.iterations)} of its {summary['iterations']} iterations"
-        )
+        yield f"{METRICS} has {len(result.iterations)} of its {summary['iterations']} iterations"
     validation = summary["validation"]
     if (
         stories.shape != (validation["stories"], 2)
