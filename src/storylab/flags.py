@@ -179,7 +179,7 @@ def _one_line(box: str, known: Collection[str]) -> str:
         elif row:
             sections[-1].append(row)
     texts = [" ".join(section) for section in sections if section]
-    message = re.sub(r"^Error parsing config[\w.]*: ", "", texts[0]) if texts else ""
+    message = re.sub(r"^Error parsing (?!--)[\w.]*: ", "", texts[0]) if texts else ""
     return _in_plain_words(message.rstrip("."), known) or "the flags cannot be read"
 
 

@@ -109,7 +109,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out")
-    if folder.resolve() == Path.cwd():
+    if Path(os.path.realpath(folder)) == Path.cwd():  # resolve() has no patience with loops
         raise UserError("the data set needs a folder of its own: choose one with --out")
     if folder.exists() and any(folder.iterdir()):
         return _existing(folder, request)
