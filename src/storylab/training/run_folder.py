@@ -267,8 +267,8 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
         row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{place} is not valid JSON ({error}): it has been altered") from error
-    kind = check(RowKind, row, place)["kind"]
-    return check(ROWS[kind], row, place)
+    kind = row.get("kind") if isinstance(row, dict) else None
+    return check(ROWS.get(kind, RowKind) if isinstance(kind, str) else RowKind, row, place)
 
 
 def read_table(path: Path, dimensions: int) -> np.ndarray:
