@@ -802,6 +802,33 @@ def test_a_damaged_run_is_set_aside_and_trained_anew(
     assert "metrics.jsonl has 0 of its 7 iterations), set aside as" in watcher.lines[0]
 
 
+def test_a_run_that_is_closed_to_us_is_left_where_it_is(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole, so it is not trained anew, and the other run goes on."""
+    actions = in_process(monkeypatch)
+    run_experiment(planned[:1], Watcher())
+    closed = planned[0].folder / "metrics.jsonl"
+    closed.write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
+    watcher = Watcher()
+    assert run_experiment(planned, watcher) == ["failed", "finished"]
+    assert watcher.lines[0].endswith(f"failed: cannot read {closed}: Permission denied")
+    assert actions == ["train", "train"] and closed.exists()
+
+
+def test_a_run_that_is_no_folder_is_set_aside(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    planned[0].folder.parent.mkdir()
+    planned[0].folder.write_text("mine")
+    assert planned[0].state == "damaged"
+    assert run_experiment(planned[:1], Watcher()) == ["finished"]
+    aside = planned[0].folder.with_name(planned[0].folder.name + ".old1")
+    assert aside.read_text() == "mine"
+
+
 def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:

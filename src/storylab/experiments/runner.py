@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -350,6 +351,8 @@ def _settle(
 ) -> str:
     """Train a run unless it has ended; returns its state."""
     state, reason = run.state_and_reason()
+    if state == "damaged":
+        _require_open(run.folder)
     if exists(run.folder) and (state == "damaged" or anew):
         why = f"damaged ({reason})" if state == "damaged" else "to be trained anew"
         watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
@@ -453,6 +456,15 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
         failure = {"outcome": outcome, "reason": reason, "started": started}
         write_json(run.folder / FAILURE, failure)
         return
+
+
+def _require_open(folder: Path) -> None:
+    """Raise a UserError if a run is no worse than closed to this user: it may be whole."""
+    with reading(folder):
+        inside = folder.iterdir() if folder.is_dir() else ()
+        for path in (folder, *inside):
+            if path.exists() and not os.access(path, os.R_OK):
+                raise UserError(f"cannot read {path}: Permission denied")
 
 
 def set_aside(folder: Path) -> Path:
