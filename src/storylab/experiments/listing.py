@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from storylab.errors import UserError
 from storylab.experiments.outcome import experiment_records, read_experiment
 from storylab.experiments.results import ENDED, load_result, run_folders, run_state
-from storylab.files import exists, held, open_file
+from storylab.files import exists, held, open_file, reading
 from storylab.training.lines import duration
 from storylab.training.run_folder import METRICS, Run, parse_row
 
@@ -127,9 +128,27 @@ def _watch_row(folder: Path, label: str) -> tuple[tuple[str, ...], str]:
         state, reason = run_state(folder)
         if state == "damaged":
             raise UserError(reason)
+        if state in ENDED and (fault := _fault(folder, _stamps(folder))):
+            raise UserError(fault)
         return _known_row(folder, label, state), ""
     except UserError as error:
         return (label, "damaged", "", "", "", "", ""), str(error)
+
+
+def _stamps(folder: Path) -> tuple[int, ...]:
+    """When the files in a folder were changed last."""
+    with reading(folder):
+        return tuple(path.lstat().st_mtime_ns for path in sorted(folder.iterdir()))
+
+
+@cache
+def _fault(folder: Path, stamps: tuple[int, ...]) -> str:
+    """What is wrong with a run that has ended; read once for as long as its files stay as they are."""
+    try:
+        load_result(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _known_row(folder: Path, label: str, state: str) -> tuple[str, ...]:
@@ -137,6 +156,7 @@ def _known_row(folder: Path, label: str, state: str) -> tuple[str, ...]:
         return (label, "waiting", "", "", "", "", "")
     run = Run(folder)
     if state == "unfinished":
+        _ = run.data, run.environment
         state = "training" if held(folder) else "stopped"
     last, evaluation = _last_rows(folder / METRICS)
     if state == "failed" or not last:
