@@ -63,12 +63,6 @@ class Stage(TypedDict):
     threads: Count
 
 
-class ResumedStage(Stage):
-    """What a run was resumed in."""
-
-    iteration: Count
-
-
 class EnvironmentRecord(Stage):
     """``environment.json``."""
 
@@ -76,7 +70,7 @@ class EnvironmentRecord(Stage):
     gpu: str | None
     initial_weights_sha256: str
     first_batch_sha256: str
-    resumed: NotRequired[list[ResumedStage]]
+    resumed: NotRequired[list[Stage]]
 
 
 class EvaluationRecord(TypedDict):
