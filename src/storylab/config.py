@@ -43,6 +43,10 @@ GPT2_VOCAB_SIZE = 50257
 SMALL_VOCAB_SIZE = 4096
 # More than any machine counts to; products of two still fit into a float, sums into 64 bits.
 MOST = 10**15
+# About what a float32 holds.
+LARGEST_RATE = 1e38
+# Caps between which a float32 tells logits apart.
+SOFTCAPS = (1e-3, 1e6)
 # Layers are built one by one.
 MOST_LAYERS = 10_000
 
@@ -132,6 +136,11 @@ class ModelConfig:
         for name in ("softcap", "bigram_rows"):
             _at_least(0, name, getattr(self, name))
         at_most(MOST, "bigram_rows", self.bigram_rows)
+        if self.softcap and not SOFTCAPS[0] <= self.softcap <= SOFTCAPS[1]:
+            raise UserError(
+                f"softcap is {self.softcap}: it must be 0 for none, or from {SOFTCAPS[0]:g} to "
+                f"{SOFTCAPS[1]:g}"
+            )
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -338,6 +347,9 @@ class TrainConfig:
             "checkpoint_minutes",
         ):
             _at_least(0, name, getattr(self, name))
+        for name in ("learning_rate", "min_lr", "matrix_lr", "weight_decay"):
+            if getattr(self, name) > LARGEST_RATE:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at most 1e38")
         for name in ("seed", "resolved_data_seed"):
             check_seed(name.removeprefix("resolved_"), getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -350,9 +362,12 @@ class TrainConfig:
             raise UserError(
                 f"block_size {self.block_size} cannot be halved, as short_share asks: make it even"
             )
-        if self.optimizer != "adamw" and self.learning_rate == 0:
+        # The ratio of the two rates is what the optimizer keeps.
+        tiny = not self.learning_rate or self.matrix_lr / self.learning_rate == float("inf")
+        if self.optimizer != "adamw" and tiny:
             raise UserError(
-                f"{self.optimizer} follows the course of learning_rate: let it be above 0"
+                f"{self.optimizer} follows the course of learning_rate: let it be above 0, and not as "
+                f"small as {self.learning_rate}"
             )
 
     def require_no_rise(self) -> None:
