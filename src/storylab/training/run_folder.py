@@ -12,8 +12,10 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -59,6 +61,11 @@ METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
 # No loss of a story or a position comes near it.
 LARGEST_LOSS = 1e40
+TABLE_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f8', 'fortran_order': False, "
+    rb"'shape': \((\d{1,15}),(?: (\d{1,15}))?\), \} *\n",
+    re.DOTALL,
+)
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
 NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")
 # What only tells of a run or times steps of none.
@@ -272,23 +279,25 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def read_table(path: Path, dimensions: int) -> np.ndarray:
-    """Read finite float64 numbers from a ``.npy`` file.
+    """Read finite float64 numbers from a ``.npy`` file of one or two dimensions.
+
+    By the header that :meth:`Run.write_table` leaves: numpy's own reader takes what is there for an
+    expression of Python, and for any amount of memory.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
     with open_file(path) as file:
-        try:
-            table: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-        # A header may ask for any shape, and is a Python expression.
-        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-    if table.dtype != np.float64 or table.ndim != dimensions:
+        data = file.read()
+    header = TABLE_HEADER.match(data)
+    shape = [int(size) for size in header.groups() if size] if header else []
+    values = data[header.end() :] if header else b""
+    if len(shape) != dimensions or len(values) != 8 * math.prod(shape):
         raise UserError(
-            f"{path} is damaged: it has {table.ndim} dimensions of {table.dtype}, not {dimensions} "
-            "of float64"
+            f"{path} is damaged: it is no whole table of float64 of {dimensions} dimensions"
         )
-    if not np.isfinite(table).all() or (len(table) and np.abs(table).max() > LARGEST_LOSS):
+    table = np.frombuffer(values, "<f8").reshape(shape).astype(np.float64)
+    if not np.isfinite(table).all() or (table.size and np.abs(table).max() > LARGEST_LOSS):
         raise UserError(f"{path} is damaged: it has numbers that are not finite, or far too large")
     return table
 
