@@ -6,6 +6,8 @@ import contextlib
 import os
 import pty
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,9 @@ import torch
 
 from storylab.cli import TrainCommand, main, parse
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
+from storylab.console import print_table
 from storylab.data.dataset import Dataset
+from storylab.experiments.results import load_result
 from storylab.training import checkpoint
 from storylab.training.run_folder import open_run
 
@@ -73,7 +77,58 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["train", "--seed", "99999999999999999999"], ["seed"]),
         (["train", "--rope_base", "nan"], ["rope_base"]),
         (["fly"], ["unknown verb 'fly'", "train"]),
-        (["resume"], ["RUN"]),
+        (["resume"], ["RUN is missing: Run folder"]),
+        # Other programs' names for a flag.
+        (["train", "--lr", "1e-3"], ["perhaps you meant --learning_rate"]),
+        (["train", "--wd=0.1"], ["perhaps you meant --weight_decay"]),
+        (["train", "--max-steps", "9"], ["perhaps you meant --max_iters"]),
+        (["train", "--n_layers", "3"], ["perhaps you meant --n_layer;"]),
+        (["sample", "x", "--temp", "1"], ["perhaps you meant --temperature"]),
+        # Numbers, also optional ones.
+        (["resume", "x", "--max_iters", "1e3"], ["--max_iters must be a whole number, not '1e3'"]),
+        (
+            ["eval", "x", "--block_size", "64.0"],
+            ["--block_size must be a whole number, not '64.0'"],
+        ),
+        (
+            ["experiment", "run", "x", "--seeds", "two"],
+            ["--seeds must be a whole number, not 'two'"],
+        ),
+        (["compare", "a", "b", "--margin", "abc"], ["--margin must be a number, not 'abc'"]),
+        (["train", "--data_seed", "1e3"], ["--data_seed must be a whole number, not '1e3'"]),
+        (["train", "--max_iters", "1e3"], ["--max_iters must be a whole number, not '1e3'"]),
+        (["train", "--learning_rate", "fast"], ["--learning_rate must be a number, not 'fast'"]),
+        (["train", "--max_iters", "9" * 5000], ["--max_iters must be a whole number"]),
+        (
+            ["train", "--max_iters", "9" * 30],
+            ["max_iters is 9999", "at most 1,000,000,000,000,000"],
+        ),
+        (["train", "--batch_size", "9" * 16], ["at most 1,000,000,000,000,000"]),
+        (["train", "--batch_size", "9" * 12], ["tokens in an iteration is"]),
+        (["train", "--learning_rate", "1e400"], ["learning_rate is inf", "finite"]),
+        (["info", "--n_layer", "9" * 8], ["n_layer is 99999999: it must be at most 10,000"]),
+        (["info", "--vocab_size", "9" * 30], ["vocab_size is 9999"]),
+        (
+            ["compare", "a", "b", "--margin", "inf"],
+            ["margin is inf: it must be a finite number above 0"],
+        ),
+        (
+            ["compare", "a", "b", "--margin", "nan"],
+            ["margin is nan: it must be a finite number above 0"],
+        ),
+        (["bench", "--seconds", "inf"], ["seconds is inf: it must be a finite number above 0"]),
+        (["sample", "x", "--temperature", "inf"], ["temperature is inf"]),
+        (["sample", "x", "--samples", "9" * 30], ["samples is 9999", "at most 10,000"]),
+        # A message is one line, whatever is in it.
+        (["resume", "a\nb"], [r"a\nb is not a run folder"]),
+        (["resume", "a\x1b[2J"], [r"a\x1b[2J is not a run folder"]),
+        (["resume", "n" * 300], ["cannot read nnn", "File name too long"]),
+        (["train", "--data_dir", "n" * 300], ["cannot read nnn", "File name too long"]),
+        (["list", "--runs", "n" * 300], ["cannot read nnn", "File name too long"]),
+        (["experiment", "run", "n" * 300], ["cannot read nnn", "File name too long"]),
+        (["experiment", "new", "n" * 300], ["nnn", "File name too long"]),
+        (["experiment", "run", "/dev/null"], ["cannot read /dev/null: it is a device, not a file"]),
+        (["experiment", "run", "nowhere.toml"], ["cannot read nowhere.toml: No such file"]),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -339,3 +394,130 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, dataset: Dataset, limit: int)
         assert result.stderr.count("\n") == 1 and "cannot write" in result.stderr
     assert not (tmp_path / "d").exists()
     assert (tmp_path / "a/checkpoints/last.safetensors").read_bytes() == before
+
+
+# What is printed
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few iterations, trained where only ASCII can be printed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(folder)]
+    result = run("train", *args, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "Run folder: " in result.stdout
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("encoding", "prompt", "printed"),
+    [
+        ("ascii", "caf\u00e9 ", b"caf?"),
+        ("latin-1", "\u65e5\u672c", b"??"),
+        ("utf-8:strict", "caf\udce9", b"caf?"),  # how Python passes a byte on that is no UTF-8
+    ],
+)
+def test_what_a_terminal_cannot_show_is_replaced(
+    trained: Path, encoding: str, prompt: str, printed: bytes
+) -> None:
+    command = [sys.executable, "-m", "storylab", "sample", str(trained), "--prompt", prompt]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
+    result = subprocess.run([*command, "--max_new_tokens", "3"], capture_output=True, env=env)
+    assert result.returncode == 0 and result.stdout.startswith(printed)
+    assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("outputs", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str) -> None:
+    """Files that are opened later must not get what is printed either."""
+    command = [sys.executable, "-m", "storylab", "resume", str(trained)]
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()  # so that it is evaluated and written again
+    command[-1] = str(tmp_path / "run")
+    result = subprocess.run(f"{shlex.join(command)} {outputs}", shell=True, capture_output=True)
+    assert result.returncode == 0 and result.stdout + result.stderr == b""
+    again = load_result(tmp_path / "run")
+    assert again.finished and again.loss == load_result(trained).loss
+
+
+def test_an_output_that_is_full_is_one_line(trained: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    command = [sys.executable, "-m", "storylab", "list", "--runs", str(trained.parent)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "storylab: cannot write the output: No space left on device\n"
+
+
+def test_a_title_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("[/b] of [link](x)", ("name",), [("[red]",)])
+    out = "".join(capsys.readouterr().out.split())
+    assert "[/b]of[link](x)" in out and "[red]" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "remedy"),
+    [("sample", "fewer --samples"), ("eval", "--block_size"), ("list", "machine with more memory")],
+)
+def test_out_of_memory_names_a_flag_that_the_verb_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, remedy: str
+) -> None:
+    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=MemoryError))
+    line = fails(capsys, verb)
+    assert "out of memory" in line and remedy in line and "--batch_size" not in line
+
+
+def test_a_fault_of_the_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = PermissionError(13, "Permission denied", "a/b")
+    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=error))
+    assert fails(capsys, "list") == "storylab: cannot use a/b: Permission denied\n"
+
+
+# Prompts
+
+
+def sampled(capsys: pytest.CaptureFixture[str], run: Path, prompt: str) -> tuple[str, str]:
+    args = ["sample", str(run), "--prompt", prompt, "--temperature", "0", "--max_new_tokens", "8"]
+    assert main([*args, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_a_space_at_the_end_of_a_prompt_changes_nothing(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, err = sampled(capsys, trained, "Once upon a time")
+    assert err == "" and told.startswith("Once upon a time")
+    for spaces in (" ", "   "):
+        again, err = sampled(capsys, trained, "Once upon a time" + spaces)
+        assert again == told
+        assert err.startswith("storylab: the space at the end") and err.count("\n") == 1
+
+
+def test_the_start_of_a_story_can_be_asked_for(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, err = sampled(capsys, trained, "")
+    assert err == ""
+    assert sampled(capsys, trained, "<|endoftext|>") == (start, "")
+    assert sampled(capsys, trained, " ")[0] == start
+    told, _ = sampled(capsys, trained, "Tom")
+    assert sampled(capsys, trained, "<|endoftext|><|endoftext|>Tom") == (told, "")
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert "<|endoftext|>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["--temperature 1e-320", "--temperature 5e-324", "--temperature 1e300", "--top_p 1e-320",
+     "--top_p 5e-324"],
+)  # fmt: skip
+def test_any_temperature_works(trained: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    args = ["sample", str(trained), "--max_new_tokens", "4", "--device", "cpu", *how.split()]
+    assert main(args) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time there was a little")

@@ -68,6 +68,9 @@ def test_the_defaults_are_the_record() -> None:
         {"beta1": 1.0},
         {"max_iters": -1},
         {"log_interval": 0},
+        {"max_iters": 10**16},
+        {"learning_rate": 1e39},
+        {"matrix_lr": 1e308},
     ],
 )
 def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> None:
@@ -90,7 +93,11 @@ def test_a_rate_that_would_rise_after_its_warm_up_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [{"n_embd": 100}, {"n_kv_head": 5}, {"n_layer": 0}, {"n_embd": 12}]
+    "shape",
+    [
+        *({"n_embd": 100}, {"n_kv_head": 5}, {"n_layer": 0}, {"n_embd": 12}),
+        *({"n_layer": 10**8}, {"n_hidden": 10**16}, {"softcap": 1e308}, {"softcap": 5e-324}),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(shape: dict[str, int]) -> None:
     with pytest.raises(UserError):
@@ -127,6 +134,25 @@ def test_a_config_of_another_version_is_refused() -> None:
         from_dict(values)
 
 
+def test_values_of_another_type_are_refused_by_name() -> None:
+    values = to_dict(TrainConfig())
+    for change, message in (
+        ({"batch_size": "64"}, "batch_size is '64', not a whole number"),
+        ({"learning_rate": None}, "learning_rate is None, not a number"),
+        ({"compile": 1}, "compile is 1, not true or false"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', not one of adamw, muon, normuon"),
+        ({"model": 3}, "model is 3, not a table"),
+        ({"model": values["model"] | {"n_embd": 768.0}}, r"model\.n_embd is 768\.0"),
+        ({"model": values["model"] | {"depth": 3}}, r"fields: model\.depth"),
+        ({"model": {k: v for k, v in values["model"].items() if k != "n_embd"}}, r"model\.n_embd"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_dict(values | change)
+    # A field that the first runs did not have may be missing.
+    del values["model"]["softcap"], values["average_share"]
+    assert from_dict(values) == TrainConfig()
+
+
 def test_differences_name_what_changes_the_result_only() -> None:
     a = TrainConfig()
     b = dataclasses.replace(
@@ -154,8 +180,8 @@ def test_every_field_is_read_somewhere() -> None:
 
 
 # A room may import those before it, never those after it (ARCHITECTURE.md).
-ROOMS = """errors compiler config flags files data model precision training experiments planning
-reporting console doctor lab_cli plan_cli cli""".split()
+ROOMS = """errors compiler checked record files config flags data model precision training experiments
+planning reporting console doctor lab_cli plan_cli cli""".split()
 
 
 def test_imports_point_one_way() -> None:
@@ -166,7 +192,8 @@ def test_imports_point_one_way() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             modules: list[str] = []
             if isinstance(node, ast.ImportFrom) and node.module == "storylab":
-                modules = [f"storylab.{alias.name}" for alias in node.names]
+                names = [alias.name for alias in node.names]
+                modules = [f"storylab.{name}" for name in names if not name.startswith("__")]
             elif isinstance(node, ast.ImportFrom):
                 modules = [node.module or ""]
             elif isinstance(node, ast.Import):

@@ -17,14 +17,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
 from storylab.console import ConsoleReporter
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
-from storylab.experiments import runner, worker
-from storylab.experiments.factors import changed_fields, factor_fields, infer_factor, learning_rates
+from storylab.experiments import factors, runner, worker
+from storylab.experiments.factors import (
+    changed_fields,
+    factor_fields,
+    infer_factor,
+    same_learning_rates,
+)
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
@@ -32,6 +39,7 @@ from storylab.lab_cli import plan_lines
 from storylab.model.flops import training_flops
 from storylab.training.measure import StepTimer
 from storylab.training.run_folder import SUMMARY, Run
+from storylab.training.schedule import learning_rate, telling_iterations
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
@@ -194,6 +202,77 @@ def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
             "metric .* use one of",
         ),
         ("[config]", "[[expect]]\ntext = 'x'\n[config]", "needs text, metric, arm"),
+        # A hyphen is another spelling of an underscore, in every table.
+        ("1e-2 }", "1e-2, data-seed = 3 }", "data_seed is not an arm's to set"),
+        ("n_layer = 1", 'n_layer = 1\ndata-dir = "x"', "use \\[data\\], or --data_dir"),
+        (
+            "n_layer = 1",
+            "n_layer = 1\nmax-iters = 7",
+            r"max_iters is given twice in \[config\], as max-iters and as max_iters",
+        ),
+        ("1e-2 }", "1e-2, learning-rate = 1 }", "learning_rate is given twice in arm 'high'"),
+        ("[arms]", "[conditions.a]\nbeta1 = 0\nbeta-1 = 0\n[arms]", "unknown key 'beta_1'"),
+        (
+            "[arms]",
+            "[conditions.a]\nmax_iters = 1\nmax-iters = 2\n[arms]",
+            "max_iters is given twice in condition 'a'",
+        ),
+        (
+            "[arms]",
+            "[data]\nbuiltin_stories = 5\nbuiltin-stories = 6\n[arms]",
+            r"builtin_stories is given twice in \[data\]",
+        ),
+        (
+            "[arms]",
+            "[scales.a.config]\nmax-iters = 5\nmax_iters = 6\n[arms]",
+            r"max_iters is given twice in \[config\]",
+        ),
+        (
+            "[arms]",
+            "[[expect]]\ntext = 'x'\nmetric = 'val_loss'\narm = 'low'\nat-most = 1\nat_most = 2\n[arms]",
+            r"at_most is given twice in \[\[expect\]\]",
+        ),
+        (
+            "title =",
+            'waits-for = "a"\nwaits_for = "b"\ntitle =',
+            "waits_for is given twice in the file",
+        ),
+        # Numbers that no float or no count holds.
+        ("seeds = [1, 2]", "margin = inf", "margin must be a finite number above 0"),
+        ("seeds = [1, 2]", "margin = nan", "margin must be a finite number above 0"),
+        ("seeds = [1, 2]", "margin = 1e400", "margin must be a finite number above 0"),
+        ("seeds = [1, 2]", f"margin = {'9' * 400}", "margin must be a finite number above 0"),
+        ("[arms]", "[scales.a]\nmargin = inf\n[arms]", "margin must be a finite number above 0"),
+        ("seeds = [1, 2]", f"seeds = [{'9' * 30}]", "from 0 to 2"),
+        ("seeds = [1, 2]", f"seeds = [{'9' * 5000}]", "not valid TOML"),
+        ("learning_rate = 1e-2 }", "learning_rate = inf }", "learning_rate is inf"),
+        ("learning_rate = 1e-2 }", "learning_rate = nan }", "learning_rate is nan"),
+        ("max_iters = 6", "max_iters = 6.0", "must be a whole number, not '6.0'"),
+        ("max_iters = 6", f"max_iters = {'9' * 30}", "max_iters is 999.*at most"),
+        (
+            "[arms]",
+            "[[expect]]\ntext = 'x'\nmetric = 'val_loss'\narm = 'low'\nat_most = inf\n[arms]",
+            "at_most must be a finite number",
+        ),
+        # Values that look like flags, names that belong to other programs, text that is none.
+        ("n_layer = 1", "n_layer = 1\nhelp = true", "unknown key 'help'"),
+        ('dtype = "float32"', 'dtype = "--help"', "invalid choice '--help'"),
+        (
+            "learning_rate = 1e-2 }",
+            "lr = 1e-2 }",
+            "unknown key 'lr'; perhaps you meant --learning_rate",
+        ),
+        ("learning_rate = 1e-2 }", "learning_rate = true }", "must be a number, not 'True'"),
+        ('device = "cpu"', 'device = "a\\u0000b"', "device cannot be"),
+        (
+            "[arms]",
+            "[data]\ntrain = ['--help']\nvalidation = ['x']\n[arms]",
+            "train cannot be '--help'",
+        ),
+        ("[arms]", "[data]\ntokenizer = 'bpe:many'\n[arms]", "unknown tokenizer 'bpe:many'"),
+        ("[arms]", "[scales.'a/b']\n[arms]", "it can have no '/'"),
+        ('title = "Two rates"', 'title = "  "', "needs a title"),
+        ("[arms]", f"x = {'[' * 2000}\n[arms]", "nested too deep"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_any_time_is_spent(
@@ -204,6 +283,88 @@ def test_a_mistake_in_the_file_is_named_before_any_time_is_spent(
     path = tmp_path / "a.toml"
     with pytest.raises(UserError, match=message):
         load_experiment(write(path, text.replace(old, new)))
+
+
+def test_hyphens_are_read_as_underscores_are(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    hyphens = text.replace("learning_rate = ", "learning-rate = ").replace("max_iters", "max-iters")
+    plain = load_experiment(write(tmp_path / "a.toml", text))
+    assert load_experiment(write(tmp_path / "a.toml", hyphens)) == plain
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    plain = load_experiment(write(tmp_path / "a.toml", text))
+    for odd in (b"\xef\xbb\xbf" + text.encode(), text.replace("\n", "\r\n").encode()):
+        (tmp_path / "a.toml").write_bytes(odd)
+        assert load_experiment(tmp_path / "a.toml") == plain
+    (tmp_path / "a.toml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.toml: it is not UTF-8 text"):
+        load_experiment(tmp_path / "a.toml")
+
+
+COURSES = st.fixed_dictionaries(
+    {
+        "warmup_iters": st.integers(0, 60),
+        "schedule": st.sampled_from(["cosine", "linear", "constant"]),
+        "learning_rate": st.sampled_from([1e-3, 2e-3]),
+        "min_lr": st.sampled_from([0.0, 1e-3]),
+    }
+)
+
+
+@given(max_iters=st.integers(0, 60), one=COURSES, other=COURSES)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_courses_are_compared_as_at_every_iteration(
+    max_iters: int, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    a, b = (TrainConfig(max_iters=max_iters, **course) for course in (one, other))
+    every = all(learning_rate(a, i) == learning_rate(b, i) for i in range(max_iters + 1))
+    assert same_learning_rates(a, b) == every
+
+
+@pytest.mark.parametrize("change", [{"warmup_iters": 10**8 - 1}, {"schedule": "linear"}])
+def test_long_courses_are_told_apart_at_few_iterations(change: dict[str, Any]) -> None:
+    a = TrainConfig(max_iters=10**9, warmup_iters=10**8)
+    b = dataclasses.replace(a, **change)
+    assert not same_learning_rates(a, b) and same_learning_rates(a, dataclasses.replace(a))
+    assert len(telling_iterations((a, b), a.max_iters + 1)) < 200
+
+
+def test_a_long_plan_reads_as_few_learning_rates_as_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(config: TrainConfig, iteration: int) -> float:
+        read.append(iteration)
+        return learning_rate(config, iteration)
+
+    monkeypatch.setattr(factors, "learning_rate", counted)
+    text = TEN_LINES.format(config=TINY_CONFIG.replace("max_iters = 6", "max_iters = 100000000000"))
+    text = text.replace('factor = "learning_rate"', 'factor = "weight_decay"')
+    text = text.replace("{ learning_rate = 1e-3 }", "{ weight_decay = 0.1 }")
+    text = text.replace("{ learning_rate = 1e-2 }", "{ weight_decay = 0.0 }")
+    experiment = load_experiment(write(tmp_path / "a.toml", text))
+    assert experiment.cells[0].config.max_iters == 10**11 and 0 < len(read) < 1000
+
+
+@pytest.mark.parametrize(
+    "title", ["del\x7fchar", "\x01\t\r\n", '"""', "\\u0041", "\u2028 \U0001f600"]
+)
+def test_a_skeleton_of_any_title_is_an_experiment(tmp_path: Path, title: str) -> None:
+    path = tmp_path / "a.toml"
+    assert main(["experiment", "new", str(path), "--title", title]) == 0
+    assert load_experiment(path).title == title
+
+
+@pytest.mark.parametrize("title", ["", " \n", "bad\udcffbyte"])
+def test_a_title_that_no_file_can_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], title: str
+) -> None:
+    path = tmp_path / "a.toml"
+    assert main(["experiment", "new", str(path), "--title", title]) == 2
+    assert "title is" in capsys.readouterr().err and not path.exists()
 
 
 def test_other_names_for_the_same_course_change_nothing(tmp_path: Path) -> None:
@@ -253,7 +414,7 @@ def test_equal_compute_is_equal_in_floating_point_operations() -> None:
         tokens = (config.max_iters + 1) * config.tokens_per_iteration
         budgets.append(tokens * training_flops(config.model, 4096, config.block_size))
         # The course of the learning rate is stretched as a whole: it ends where the baseline's does.
-        assert learning_rates(config)[-1] == pytest.approx(2e-3)
+        assert learning_rate(config, config.max_iters) == pytest.approx(2e-3)
     assert max(budgets) / min(budgets) < 1.02
 
 
@@ -638,7 +799,34 @@ def test_a_damaged_run_is_set_aside_and_trained_anew(
     assert planned[0].state == "damaged"
     watcher = Watcher()
     assert run_experiment(planned, watcher) == ["finished", "finished"]
-    assert "damaged, set aside as" in watcher.lines[0]
+    assert "metrics.jsonl has 0 of its 7 iterations), set aside as" in watcher.lines[0]
+
+
+def test_a_run_that_is_closed_to_us_is_left_where_it_is(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole, so it is not trained anew, and the other run goes on."""
+    actions = in_process(monkeypatch)
+    run_experiment(planned[:1], Watcher())
+    closed = planned[0].folder / "metrics.jsonl"
+    closed.write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
+    watcher = Watcher()
+    assert run_experiment(planned, watcher) == ["failed", "finished"]
+    assert watcher.lines[0].endswith(f"failed: cannot read {closed}: Permission denied")
+    assert actions == ["train", "train"] and closed.exists()
+
+
+def test_a_run_that_is_no_folder_is_set_aside(
+    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    planned[0].folder.parent.mkdir()
+    planned[0].folder.write_text("mine")
+    assert planned[0].state == "damaged"
+    assert run_experiment(planned[:1], Watcher()) == ["finished"]
+    aside = planned[0].folder.with_name(planned[0].folder.name + ".old1")
+    assert aside.read_text() == "mine"
 
 
 def test_a_killed_run_goes_on_once_before_it_is_cut_finer(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import ModelConfig
+from storylab.errors import UserError
 from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
 from storylab.model.generate import Sampling, generate, next_token_probabilities
@@ -326,6 +327,14 @@ def test_sampling_seed_and_greedy() -> None:
     assert run(temperature=0) == x[:, 3:].T.tolist()
 
 
+def test_weights_that_are_of_no_use_are_told_of() -> None:
+    model = Transformer(SHAPES[0], VOCAB, seed=2)
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        next(generate(model, tokens(2, 3), 1, Sampling(), 64))
+
+
 def test_next_token_probabilities() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     plain = next_token_probabilities(logits, Sampling(temperature=1.0))
@@ -336,8 +345,15 @@ def test_next_token_probabilities() -> None:
     torch.testing.assert_close(top_p, torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]]))
     tiny = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.01))
     torch.testing.assert_close(tiny, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    coldest = next_token_probabilities(logits, Sampling(temperature=1e-40))
-    torch.testing.assert_close(coldest, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    for temperature in (1e-40, 1e-320, 5e-324):
+        coldest = next_token_probabilities(logits, Sampling(temperature=temperature))
+        torch.testing.assert_close(coldest, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    for temperature in (1e30, 1e300, 1.7e308):
+        hottest = next_token_probabilities(logits, Sampling(temperature=temperature))
+        torch.testing.assert_close(hottest, torch.full((1, 4), 0.25))
+    for top_p in (1e-40, 1e-320, 5e-324):
+        narrow = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=top_p))
+        torch.testing.assert_close(narrow, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     cold = next_token_probabilities(logits, Sampling(temperature=0.5))
     torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)
 

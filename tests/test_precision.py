@@ -307,6 +307,7 @@ def test_a_recipe_is_changed_by_words() -> None:
         ("mxfp8", "*.gradient.stochastic=true", "stochastic is for nvfp4 scaling"),
         ("fp8-current", "*.*.square=true", "square is for nvfp4 scaling"),
         ("fp8-current", "margin=3", "margin and history are for delayed"),
+        ("fp8", "margin=1000000", "margin must be at most 64"),
         ("nvfp4", "*.*.format=e4m3", "for e2m1 elements"),
         ("mxfp8", "*.*.format=e2m1", "need nvfp4 scaling"),
         ("fp8", "history=0", "at least 1"),

@@ -471,7 +471,7 @@ def test_errors_of_opening_name_the_path(
         raise OSError(number, os.strerror(number), str(path))
 
     (tmp_path / "a.txt").write_text("A story.")
-    monkeypatch.setattr("storylab.data.paths.open", refuse, raising=False)
+    monkeypatch.setattr("storylab.files.open", refuse, raising=False)
     message = refusal(tmp_path, tmp_path / "a.txt")
     assert message.startswith(f"cannot read {tmp_path / 'a.txt'}: {os.strerror(number)}; ")
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -867,6 +867,41 @@ def test_resuming_needs_the_same_config_and_data(
     with pytest.raises(UserError, match="cosine"):
         resume(config.out_dir, longer)  # past the warm-up a cosine depends on its end
     assert {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_goes_on_on_its_own_kind_of_device(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = tiny_config()
+    with pytest.raises(TrainingInterrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    path = config.out_dir / "config.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
+    for wanted in (None, config, dataclasses.replace(config, device="auto")):
+        with pytest.raises(
+            UserError, match=r"trained on device 'cuda'.*own kind of device"
+        ) as caught:
+            resume(config.out_dir, wanted)
+        assert "storylab eval" in str(caught.value) and "--device" not in str(caught.value)
+    assert {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()} == before
+    assert load_story_model(open_run(config.out_dir), device="cpu").sample("a", max_new_tokens=2)
+
+
+def test_another_story_may_come_before_the_prompt(tiny_config: MakeConfig) -> None:
+    writer = load_story_model(train(tiny_config(max_iters=0)), device="cpu")
+    seen: list[list[int]] = []
+
+    def generated(model: Any, prompt: torch.Tensor, *rest: Any) -> Iterator[torch.Tensor]:
+        seen.append(prompt[0].tolist())
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storylab.training.sampling.generate", generated)
+        writer.sample("<|endoftext|>One.<|endoftext|>Two ")
+    end, encode = writer.tokenizer.end_of_text, writer.tokenizer.encode
+    assert seen == [[end, *encode("One."), end, *encode("Two")]]
 
 
 @pytest.mark.parametrize("schedule", ["warm-up", "constant"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,11 +25,28 @@ from storylab.config import (
     TrainConfig,
 )
 from storylab.errors import UserError, out_of_memory
+from storylab.files import system_words
 from storylab.flags import default_for, parse, vocab_size_or
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 CheckpointName = Literal["last", "best"]
 
+MOST_SAMPLES = 10_000
+# What the system says of an output that nothing more goes into.
+OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+SMALLER_STEPS = (
+    "halve --batch_size and double --gradient_accumulation_steps, which trains on the same tokens, or "
+    "take a smaller model"
+)
+# For verbs that train nothing, or nothing else than before.
+MEMORY_REMEDIES = {
+    "sample": "take fewer --samples, or a machine with more memory",
+    "eval": "take a smaller --block_size, or a machine with more memory",
+    **dict.fromkeys(
+        ("resume", "prepare", "compare", "list", "watch"),
+        "end other programs, or go on on a machine with more memory",
+    ),
+}
 USAGE = """\
 usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)
 
@@ -124,7 +143,7 @@ class SampleCommand:
     run: RunFolder
     """Run folder."""
     prompt: str = "Once upon a time there was a little"
-    """How the stories begin; may be empty."""
+    """How the stories begin; empty, or <|endoftext|>, for the model to begin them."""
     samples: int = 1
     """Number of stories, written in one batch; the first one is shown as it grows."""
     max_new_tokens: int = 256
@@ -176,41 +195,69 @@ class DoctorCommand:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 2 for bad input, 128 + n when signal n stopped it."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0 if args else 2
-    if args[0] == "--version":
-        print(f"storylab {__version__}")
-        return 0
-    return guarded(lambda: _run_verb(args[0], args[1:]))
+    remedy = MEMORY_REMEDIES.get(args[0] if args else "", SMALLER_STEPS)
+    return guarded(lambda: _run_verb(args), remedy)
 
 
-def guarded(work: Callable[[], int]) -> int:
+def guarded(work: Callable[[], int], memory_remedy: str = SMALLER_STEPS) -> int:
     """Run ``work``; one line on standard error and an exit code for what users can meet."""
+    _open_output()
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # here, so that a full disk is told of
+        return code
     except UserError as error:
-        print(f"storylab: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
-        print("storylab: interrupted", file=sys.stderr)
+        _fail("interrupted")
         return 130
+    except BrokenPipeError:
+        _discard_output()  # the reader of a pipe has left
+        return 141
+    except OSError as error:
+        if error.filename is None and error.errno in OUTPUT_FAULTS:
+            _discard_output()
+            return _fail(f"cannot write the output: {error.strerror}")
+        named = error.filename is not None
+        return _fail(f"cannot use {system_words(error)}" if named else system_words(error))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(
-            "storylab: out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
-            "trains on the same tokens, or take a smaller model",
-            file=sys.stderr,
-        )
-        return 2
-    except BrokenPipeError:
-        # The reader of a pipe has left; keep Python from complaining at exit too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _fail(f"out of memory: {memory_remedy}")
 
 
-def _run_verb(verb: str, args: list[str]) -> int:
+def _fail(message: str) -> int:
+    # A name may hold a line break, and a message is one line.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"storylab: {line}", file=sys.stderr)
+    return 2
+
+
+def _open_output() -> None:
+    """Let everything be printed: characters that the terminal lacks are replaced, and what is meant for an
+    output that is closed goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Takes the lowest free descriptor, the closed one, before a file of ours does.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as we run
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Keep Python from complaining at its exit that what was printed cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run_verb(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"storylab {__version__}")
+        return 0
+    verb, args = words[0], list(words[1:])
     verbs: dict[str, Callable[[list[str]], int]] = {
         "prepare": _prepare,
         "train": train_command,
@@ -365,18 +412,27 @@ def _eval(args: list[str]) -> int:
 
 def _sample(args: list[str]) -> int:
     command = parse(SampleCommand, args, "storylab sample")
+    if command.samples > MOST_SAMPLES:
+        raise UserError(f"samples is {command.samples}: it must be at most {MOST_SAMPLES:,}")
     from storylab.model.generate import Sampling
     from storylab.training.lines import printable
     from storylab.training.run_folder import open_run
-    from storylab.training.sampling import load_story_model
+    from storylab.training.sampling import as_in_stories, load_story_model
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)
     writer = load_story_model(open_run(command.run), command.checkpoint, command.device)
+    prompt = as_in_stories(command.prompt)
+    if command.prompt.endswith(" "):
+        print(
+            "storylab: the space at the end of the prompt is left out: in stories it belongs to the word "
+            "after it",
+            file=sys.stderr,
+        )
     # Characters may span tokens, so bytes are decoded as they come, for each story apart.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(command.samples)]
-    stories = [command.prompt] * command.samples
-    stream = writer.stream(command.prompt, sampling, command.max_new_tokens, command.samples)
-    print(command.prompt, end="", flush=True)
+    stories = [prompt] * command.samples
+    stream = writer.stream(prompt, sampling, command.max_new_tokens, command.samples)
+    print(prompt, end="", flush=True)
     for pieces in stream:
         new = [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
         stories = [story + text for story, text in zip(stories, new, strict=True)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from storylab.checked import check, shown
 from storylab.errors import UserError
 
 Dtype = Literal[
@@ -40,18 +41,34 @@ Name = TypeVar("Name", bound=str)
 
 GPT2_VOCAB_SIZE = 50257
 SMALL_VOCAB_SIZE = 4096
+# More than any machine counts to; products of two still fit into a float, sums into 64 bits.
+MOST = 10**15
+# About what a float32 holds.
+LARGEST_RATE = 1e38
+# Caps between which a float32 tells logits apart.
+SOFTCAPS = (1e-3, 1e6)
+# Layers are built one by one.
+MOST_LAYERS = 10_000
 
 
 def _at_least(minimum: float, name: str, value: float) -> None:
     # "not >=" rather than "<" so that NaN is refused too.
     if not value >= minimum or value == float("inf"):
-        raise UserError(f"{name} is {value}: it must be a finite number of at least {minimum}")
+        raise UserError(
+            f"{name} is {shown(value)}: it must be a finite number of at least {minimum}"
+        )
+
+
+def at_most(maximum: int, name: str, value: int) -> None:
+    """Raise a UserError if a whole number is over ``maximum``."""
+    if value > maximum:
+        raise UserError(f"{name} is {shown(value)}: it must be at most {maximum:,}")
 
 
 def check_seed(name: str, value: int) -> None:
     """Raise a UserError unless ``value`` is a seed that torch takes."""
     if not 0 <= value < 2**63:
-        raise UserError(f"{name} is {value}: it must be from 0 to 2^63 - 1")
+        raise UserError(f"{name} is {shown(value)}: it must be from 0 to 2^63 - 1")
 
 
 def parse_attention(pattern: str) -> tuple[int | None, ...]:
@@ -114,9 +131,16 @@ class ModelConfig:
         parse_attention(self.attention)
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             _at_least(1, name, getattr(self, name))
+            at_most(MOST_LAYERS if name == "n_layer" else MOST, name, getattr(self, name))
         _at_least(1, "rope_base", self.rope_base)
         for name in ("softcap", "bigram_rows"):
             _at_least(0, name, getattr(self, name))
+        at_most(MOST, "bigram_rows", self.bigram_rows)
+        if self.softcap and not SOFTCAPS[0] <= self.softcap <= SOFTCAPS[1]:
+            raise UserError(
+                f"softcap is {self.softcap}: it must be 0 for none, or from {SOFTCAPS[0]:g} to "
+                f"{SOFTCAPS[1]:g}"
+            )
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -308,6 +332,10 @@ class TrainConfig:
             "log_interval",
         ):
             _at_least(1, name, getattr(self, name))
+            at_most(MOST, name, getattr(self, name))
+        at_most(MOST, "tokens in an iteration", self.tokens_per_iteration)
+        for name in ("max_iters", "warmup_iters"):
+            at_most(MOST, name, getattr(self, name))
         for name in (
             "max_iters",
             "warmup_iters",
@@ -319,6 +347,9 @@ class TrainConfig:
             "checkpoint_minutes",
         ):
             _at_least(0, name, getattr(self, name))
+        for name in ("learning_rate", "min_lr", "matrix_lr", "weight_decay"):
+            if getattr(self, name) > LARGEST_RATE:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at most 1e38")
         for name in ("seed", "resolved_data_seed"):
             check_seed(name.removeprefix("resolved_"), getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -331,9 +362,12 @@ class TrainConfig:
             raise UserError(
                 f"block_size {self.block_size} cannot be halved, as short_share asks: make it even"
             )
-        if self.optimizer != "adamw" and self.learning_rate == 0:
+        # The ratio of the two rates is what the optimizer keeps.
+        tiny = not self.learning_rate or self.matrix_lr / self.learning_rate == float("inf")
+        if self.optimizer != "adamw" and tiny:
             raise UserError(
-                f"{self.optimizer} follows the course of learning_rate: let it be above 0"
+                f"{self.optimizer} follows the course of learning_rate: let it be above 0, and not as "
+                f"small as {self.learning_rate}"
             )
 
     def require_no_rise(self) -> None:
@@ -387,23 +421,29 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     """Rebuild a config that :func:`to_dict` made.
 
     Raises:
-        UserError: a field is unknown or missing, for instance in a run of another version.
+        UserError: a field is unknown, missing or of another type, for instance in a run of another
+            version.
     """
+    check(TrainConfig, values, "the run's config")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
-    if "backend" not in given and values["dtype"] not in WIDE_DTYPES:
+    if "backend" not in given and values.get("dtype") not in WIDE_DTYPES:
         values["backend"] = "emulated"  # before there was a choice
-    if set(values) != names:
-        odd = ", ".join(sorted(set(values) ^ names))
-        raise UserError(f"the run's config does not fit this version of storylab (fields: {odd})")
-    values = dict(values)
-    try:
-        values["model"] = ModelConfig(**values["model"])
-        values["data_dir"] = Path(values["data_dir"])
-        values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise UserError(f"the run's config does not fit this version: {error}") from error
+    odd = set(values) ^ names
+    if not odd:
+        model = ADDED_MODEL_FIELDS | values["model"]
+        odd = {
+            f"model.{name}"
+            for name in set(model) ^ {f.name for f in dataclasses.fields(ModelConfig)}
+        }
+    if odd:
+        raise UserError(
+            f"the run's config does not fit this version of storylab (fields: {', '.join(sorted(odd))})"
+        )
+    values["model"] = ModelConfig(**model)
+    values["data_dir"] = Path(values["data_dir"])
+    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
+    return TrainConfig(**values)
 
 
 # Fields that say where and how often to look, not what is computed: a resumed run may change them.

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 class ConsoleReporter:
@@ -31,7 +32,7 @@ class ConsoleReporter:
         self._live = self._console.is_terminal and sys.stderr.isatty()
         amount = MofNCompleteColumn() if count else TaskProgressColumn()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             amount,
             TimeElapsedColumn(),
@@ -105,7 +106,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table; a column holds figures, set to the right, if its heading ends with a space."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         table.add_column(
             name.strip(), justify="right" if name.endswith(" ") else "left", overflow="fold"

@@ -4,20 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
+import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, preset_config
+from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, at_most, preset_config
 from storylab.errors import UserError
 
 T = TypeVar("T")
+# Ids are stored in 32 bits at most.
+MOST_IDS = 2**32
+LONGEST_LINE = 10_000
+# What other programs of the field call a flag.
+USUAL_NAMES = {
+    "learning_rate": "lr peak_lr max_lr",
+    "min_lr": "lr_min min_learning_rate",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "warmup_iters": "warmup warmup_steps num_warmup_steps",
+    "max_iters": "iters steps max_steps num_steps num_iterations train_steps lr_decay_iters epochs "
+    "num_epochs num_train_epochs",
+    "batch_size": "bs micro_batch_size device_batch_size per_device_train_batch_size",
+    "gradient_accumulation_steps": "grad_accum grad_accum_steps accumulate_grad_batches",
+    "block_size": "context context_length seq_len seq_length sequence_length max_seq_len",
+    "weight_decay": "wd",
+    "grad_clip": "max_grad_norm grad_norm clip_grad gradient_clip_val",
+    "beta1": "adam_beta1 beta_1",
+    "beta2": "adam_beta2 beta_2",
+    "average_share": "ema ema_decay",
+    "preset": "model model_size",
+    "n_layer": "layers n_layers num_layers num_hidden_layers",
+    "n_head": "heads n_heads num_heads num_attention_heads",
+    "n_kv_head": "n_kv_heads num_key_value_heads",
+    "n_embd": "dim d_model width hidden_size",
+    "n_hidden": "d_ff intermediate_size",
+    "rope_base": "rope_theta",
+    "attention": "window sliding_window",
+    "dtype": "precision amp",
+    "eval_interval": "eval_every eval_steps",
+    "log_interval": "log_every logging_steps",
+    "out_dir": "output_dir save_dir run_dir",
+    "data_dir": "data dataset",
+    "prompt": "start",
+    "samples": "num_samples",
+    "max_new_tokens": "max_tokens max_length length",
+    "temperature": "temp",
+    "checkpoint": "ckpt",
+}
+_FLAGS_BY_NAME = {name: flag for flag, names in USUAL_NAMES.items() for name in names.split()}
 
 # An empty argument as a path: no file has this name, while that of Path("") is the current folder.
 EMPTY_PATH = Path("\0")
@@ -39,7 +80,7 @@ def parse(
     errors = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), _unbroken_lines(args):
             command = tyro.cli(
                 kind,
                 args=_switches(kind, args),
@@ -52,7 +93,7 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _one_line(errors.getvalue())
+        message = _one_line(errors.getvalue(), _flag_names(kind))
         raise UserError(f"{message}; {advice or f'see {prog} --help'}") from None
     for name in _empty_paths(command):
         flag = f"--{name}" if name in given_flags(args) else name.upper()
@@ -87,6 +128,21 @@ def _empty_paths(command: Any) -> Iterator[str]:
             yield from _empty_paths(value)
         elif value == EMPTY_PATH or (isinstance(value, tuple) and EMPTY_PATH in value):
             yield f.name
+
+
+@contextlib.contextmanager
+def _unbroken_lines(args: Sequence[str]) -> Iterator[None]:
+    """Let the parser write a message in one line: it fits them to the terminal, in the middle of a number
+    if need be. Help is to be fitted to it."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(args):
+        os.environ["COLUMNS"] = str(LONGEST_LINE)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
@@ -136,15 +192,24 @@ def vocab_size_or(given: int, default: int) -> int:
     """The value of --vocab_size, or ``default`` where it is 0.
 
     Raises:
-        UserError: it is negative.
+        UserError: it is negative or more than ids have bits for.
     """
     if given < 0:
         raise UserError(f"vocab_size is {given}: it must be at least 1, or 0 for {default:,}")
+    at_most(MOST_IDS, "vocab_size", given)
     return given or default
 
 
-def _one_line(box: str) -> str:
-    """The message of the parser's box, with its suggestion if it has one."""
+def perhaps(name: str, known: Collection[str]) -> str:
+    """``; perhaps you meant --learning_rate``: the flag that others call ``name``, or the nearest ones;
+    empty if there is none."""
+    usual = _FLAGS_BY_NAME.get(name.lower())
+    close = [usual] if usual in known else difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    return f"; perhaps you meant {' or '.join(f'--{flag}' for flag in close)}" if close else ""
+
+
+def _one_line(box: str, known: Collection[str]) -> str:
+    """The message of the parser's box, with a suggestion if there is one."""
     sections: list[list[str]] = [[]]
     # The first line is the box's title, which says less than what is in it.
     for row in (line.strip("│|╰╯+ ") for line in box.strip().splitlines()[1:]):
@@ -153,12 +218,38 @@ def _one_line(box: str) -> str:
         elif row:
             sections[-1].append(row)
     texts = [" ".join(section) for section in sections if section]
-    message = re.sub(r"^Error parsing config[\w.]*: ", "", texts[0]) if texts else ""
-    for text in texts[1:]:
-        if text.startswith("Perhaps you meant"):
-            flags = [word.rstrip(",") for word in text.split() if word.startswith("--")]
-            message += f"; perhaps you meant {' or '.join(dict.fromkeys(flags))}"
-    return message.rstrip(".") or "the flags cannot be read"
+    message = re.sub(r"^Error parsing (?!--)[\w.]*: ", "", texts[0]) if texts else ""
+    return _in_plain_words(message.rstrip("."), known) or "the flags cannot be read"
+
+
+def _in_plain_words(message: str, known: Collection[str]) -> str:
+    """The parser's message as a user of no Python would say it."""
+    if match := re.fullmatch(r"Unrecognized options: (.*)", message):
+        names = [name.removeprefix("--") for name in re.findall(r"--[\w-]+", match[1])]
+        hints = (perhaps(name.replace("-", "_"), known) for name in names)
+        return message + next((hint for hint in hints if hint), "")
+    if match := re.fullmatch(r"Missing from .*?: (.*?) \(required\).*", message):
+        name, _, meaning = match[1].partition(" ")
+        return f"{name} is missing: {meaning.rstrip('.')}"
+    numbers = (
+        (r"invalid literal for int\(\) with base 10: (.*)", "a whole number"),
+        (r"could not convert string to float: (.*)", "a number"),
+    )
+    for pattern, kind in numbers:
+        if match := re.match(rf"Error parsing (--\w+): .*?{pattern}", message):
+            return f"{match[1]} must be {kind}, not {match[2]}"
+    if match := re.match(r"Error parsing (--\w+): .*Exceeds the limit", message):
+        return f"{match[1]} must be a whole number of fewer digits"
+    return message
+
+
+def _flag_names(kind: type[Any]) -> set[str]:
+    """Names of all flags of a command."""
+    names: set[str] = set()
+    for f in dataclasses.fields(kind):
+        inner = {"config": TrainConfig, "model": ModelConfig}.get(f.name)
+        names |= _flag_names(inner) if inner else {f.name}
+    return names
 
 
 def default_for(args: Sequence[str]) -> TrainConfig:

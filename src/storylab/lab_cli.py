@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -164,9 +165,9 @@ def experiment(args: list[str]) -> int:
 def _new(args: list[str]) -> int:
     command = parse(ExperimentNewCommand, args, "storylab experiment new")
     from storylab.experiments.spec import skeleton
-    from storylab.files import write_text
+    from storylab.files import exists, write_text
 
-    if command.file.exists():
+    if exists(command.file):
         raise UserError(f"{command.file} exists already: choose another name")
     write_text(command.file, skeleton(command.title))
     print(
@@ -317,15 +318,24 @@ def compare(args: list[str]) -> int:
     from storylab.experiments.results import load_result
     from storylab.experiments.verdicts import detail_lines, verdict_line
 
-    if command.margin is not None and not command.margin > 0:
-        raise UserError(f"margin is {command.margin}: it must be above 0")
-    folders = [folder.resolve() for folder in command.runs]
+    if command.margin is not None and not 0 < command.margin < float("inf"):
+        raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
+    folders = [Path(os.path.realpath(folder)) for folder in command.runs]
     for folder, resolved in zip(command.runs, folders, strict=True):
         if folders.count(resolved) > 1:
             raise UserError(f"{folder} is given twice: a run counts once")
     if len(folders) < 2:
         raise UserError("give two runs or more: storylab compare RUN RUN...")
-    comparisons = compare_runs([load_result(folder) for folder in command.runs], command.margin)
+    # Without the first there is no baseline.
+    results, faults = [load_result(command.runs[0])], []
+    for folder in command.runs[1:]:
+        try:
+            results.append(load_result(folder))
+        except UserError as error:
+            faults.append(str(error))
+    if len(results) < 2:
+        raise UserError("; ".join(faults))
+    comparisons = compare_runs(results, command.margin)
     if not comparisons:
         raise UserError(
             "these runs differ in their seeds alone: that is noise, not a comparison; see "
@@ -335,13 +345,15 @@ def compare(args: list[str]) -> int:
         print(verdict_line(comparison))
         for line in detail_lines(comparison):
             print(f"  {line}")
+    if faults:
+        raise UserError(f"left out: {'; '.join(faults)}")
     return 0
 
 
 def noise(args: list[str]) -> int:
     """``storylab noise``."""
     command = parse(NoiseCommand, args, "storylab noise")
-    from storylab.experiments.comparison import noise_floor
+    from storylab.experiments.comparison import alike_beside, noise_of
     from storylab.experiments.results import load_result
     from storylab.experiments.spec import load_experiment
     from storylab.experiments.statistics import detectable_difference, deviation_interval
@@ -356,16 +368,20 @@ def noise(args: list[str]) -> int:
         _train(experiment, dataset, planned, command.runs)
         found = {run.cell.condition: load_result(run.folder) for run in planned}
     for condition, result in found.items():
-        floor = noise_floor(result)
+        alike, problems = alike_beside(result)
+        for problem in problems:
+            print(f"left out: {problem}")
+        floor = noise_of(alike)
         if floor is None:
             raise UserError(
                 f"{result.folder} has no finished runs of other seeds beside it: train some with "
                 "`storylab noise FILE --seeds 5`"
             )
         low, high = deviation_interval(floor.standard_deviation, floor.seeds)
+        tokens = (result.config.max_iters + 1) * result.config.tokens_per_iteration
         print(
             f"{condition + ': ' if condition else ''}seed noise of {result.config.preset}, "
-            f"{result.summary['tokens']:,} tokens: standard deviation "
+            f"{tokens:,} tokens: standard deviation "
             f"{floor.standard_deviation:.4f} nats (95 % CI {low:.4f} to {high:.4f}; "
             f"{floor.seeds} seeds)"
         )
@@ -381,8 +397,7 @@ def list_runs(args: list[str]) -> int:
     from storylab.console import print_table
     from storylab.experiments.listing import list_rows
 
-    if not command.runs.is_dir():
-        raise UserError(f"{command.runs} is not a folder: give the one with the runs as --runs")
+    _require_folder(command.runs)
     rows = [
         row
         for row in list_rows(command.runs)
@@ -397,27 +412,45 @@ def list_runs(args: list[str]) -> int:
     rows.sort(key=keys[command.sort])
     columns = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
     print_table(f"{len(rows)} runs in {command.runs}", columns, [row.cells() for row in rows])
+    for row in rows:
+        if row.fault:
+            print(row.fault)
     return 0
+
+
+def _require_folder(runs: Path) -> None:
+    from storylab.files import exists, reading
+
+    with reading(runs):
+        if not exists(runs) or not runs.is_dir():
+            raise UserError(f"{runs} is not a folder: give the one with the runs as --runs")
 
 
 def watch(args: list[str]) -> int:
     """``storylab watch``."""
     command = parse(WatchCommand, args, "storylab watch")
+    from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from storylab.console import make_table, print_table
-    from storylab.experiments.listing import WATCH_COLUMNS, watch_rows
+    from storylab.experiments.listing import WATCH_COLUMNS, watch_tables
 
-    if not command.runs.is_dir():
-        raise UserError(f"{command.runs} is not a folder: give the one with the runs as --runs")
+    _require_folder(command.runs)
     if command.once or not sys.stdout.isatty():
-        for title, rows in watch_rows(command.runs):
-            print_table(title, WATCH_COLUMNS, rows)
+        for table in watch_tables(command.runs):
+            print_table(table.title, WATCH_COLUMNS, table.rows)
+            print(*table.faults, sep="\n", end="\n" * bool(table.faults))
         return 0
-    from rich.console import Group
-
     with Live(auto_refresh=False) as live:
         while True:
-            tables = [make_table(t, WATCH_COLUMNS, rows) for t, rows in watch_rows(command.runs)]
-            live.update(Group(*tables), refresh=True)
+            parts: list[Any] = [
+                part
+                for table in watch_tables(command.runs)
+                for part in (
+                    make_table(table.title, WATCH_COLUMNS, table.rows),
+                    *map(Text, table.faults),
+                )
+            ]
+            live.update(Group(*parts), refresh=True)
             time.sleep(2)

@@ -134,8 +134,8 @@ def bench(args: list[str]) -> int:
     from storylab.training.precision import choose_device
 
     config = command.config
-    if not command.seconds > 0:
-        raise UserError(f"seconds is {command.seconds}: it must be above 0")
+    if not 0 < command.seconds < float("inf"):
+        raise UserError(f"seconds is {command.seconds}: it must be a finite number above 0")
     if not command.dtypes:
         raise UserError("give at least one of --dtypes")
     given = given_flags(args)

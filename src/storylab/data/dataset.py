@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from storylab.data.paths import file_errors, open_file
+from storylab.checked import check, shown
 from storylab.data.sources import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
-from storylab.files import read_json
+from storylab.files import exists, open_file, read_json
+from storylab.record import ManifestRecord
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -152,29 +153,29 @@ def load_dataset(folder: Path) -> Dataset:
     Raises:
         UserError: it does not exist, was made by another format, or a file is missing or altered.
     """
-    with file_errors(folder):
-        made = (folder / MANIFEST).is_file()
-    if not made:
+    if not exists(folder / MANIFEST):
         raise UserError(
             f"no prepared data in {folder}: run `storylab prepare` first, or give its --data_dir"
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    found = manifest.get("format", FORMAT) if isinstance(manifest, dict) else FORMAT
+    if found != FORMAT:
+        raise UserError(f"{folder} has data of format {shown(found)}: {REPAIR}")
     try:
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{folder} has data of format {manifest['format']}: {REPAIR}")
-        if manifest["fingerprint"] != fingerprint(manifest):
-            raise UserError(f"{folder / MANIFEST} has been altered: {REPAIR}")
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE, manifest["tokenizer"]["name"])
-        if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{folder / TOKENIZER_FILE} has been altered: {REPAIR}")
-        dtype = np.dtype(manifest["dtype"])
-        check_vocabulary(tokenizer.vocab_size, dtype)
-        splits = {
-            name: _load_split(folder, name, manifest["splits"][name], tokenizer.vocab_size, dtype)
-            for name in SPLITS
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} lacks {error}: {REPAIR}") from error
+        check(ManifestRecord, manifest, str(folder / MANIFEST))
+    except UserError as error:
+        raise UserError(f"{error}; {REPAIR}") from error
+    if manifest["fingerprint"] != fingerprint(manifest):
+        raise UserError(f"{folder / MANIFEST} has been altered: {REPAIR}")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, manifest["tokenizer"]["name"])
+    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{folder / TOKENIZER_FILE} has been altered: {REPAIR}")
+    dtype = np.dtype(manifest["dtype"])
+    check_vocabulary(tokenizer.vocab_size, dtype)
+    splits = {
+        name: _load_split(folder, name, manifest["splits"][name], tokenizer.vocab_size, dtype)
+        for name in SPLITS
+    }
     return Dataset(folder, manifest, tokenizer, splits)
 
 
@@ -200,14 +201,14 @@ def _check_file(path: Path, expected: str, dtype: np.dtype[Any] = BYTE) -> int:
     One pass in blocks: through a memory map, every page would count as this process's memory.
     """
     digest, greatest = hashlib.sha256(), 0
-    with file_errors(path):
-        if not path.exists():
-            raise UserError(f"{path} is missing: {REPAIR}")
-    with open_file(path) as file, file_errors(path):
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            whole = len(block) // dtype.itemsize * dtype.itemsize
-            greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
+    try:
+        with open_file(path) as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                whole = len(block) // dtype.itemsize * dtype.itemsize
+                greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
+    except UserError as error:
+        raise UserError(f"{error}; {REPAIR}") from error
     if digest.hexdigest() != expected:
         raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
     return greatest

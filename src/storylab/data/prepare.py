@@ -27,7 +27,6 @@ from storylab.data.dataset import (
     narrow_ids,
     token_dtype,
 )
-from storylab.data.paths import file_errors, shown
 from storylab.data.reading import clean
 from storylab.data.sources import (
     SPLITS,
@@ -45,6 +44,8 @@ from storylab.files import (
     atomic_path,
     exclusive,
     read_json,
+    reading,
+    shown,
     sync_folder,
     write_error,
     write_json,
@@ -137,7 +138,7 @@ def _in_use(folder: Path) -> bool:
     Raises:
         UserError: no data set can be made there.
     """
-    with file_errors(folder):
+    with reading(folder):
         if not folder.exists():
             if folder.is_symlink():
                 raise UserError(
@@ -171,7 +172,7 @@ def _source(config: PrepareConfig) -> Source:
 
 def _existing(folder: Path, request: dict[str, Any]) -> Dataset:
     """The data set in ``folder`` if it is what was asked for."""
-    with file_errors(folder):
+    with reading(folder):
         made = (folder / MANIFEST).is_file()
     if not made:
         raise UserError(f"{folder} exists and is not a data set: choose another folder with --out")

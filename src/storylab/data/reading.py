@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storylab.data.paths import file_errors, open_file, shown
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
+from storylab.files import open_file, reading, shown
 
 END_OF_TEXT = "<|endoftext|>"
 READ_BYTES = 1 << 20
@@ -71,7 +71,7 @@ def text_bytes(path: Path) -> int:
             return sum(
                 metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)
             )
-    with file_errors(path):
+    with reading(path):
         return path.stat().st_size * (3 if path.suffix.lower() in _COMPRESSION else 1)
 
 
@@ -108,7 +108,7 @@ def clean(texts: Iterator[str | None], tally: Tally) -> Iterator[str]:
 @contextmanager
 def _checked(path: Path) -> Iterator[None]:
     """Turn what readers say about a file's content into a line that names the file."""
-    with file_errors(path):
+    with reading(path):
         try:
             yield
         except UserError:

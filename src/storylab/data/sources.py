@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from storylab.data import builtin
-from storylab.data.paths import file_errors, hash_file, shown
 from storylab.data.reading import END_OF_TEXT, kind_of, read_texts, text_bytes
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
+from storylab.files import reading, sha256_file, shown
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
@@ -55,7 +55,7 @@ class BuiltinSource:
     seed: int
 
     def describe(self) -> dict[str, Any]:
-        grammar = hash_file(Path(builtin.__file__))
+        grammar = sha256_file(Path(builtin.__file__))
         return {
             "name": "builtin",
             "stories": self.stories,
@@ -94,7 +94,7 @@ class FileSource:
 
     def describe(self) -> dict[str, Any]:
         hashes = {
-            split: [{"file": path.name, "sha256": hash_file(path)} for path in paths]
+            split: [{"file": path.name, "sha256": sha256_file(path)} for path in paths]
             for split, paths in self.files.items()
         }
         return {"name": self.name, **self.origin, "files": hashes}
@@ -237,7 +237,7 @@ def _expand(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[str, ...]]
     files: list[Path] = []
     skipped: list[str] = []
     for path in paths:
-        with file_errors(path):
+        with reading(path):
             mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             inside, others = _walk(path)
@@ -261,13 +261,13 @@ def _walk(root: Path) -> tuple[list[Path], list[str]]:
     files and folders, files of other kinds, and links to a folder that holds this one or has been read."""
     files: list[Path] = []
     skipped: list[str] = []
-    with file_errors(root):
+    with reading(root):
         seen = {_identity(folder) for folder in root.resolve().parents}
     ahead = [root]
     while ahead:
         path = ahead.pop()
         hidden = path != root and path.name.startswith(".")
-        with file_errors(path):
+        with reading(path):
             if not hidden and path.is_dir() and _identity(path) not in seen:
                 seen.add(_identity(path))
                 ahead += sorted(path.iterdir(), reverse=True)

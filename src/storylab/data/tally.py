@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from storylab.data.paths import shown
+from storylab.files import shown
 
 # Names in a manifest and in a line, so that a folder of thousands of pictures fits both.
 NAMES_KEPT, NAMES_SHOWN = 100, 3

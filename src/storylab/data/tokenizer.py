@@ -21,11 +21,10 @@ from threading import Event
 import numpy as np
 import tiktoken
 
-from storylab.data.paths import file_errors, hash_file, open_file, shown
 from storylab.data.reading import END_OF_TEXT
 from storylab.data.sources import download
 from storylab.errors import UserError
-from storylab.files import atomic_path
+from storylab.files import atomic_path, open_file, reading, sha256_file, shown
 
 # GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
 WORD_PATTERN = (
@@ -101,8 +100,9 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; ``<|endoftext|>`` in it is ordinary text."""
-        return self._encode(text).tolist()
+        """Ids of ``text``; ``<|endoftext|>`` in it is ordinary text, and half a surrogate pair U+FFFD."""
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._encode(whole).tolist()
 
     def _encode(self, text: str) -> np.ndarray:
         """Ids of ``text`` as uint32, cut in huge runs of white space.
@@ -165,7 +165,7 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
     Raises:
         UserError: the file is missing or not of that format.
     """
-    with open_file(path) as file, file_errors(path):
+    with open_file(path) as file, reading(path):
         content = file.read()
     try:
         rows = [line.split() for line in content.splitlines()]
@@ -190,7 +190,7 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
     paths = {name: _gpt2_file(name, folder) for name in GPT2_FILES}
     for name, path in paths.items():
-        if hash_file(path) != GPT2_FILES[name]:
+        if sha256_file(path) != GPT2_FILES[name]:
             raise UserError(
                 f"{shown(path)} is not GPT-2's {name} (its SHA-256 differs): get it anew"
             )
@@ -200,7 +200,7 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
 def _gpt2_file(name: str, folder: Path | None) -> Path:
     if folder is not None:
-        with file_errors(folder / name):
+        with reading(folder / name):
             if not (folder / name).is_file():
                 raise UserError(
                     f"{shown(folder)} has no {name}: give the folder of GPT-2's two files"

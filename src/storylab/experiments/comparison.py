@@ -7,10 +7,9 @@ same initial weights and data order in both arms). The verdict answers the secon
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,9 @@ from storylab.experiments.factors import (
     infer_factor,
     unexplained,
 )
-from storylab.experiments.results import Result, load_result
+from storylab.experiments.results import Result, load_result, run_folders
 from storylab.experiments.statistics import ALPHA, Interval
+from storylab.files import exists
 from storylab.training.run_folder import CONFIG, Run
 
 BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
@@ -280,14 +280,24 @@ def noise_of(runs: Iterable[Result]) -> Noise | None:
 
 def noise_floor(result: Result) -> Noise | None:
     """Spread of the final loss over the seeds of a run's recipe, data and code that lie beside it."""
-    alike = [result]
-    for folder in sorted(p.parent for p in result.folder.parent.glob(f"*/{CONFIG}")):
+    alike, _ = alike_beside(result)
+    return noise_of(alike)
+
+
+def alike_beside(result: Result) -> tuple[list[Result], list[str]]:
+    """The run itself and those of its recipe, data and code that lie beside it, and what could not be read
+    there."""
+    alike, problems = [result], []
+    for folder in run_folders(result.folder.parent):
         run = Run(folder)
-        with contextlib.suppress(UserError, KeyError, TypeError, OSError):
-            same = not changed_fields(run.config, result.config)
-            if same and run.data["fingerprint"] == result.data["fingerprint"]:
+        try:
+            if not exists(folder / CONFIG) or changed_fields(run.config, result.config):
+                continue
+            if run.data["fingerprint"] == result.data["fingerprint"]:
                 alike.append(load_result(folder))
-    return noise_of(run for run in alike if run.code_versions == result.code_versions)
+        except UserError as error:
+            problems.append(str(error))
+    return [run for run in alike if run.code_versions == result.code_versions], problems
 
 
 def group_runs(results: Iterable[Result]) -> list[Arm]:
@@ -376,7 +386,7 @@ def _set_text(values: set[Any]) -> str:
     return " and ".join(sorted(map(str, values)))
 
 
-def _differ(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
+def _differ(a: Mapping[str, object], b: Mapping[str, object], key: str) -> bool:
     return a.get(key) != b.get(key)
 
 
@@ -402,7 +412,7 @@ def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]) -> I
 
 
 def _unsteady(run: Result) -> bool:
-    mean = run.summary["tokens_per_second"]
+    mean = float(run.summary["tokens_per_second"])
     return run.speed is not None and abs(run.speed / mean - 1) > UNSTEADY
 
 

@@ -15,7 +15,7 @@ from storylab.config import (
     differences,
 )
 from storylab.errors import UserError
-from storylab.training.schedule import learning_rate
+from storylab.training.schedule import learning_rate, telling_iterations
 
 SEED_FIELDS = frozenset({"seed", "data_seed"})
 # How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
@@ -93,7 +93,7 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
     changed = differences(a, b)
     if a.tokens_per_iteration == b.tokens_per_iteration and a.block_size == b.block_size:
         changed = {k: v for k, v in changed.items() if k not in SPLIT_FIELDS}
-    if learning_rates(a) == learning_rates(b):
+    if same_learning_rates(a, b):
         changed = {k: v for k, v in changed.items() if k not in FACTORS["learning_rate"]}
     if windows(a) == windows(b):
         changed.pop("attention", None)
@@ -121,9 +121,12 @@ def unexplained(
     return changed
 
 
-def learning_rates(config: TrainConfig) -> list[float]:
-    """Learning rate of every iteration: what peak, warm-up and schedule come to."""
-    return [learning_rate(config, iteration) for iteration in range(config.max_iters + 1)]
+def same_learning_rates(a: TrainConfig, b: TrainConfig) -> bool:
+    """Whether peak, warm-up and schedule come to the same learning rate at every iteration."""
+    return a.max_iters == b.max_iters and all(
+        learning_rate(a, i) == learning_rate(b, i)
+        for i in telling_iterations((a, b), a.max_iters + 1)
+    )
 
 
 def windows(config: TrainConfig) -> tuple[int | None, ...]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from storylab.errors import UserError
-from storylab.experiments.outcome import experiment_records
-from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
-from storylab.files import held, read_json
+from storylab.experiments.outcome import experiment_records, read_experiment
+from storylab.experiments.results import ENDED, load_result, run_folders, run_state
+from storylab.files import exists, held, open_file, reading
 from storylab.training.lines import duration
-from storylab.training.run_folder import CONFIG, METRICS, SUMMARY, Run
+from storylab.training.run_folder import METRICS, Run, parse_row
 
 WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
 # Enough of the end of a metrics file to hold its last rows.
@@ -32,6 +33,8 @@ class ListRow:
     speed: float | None
     memory: int | None
     started: str
+    fault: str = ""
+    """What is wrong with a damaged one."""
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
@@ -48,39 +51,51 @@ class ListRow:
 
 
 def list_rows(runs: Path) -> Iterator[ListRow]:
-    """Every run folder in ``runs``, a damaged one with what can be read of it."""
-    for folder in sorted(p for p in runs.iterdir() if p.is_dir()):
-        if not any((folder / name).exists() for name in (CONFIG, SUMMARY, FAILURE)):
-            continue
+    """Every run folder in ``runs``, a damaged one with what is wrong with it.
+
+    Raises:
+        UserError: ``runs`` cannot be read.
+    """
+    for folder in run_folders(runs):
         yield _list_row(folder)
 
 
 def _list_row(folder: Path) -> ListRow:
-    state, _ = run_state(folder)
+    state, reason = run_state(folder)
+    if state == "failed":
+        return ListRow(folder.name, state, None, None, None, None, None, "")
     try:
-        if state in ENDED:
-            result = load_result(folder)
-            return ListRow(
-                folder.name,
-                state,
-                result.summary.get("parameters"),
-                result.summary.get("tokens"),
-                result.loss if result.finished else None,
-                result.speed,
-                result.summary.get("peak_memory_bytes"),
-                str(result.environment["started"]),
-            )
-        started = "" if state == "failed" else str(Run(folder).environment["started"])
-        return ListRow(folder.name, state, None, None, None, None, None, started)
-    except (UserError, KeyError, TypeError, AttributeError):
-        return ListRow(folder.name, "damaged", None, None, None, None, None, "")
+        result = load_result(folder)
+    except UserError as error:
+        fault = reason if state == "damaged" else str(error)
+        return ListRow(folder.name, "damaged", None, None, None, None, None, "", fault)
+    ended = state in ENDED
+    return ListRow(
+        folder.name,
+        state,
+        result.summary.get("parameters"),
+        result.summary.get("tokens"),
+        result.loss if result.finished else None,
+        result.speed if ended else None,
+        result.summary.get("peak_memory_bytes"),
+        result.environment["started"],
+    )
 
 
-def watch_rows(runs: Path) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """For every experiment its title with how far it is, and a row for every run.
+@dataclass(frozen=True)
+class WatchTable:
+    """How far an experiment is: a row for every run, and what is damaged."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    faults: tuple[str, ...]
+
+
+def watch_tables(runs: Path) -> Iterator[WatchTable]:
+    """A table for every experiment.
 
     Raises:
-        UserError: there are no experiments.
+        UserError: there are no experiments, or ``runs`` cannot be read.
     """
     records = experiment_records(runs)
     if not records:
@@ -88,41 +103,68 @@ def watch_rows(runs: Path) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
             f"{runs} has no experiments yet: `storylab list --runs {runs}` shows its runs"
         )
     for path in records:
-        with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
-            record = read_json(path)
-            rows = [
-                _watch_row(
-                    runs / name, f"{cell['arm']} {cell['condition']} s{seed}".replace("  ", " ")
-                )
-                for cell in record["cells"]
-                for seed, name in cell["runs"].items()
-            ]
-            done = sum(row[1] not in ("waiting", "training", "stopped") for row in rows)
-            yield f"{path.stem}: {record['title']}, {done} of {len(rows)} runs done", rows
+        try:
+            record = read_experiment(path)
+        except UserError as error:
+            yield WatchTable(f"{path.stem}: its record is damaged", (), (str(error),))
+            continue
+        found = [
+            _watch_row(runs / name, f"{cell['arm']} {cell['condition']} s{seed}".replace("  ", " "))
+            for cell in record["cells"]
+            for seed, name in cell["runs"].items()
+        ]
+        rows = tuple(row for row, _ in found)
+        done = sum(row[1] not in ("waiting", "training", "stopped") for row in rows)
+        yield WatchTable(
+            f"{path.stem}: {record['title']}, {done} of {len(rows)} runs done",
+            rows,
+            tuple(fault for _, fault in found if fault),
+        )
 
 
-def _watch_row(folder: Path, label: str) -> tuple[str, ...]:
+def _watch_row(folder: Path, label: str) -> tuple[tuple[str, ...], str]:
+    """A run's row, and what is wrong with a damaged one."""
     try:
-        return _known_row(folder, label)
-    except (UserError, KeyError, TypeError, AttributeError, OSError):
-        return (label, "damaged", "", "", "", "", "")
+        state, reason = run_state(folder)
+        if state == "damaged":
+            raise UserError(reason)
+        if state in ENDED and (fault := _fault(folder, _stamps(folder))):
+            raise UserError(fault)
+        return _known_row(folder, label, state), ""
+    except UserError as error:
+        return (label, "damaged", "", "", "", "", ""), str(error)
 
 
-def _known_row(folder: Path, label: str) -> tuple[str, ...]:
-    state, _ = run_state(folder)
+def _stamps(folder: Path) -> tuple[int, ...]:
+    """When the files in a folder were changed last."""
+    with reading(folder):
+        return tuple(path.lstat().st_mtime_ns for path in sorted(folder.iterdir()))
+
+
+@cache
+def _fault(folder: Path, stamps: tuple[int, ...]) -> str:
+    """What is wrong with a run that has ended; read once for as long as its files stay as they are."""
+    try:
+        load_result(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _known_row(folder: Path, label: str, state: str) -> tuple[str, ...]:
     if state == "new":
         return (label, "waiting", "", "", "", "", "")
     run = Run(folder)
     if state == "unfinished":
+        _ = run.data, run.environment
         state = "training" if held(folder) else "stopped"
     last, evaluation = _last_rows(folder / METRICS)
     if state == "failed" or not last:
         return (label, state, "", "", "", "", "")
     total = run.config.max_iters
     left = (total - last["iteration"]) * last["step_seconds"]
-    summary = run.summary or {}
-    full = summary.get("validation") or {}
-    val_loss = full.get("loss", evaluation.get("val_loss"))
+    full = run.summary["validation"] if run.summary else None
+    val_loss = full["loss"] if full else evaluation.get("val_loss")
     return (
         label,
         state,
@@ -134,14 +176,16 @@ def _known_row(folder: Path, label: str) -> tuple[str, ...]:
     )
 
 
-def _last_rows(path: Path) -> tuple[dict[str, float], dict[str, float]]:
+def _last_rows(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last whole iteration and evaluation rows of a metrics file that may be growing."""
-    found: dict[str, dict[str, float]] = {"iteration": {}, "evaluation": {}}
-    if path.exists():
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            for line in file.read().decode("utf-8", "replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    row = json.loads(line)
-                    found[row["kind"]] = row
-    return found["iteration"], found["evaluation"]
+    found: dict[str, dict[str, Any]] = {}
+    if exists(path):
+        with open_file(path) as file:
+            start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+            file.seek(start)
+            # What the tail begins with is part of a row, and what it ends with may be.
+            lines = file.read().split(b"\n")[bool(start) : -1]
+        for line in lines:
+            row = parse_row(line, str(path))
+            found[row["kind"]] = row
+    return found.get("iteration", {}), found.get("evaluation", {})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from storylab.experiments.curves import fit_power_law
 from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.results import Result, load_result, run_state
 from storylab.experiments.runner import EXPERIMENTS
-from storylab.experiments.spec import Expectation, Experiment
+from storylab.experiments.spec import METRICS, Expectation
 from storylab.experiments.statistics import mean_interval
-from storylab.files import read_json
+from storylab.files import exists, read_record, reading
+from storylab.record import CellRecord, ExperimentRecord
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Outcome:
     """An experiment's record and everything computed from its runs."""
 
     label: str
-    record: dict[str, Any]
+    record: ExperimentRecord
     cells: tuple[CellResult, ...]
     comparisons: tuple[Comparison, ...]
     expectations: tuple[Checked, ...]
@@ -97,12 +98,12 @@ class Outcome:
     @property
     def baseline(self) -> str:
         """Name of the baseline arm."""
-        return str(self.record["baseline"])
+        return self.record["baseline"]
 
     @property
     def factor(self) -> str:
         """Name of the factor that the arms differ in."""
-        return str(self.record["factor"])
+        return self.record["factor"]
 
     def arms(self, condition: str) -> list[CellResult]:
         """The arms under a condition, in the file's order."""
@@ -120,8 +121,52 @@ class Outcome:
 
 
 def experiment_records(runs: Path) -> list[Path]:
-    """Records of the experiments in a folder of runs, in the order of their names."""
-    return sorted((runs / EXPERIMENTS).glob("*.json"))
+    """Records of the experiments in a folder of runs, in the order of their names.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    folder = runs / EXPERIMENTS
+    if not exists(folder):
+        return []
+    with reading(folder):
+        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
+
+
+def read_experiment(path: Path) -> ExperimentRecord:
+    """Read an experiment's record.
+
+    Raises:
+        UserError: it cannot be read, or something in it is missing, of another type or does not fit the
+            rest.
+    """
+    record = read_record(path, ExperimentRecord)
+    if fault := next(_record_faults(record), None):
+        raise UserError(f"{path} is damaged: {fault}")
+    return record
+
+
+def _record_faults(record: ExperimentRecord) -> Iterator[str]:
+    """Where a record does not fit together."""
+    cells = [(cell["condition"], cell["arm"]) for cell in record["cells"]]
+    if not cells:
+        yield "it has no cells"
+    if len(set(cells)) < len(cells):
+        yield "a cell is there twice"
+    for condition, arm in cells:
+        if arm not in record["arms"] or condition not in record["conditions"]:
+            yield f"the cell '{under(arm, condition)}' is not of its arms and conditions"
+        if (condition, record["baseline"]) not in cells:
+            yield f"there is no baseline '{under(record['baseline'], condition)}'"
+    for cell in record["cells"]:
+        for seed, name in cell["runs"].items():
+            if not re.fullmatch(r"\d{1,19}", seed, re.ASCII):
+                yield f"'{seed}' is no seed"
+            if name in ("", ".", "..") or "/" in name or "\0" in name:
+                yield f"{name!r} is no name of a run folder"
+    for expectation in record["expectations"]:
+        if expectation["metric"] not in METRICS:
+            yield f"there is no metric '{expectation['metric']}'"
 
 
 def load_outcome(path: Path) -> Outcome:
@@ -132,31 +177,30 @@ def load_outcome(path: Path) -> Outcome:
     Raises:
         UserError: the record itself is missing or damaged.
     """
-    record = read_json(path)
-    names = {f.name for f in dataclasses.fields(Experiment)} - {"data"}
-    if not isinstance(record, dict) or not names <= set(record):
-        lacking = ", ".join(sorted(names - set(record if isinstance(record, dict) else ())))
-        raise UserError(f"{path} lacks {lacking}: run the experiment again, which writes it anew")
+    record = read_experiment(path)
     problems: list[str] = []
     missing: list[str] = []
+    runs = path.parent.parent
     try:
-        runs = path.parent.parent
         cells = tuple(_read_cell(cell, runs, problems, missing) for cell in record["cells"])
-        outcome = Outcome(path.stem, record, cells, (), (), ())
-        comparisons = []
-        for condition in outcome.conditions:
-            fields = allowed_fields(record["factor"], condition in record["matched"])
-            baseline = outcome.baseline_of(condition).arm
-            comparisons += [
-                compare_arms(cell.arm, baseline, fields, condition, record["margin"])
-                for cell in outcome.arms(condition)
-                if cell.arm.name != outcome.baseline
-            ]
-        outcome = dataclasses.replace(outcome, comparisons=tuple(correct(comparisons)))
-        expectations = [Expectation(**entry) for entry in record["expectations"]]
-        checked = tuple(check for e in expectations for check in _check(e, outcome))
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+        fields = {
+            condition: allowed_fields(record["factor"], condition in record["matched"])
+            for condition in record["conditions"]
+        }
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    outcome = Outcome(path.stem, record, cells, (), (), ())
+    comparisons = []
+    for condition in outcome.conditions:
+        baseline = outcome.baseline_of(condition).arm
+        comparisons += [
+            compare_arms(cell.arm, baseline, fields[condition], condition, record["margin"])
+            for cell in outcome.arms(condition)
+            if cell.arm.name != outcome.baseline
+        ]
+    outcome = dataclasses.replace(outcome, comparisons=tuple(correct(comparisons)))
+    expectations = [Expectation(**entry) for entry in record["expectations"]]
+    checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
         problems.append(
             f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
@@ -164,9 +208,7 @@ def load_outcome(path: Path) -> Outcome:
     return dataclasses.replace(outcome, expectations=checked, problems=tuple(problems))
 
 
-def _read_cell(
-    cell: dict[str, Any], runs: Path, problems: list[str], missing: list[str]
-) -> CellResult:
+def _read_cell(cell: CellRecord, runs: Path, problems: list[str], missing: list[str]) -> CellResult:
     """A cell with the runs that can be read; the others are told of in ``problems``."""
     found = []
     for seed, name in cell["runs"].items():

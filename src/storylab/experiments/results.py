@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,23 @@ import numpy as np
 
 from storylab.config import TrainConfig
 from storylab.errors import UserError
-from storylab.files import read_json
+from storylab.files import exists, read_record, reading
+from storylab.record import (
+    DataRecord,
+    EnvironmentRecord,
+    FailureRecord,
+    PrecisionRecord,
+)
 from storylab.training.run_folder import (
     CONFIG,
+    METRICS,
     POSITION_LOSSES,
+    PRECISION,
     STORY_LOSSES,
     SUMMARY,
     Run,
     open_run,
+    read_table,
 )
 
 ENDED = ("finished", "diverged")
@@ -35,9 +45,10 @@ class Result:
     state: str
     reason: str
     config: TrainConfig
-    data: dict[str, Any]
-    environment: dict[str, Any]
+    data: DataRecord
+    environment: EnvironmentRecord
     summary: dict[str, Any]
+    """Empty if the run has not ended."""
     story_losses: np.ndarray
     """Nats and predicted tokens of every validation story, ``[stories, 2]``; empty if unfinished."""
 
@@ -59,7 +70,7 @@ class Result:
         return self.config.seed, self.config.resolved_data_seed
 
     @property
-    def stages(self) -> list[dict[str, Any]]:
+    def stages(self) -> list[Mapping[str, Any]]:
         """The environment it was started in, and those it was resumed in."""
         return [self.environment, *self.environment.get("resumed", [])]
 
@@ -126,71 +137,93 @@ class Result:
     @cached_property
     def position_losses(self) -> np.ndarray:
         """Mean nats of the targets at each position of a window; empty if there are none."""
-        try:
-            return np.load(self.folder / POSITION_LOSSES, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return np.empty(0)
+        path = self.folder / POSITION_LOSSES
+        return read_table(path, dimensions=1) if exists(path) else np.empty(0)
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """Folders in ``runs`` that hold a run or what is left of one, and those that cannot be looked into.
+
+    Raises:
+        UserError: ``runs`` itself cannot be read.
+    """
+    with reading(runs):
+        entries = sorted(runs.iterdir())
+    return [entry for entry in entries if _may_be_run(entry)]
+
+
+def _may_be_run(entry: Path) -> bool:
+    try:
+        return any(exists(entry / name) for name in (CONFIG, SUMMARY, FAILURE))
+    except UserError:
+        return True
 
 
 def run_state(folder: Path) -> tuple[str, str]:
     """State of a run folder and the reason for it, whatever is left in the folder."""
     try:
-        if (folder / SUMMARY).exists():
-            summary = read_json(folder / SUMMARY)
-            return str(summary["status"]), str(summary.get("reason", ""))
-        if (folder / FAILURE).exists():
-            failure = read_json(folder / FAILURE)
+        with reading(folder):
+            if exists(folder) and not folder.is_dir():
+                return "damaged", f"{folder} is not a folder"
+        summary = Run(folder).summary
+        if summary is not None:
+            return summary["status"], summary.get("reason", "")
+        if exists(folder / FAILURE):
+            failure = read_record(folder / FAILURE, FailureRecord)
             return "failed", f"{failure['outcome']}: {failure['reason']}"
-    except (UserError, KeyError, TypeError) as error:
+        return ("unfinished", "") if exists(folder / CONFIG) else ("new", "")
+    except UserError as error:
         return "damaged", str(error)
-    return ("unfinished", "") if (folder / CONFIG).exists() else ("new", "")
 
 
 def load_result(folder: Path) -> Result:
-    """Read a run folder.
+    """Read a run folder, and all that a comparison or a report will ask of it.
 
     Raises:
-        UserError: there is no run, or what is there is damaged.
+        UserError: there is no run, or something in it is damaged.
     """
     run = open_run(folder)
     state, reason = run_state(folder)
     if state == "damaged":
-        raise UserError(f"{folder} is damaged: {reason}")
-    try:
-        summary = run.summary or {}
-        stories = np.empty((0, 2))
-        if state == "finished":
-            stories = np.load(folder / STORY_LOSSES, allow_pickle=False)
-            validation = summary["validation"]
-            total = float(stories[:, 0].sum() / stories[:, 1].sum())
-            if len(stories) != validation["stories"] or not math.isclose(
-                total, validation["loss"], rel_tol=1e-9
-            ):
-                raise UserError(f"{folder} is damaged: {STORY_LOSSES} is not that of its summary")
-        result = Result(
-            folder, state, reason, run.config, run.data, run.environment, summary, stories
-        )
-        # Everything a comparison will ask of it, now rather than in the middle of a report.
-        _ = result.evaluations, result.code_versions, result.data["fingerprint"]
-        _ = [stage["packages"]["torch"] for stage in result.stages]
-        if state == "finished":
-            _ = result.parameters, result.speed, result.training_memory
-            if len(result.iterations) != summary["iterations"]:
-                raise UserError(
-                    f"{folder} is damaged: it has metrics of {len(result.iterations)} of its "
-                    f"{summary['iterations']} iterations"
-                )
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        EOFError,
-    ) as error:
-        if isinstance(error, UserError):
-            named = str(folder) in str(error)
-            raise error if named else UserError(f"{folder}: {error}") from error
-        raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from error
+        raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
+    stories = read_table(folder / STORY_LOSSES, 2) if state == "finished" else np.empty((0, 2))
+    result = Result(
+        folder=folder,
+        state=state,
+        reason=reason,
+        config=run.config,
+        data=run.data,
+        environment=run.environment,
+        summary=dict(run.summary or {}),
+        story_losses=stories,
+    )
+    if fault := next(_faults(result), None):
+        raise UserError(f"{folder} is damaged: {fault}")
+    if exists(folder / PRECISION):
+        read_record(folder / PRECISION, PrecisionRecord)
     return result
+
+
+def _faults(result: Result) -> Iterator[str]:
+    """Where the files of a run do not fit together."""
+    for number, row in enumerate(result.iterations):
+        if row["iteration"] != number:
+            yield f"{METRICS} has iteration {row['iteration']} where {number} should be"
+    if not result.finished:
+        return
+    summary, stories = result.summary, result.story_losses
+    if len(result.iterations) != summary["iterations"]:
+        yield f"{METRICS} has {len(result.iterations)} of its {summary['iterations']} iterations"
+    validation = summary["validation"]
+    if (
+        stories.shape != (validation["stories"], 2)
+        or not (stories[:, 1] > 0).all()
+        or not math.isclose(
+            float(stories[:, 0].sum() / stories[:, 1].sum()), validation["loss"], rel_tol=1e-9
+        )
+    ):
+        yield f"{STORY_LOSSES} is not that of its summary"
+    # Runs from before windows were recorded may have no losses by position either.
+    positions, known = len(result.position_losses), validation.get("block_size")
+    if positions != known and (known is not None or positions):
+        yield f"{POSITION_LOSSES} has {positions} positions of {known}"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,7 +38,18 @@ from storylab.experiments.worker import (
     KILLED,
     OUT_OF_MEMORY,
 )
-from storylab.files import exclusive, held, read_json, write_json
+from storylab.files import (
+    HeldError,
+    exclusive,
+    exists,
+    held,
+    make_folder,
+    read_record,
+    reading,
+    write_error,
+    write_json,
+)
+from storylab.record import ExperimentRecord
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
 from storylab.training.measure import Measured
 from storylab.training.run_folder import CONFIG, Run, code_sha256
@@ -89,21 +101,25 @@ class PlannedRun:
     @property
     def state(self) -> str:
         """``finished``, ``diverged``, ``failed``, ``unfinished``, ``new``, or ``damaged``."""
-        state = run_state(self.folder)[0]
+        return self.state_and_reason()[0]
+
+    def state_and_reason(self) -> tuple[str, str]:
+        """The state, and why it failed, diverged or is damaged."""
+        state, reason = run_state(self.folder)
         if state in ENDED:
             # What ended is not trained again, so it must be all there.
             try:
                 load_result(self.folder)
-            except UserError:
-                return "damaged"
-        return state
+            except UserError as error:
+                return "damaged", str(error)
+        return state, reason
 
     @property
     def other_code(self) -> bool:
         """Whether the run there is by another version of the code that decides its numbers."""
         try:
             return Run(self.folder).environment["code_sha256"] != code_sha256()
-        except (OSError, UserError, KeyError):
+        except UserError:
             return False
 
 
@@ -204,7 +220,7 @@ def write_record(
     Runs that this call leaves out, but an earlier one had, stay listed while their arm is what it was.
     """
     path = runs / EXPERIMENTS / f"{experiment.label}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     values = dataclasses.asdict(experiment)
     del values["data"], values["cells"]
     before = _recorded_runs(path)
@@ -231,11 +247,10 @@ def write_record(
 def _recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
     """Folders by seed of every cell of an earlier record; nothing where there is none to be read."""
     found: dict[tuple[str, str], dict[int, str]] = {}
-    if path.exists():
-        with contextlib.suppress(UserError, KeyError, TypeError, ValueError, AttributeError):
-            for cell in read_json(path)["cells"]:
-                runs = {int(seed): str(folder) for seed, folder in cell["runs"].items()}
-                found[cell["condition"], cell["arm"]] = runs
+    with contextlib.suppress(UserError):
+        for cell in read_record(path, ExperimentRecord)["cells"]:
+            runs = {int(s): folder for s, folder in cell["runs"].items() if s.isdecimal()}
+            found[cell["condition"], cell["arm"]] = runs
     return found
 
 
@@ -320,10 +335,13 @@ def run_experiment(
         run = planned[index]
         name = f"[{index + 1}/{len(planned)}] {run.label}"
         watcher.overall(name, done, total)
+        anew = fresh and run.folder not in seen
         with _alone(run, name, watcher):
-            states[index] = _settle(
-                run, name, watcher, fresh and run.folder not in seen, done, total
-            )
+            try:
+                states[index] = _settle(run, name, watcher, anew, done, total)
+            except UserError as error:  # of this run's folder: the others may go on
+                watcher.line(f"{name}: failed: {error}")
+                states[index] = "failed"
         seen.add(run.folder)
         done += _tokens(run)
     watcher.overall("done", total, total)
@@ -334,9 +352,11 @@ def _settle(
     run: PlannedRun, name: str, watcher: Watcher, anew: bool, done: float, total: float
 ) -> str:
     """Train a run unless it has ended; returns its state."""
-    state = run.state
-    if run.folder.exists() and (state == "damaged" or anew):
-        why = "damaged" if state == "damaged" else "to be trained anew"
+    state, reason = run.state_and_reason()
+    if state == "damaged":
+        _require_open(run.folder)
+    if exists(run.folder) and (state == "damaged" or anew):
+        why = f"damaged ({reason})" if state == "damaged" else "to be trained anew"
         watcher.line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
         state = "new"
     if state in ENDED:
@@ -357,24 +377,31 @@ def _lock(run: PlannedRun) -> Path:
 
 def _taken(run: PlannedRun) -> bool:
     """Whether another process is at a run."""
-    return any(folder.exists() and held(folder) for folder in (_lock(run), run.folder))
+    return any(_taken_folder(folder) for folder in (_lock(run), run.folder))
+
+
+def _taken_folder(folder: Path) -> bool:
+    try:
+        return exists(folder) and held(folder)
+    except UserError:
+        return False  # what cannot be opened is told of when its turn comes
 
 
 @contextlib.contextmanager
 def _alone(run: PlannedRun, name: str, watcher: Watcher) -> Iterator[None]:
     """Hold the run's name, so that experiments that share it do not train it twice at once."""
     lock = _lock(run)
-    lock.mkdir(parents=True, exist_ok=True)
+    make_folder(lock)
     if _taken(run):
         watcher.line(f"{name}: another process is training it; waiting for that")
     while True:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(exclusive(lock))
-            except UserError:
+            except HeldError:
                 time.sleep(POLL_SECONDS)
                 continue
-            while run.folder.exists() and held(run.folder):
+            while _taken_folder(run.folder):
                 time.sleep(POLL_SECONDS)
             yield
             return
@@ -387,7 +414,8 @@ def _tokens(run: PlannedRun) -> int:
 def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: float) -> None:
     """Train one run to its end; a micro-batch that does not fit into memory is halved."""
     config = run.config
-    (run.folder / FAILURE).unlink(missing_ok=True)
+    with reading(run.folder):
+        (run.folder / FAILURE).unlink(missing_ok=True)
 
     def tell(event: dict[str, Any]) -> None:
         if event["event"] == "progress":
@@ -407,12 +435,12 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
                 note = {"asked": run.config.batch_size, "trained": config.batch_size}
                 write_json(run.folder / SPLIT_NOTE, note)
             return
-        if outcome == KILLED and not killed and Run(run.folder).checkpoint("last").exists():
+        if outcome == KILLED and not killed and exists(Run(run.folder).checkpoint("last")):
             killed = True  # whoever did it may have meant the process, not the run
             watcher.line(f"{name}: {reason}; going on from its checkpoint")
             continue
         if outcome in (OUT_OF_MEMORY, KILLED) and config.batch_size % 2 == 0:
-            if (run.folder / CONFIG).exists():
+            if exists(run.folder / CONFIG):
                 config = Run(run.folder).config
                 set_aside(run.folder)
             config = dataclasses.replace(
@@ -426,18 +454,30 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
                 f"sequences, {config.gradient_accumulation_steps} of them an iteration (the same tokens)"
             )
             continue
-        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder)
         failure = {"outcome": outcome, "reason": reason, "started": started}
         write_json(run.folder / FAILURE, failure)
         return
 
 
+def _require_open(folder: Path) -> None:
+    """Raise a UserError if a run is no worse than closed to this user: it may be whole."""
+    with reading(folder):
+        inside = folder.iterdir() if folder.is_dir() else ()
+        for path in (folder, *inside):
+            if path.exists() and not os.access(path, os.R_OK):
+                raise UserError(f"cannot read {path}: Permission denied")
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run folder out of the way, keeping what is in it."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+    while exists(aside := folder.with_name(f"{folder.name}.old{number}")):
         number += 1
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise write_error(aside, error) from error
     return aside
 
 
@@ -447,12 +487,21 @@ def outcome_line(run: PlannedRun) -> str:
     if state != "finished":
         return f"{state} ({reason})" if reason else state
     summary = Run(run.folder).summary
-    assert summary is not None
+    assert summary is not None and summary["validation"] is not None
     return (
         f"val loss {summary['validation']['loss']:.4f}, "
         f"{summary['tokens_per_second']:,.0f} tok/s, "
         f"{summary['peak_memory_bytes'] / 1e9:.2f} GB, {summary['seconds']:,.0f} s"
     )
+
+
+def _event(line: str) -> dict[str, Any]:
+    """What a worker tells in a line; of kind ``""`` where a library has printed something there."""
+    with contextlib.suppress(ValueError):
+        event = json.loads(line)
+        if isinstance(event, dict) and "event" in event:
+            return event
+    return {"event": ""}
 
 
 class _Child:
@@ -488,10 +537,11 @@ class _Child:
 
             with child, stop_signals(stop):
                 try:
-                    child.stdin.write(self.request)
-                    child.stdin.close()
+                    with contextlib.suppress(BrokenPipeError):  # it ended before it could listen
+                        child.stdin.write(self.request)
+                        child.stdin.close()
                     for line in child.stdout:
-                        event = json.loads(line)
+                        event = _event(line)
                         if event["event"] == "end":
                             end = event
                         else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.config import GPT2_VOCAB_SIZE, WIDE_DTYPES, TrainConfig, check_seed
+from storylab.checked import is_unicode, shown
+from storylab.config import (
+    GPT2_VOCAB_SIZE,
+    WIDE_DTYPES,
+    ModelConfig,
+    TrainConfig,
+    at_most,
+    check_seed,
+)
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.experiments.factors import (
@@ -26,7 +36,8 @@ from storylab.experiments.factors import (
     factor_fields,
     unexplained,
 )
-from storylab.flags import default_for, parse
+from storylab.files import read_text
+from storylab.flags import default_for, parse, perhaps
 from storylab.model.flops import training_flops, worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
@@ -41,8 +52,15 @@ METRICS = {
     "plateau_iteration": "predicted iteration from which a doubling brings less than 0.01 nats",
 }
 DEFAULT_SEEDS = (1337, 1338, 1339)
+MOST_SEEDS = 10_000
 ONLY_CONDITION = ""
 KINDS: dict[type, str] = {str: "text", list: "a list [...]", dict: "a table {...}"}
+# Keys of [config] and of arms: the flags of `storylab train` that say what is trained.
+FIELDS = {f.name for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)} - {
+    "model"
+}
+# Keys of [data] that hold lists.
+LISTS = ("train", "validation")
 # Fields that say where the run lies or are the runner's to set.
 FORBIDDEN = {
     "out_dir": "--runs says where runs go",
@@ -110,12 +128,13 @@ class Experiment:
         """The first ``count`` seeds of the file, or as many as it has; more count up from the last.
 
         Raises:
-            UserError: ``count`` is below 1.
+            UserError: ``count`` is below 1, or more than anyone can train.
         """
         if count is None:
             return self.seeds
         if count < 1:
             raise UserError(f"seeds is {count}: it must be at least 1")
+        at_most(MOST_SEEDS, "seeds", count)
         more = range(max(self.seeds) + 1, max(self.seeds) + 1 + count - len(self.seeds))
         return (*self.seeds, *more)[:count]
 
@@ -137,16 +156,60 @@ def load_experiment(path: Path, scale: str | None = None) -> Experiment:
         UserError: the file cannot be read, has an unknown key, or an arm changes nothing or more
             than the factor.
     """
+    text = read_text(path)
+    if not is_unicode(path.name):
+        raise UserError(f"{path}: its name is not UTF-8: rename it")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid TOML: it is nested too deep") from error
+    except ValueError as error:  # of a number of thousands of digits too
         raise UserError(f"{path} is not valid TOML: {error}") from error
     try:
-        return _Reader(table, path, scale).experiment()
+        return _Reader(_respelled(table), path, scale).experiment()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
+    """The file, or one of its scales, with underscores in every key that is not a name of the user's: a
+    hyphen is another spelling of it, as it is in flags.
+
+    Raises:
+        UserError: a key is given in both spellings.
+    """
+    table = _one_spelling(table, place)
+    for key in ("config", "data"):
+        if key in table:
+            table[key] = _one_spelling(table[key], f"[{key}]")
+    for key, kind in (("arms", "arm"), ("conditions", "condition")):
+        if isinstance(table.get(key), dict):
+            table[key] = {
+                name: _one_spelling(values, f"{kind} '{name}'")
+                for name, values in table[key].items()
+            }
+    if isinstance(table.get("expect"), list):
+        table["expect"] = [_one_spelling(entry, "[[expect]]") for entry in table["expect"]]
+    if isinstance(table.get("scales"), dict):
+        table["scales"] = {
+            name: _respelled(values, f"scale '{name}'") if isinstance(values, dict) else values
+            for name, values in table["scales"].items()
+        }
+    return table
+
+
+def _one_spelling(table: Any, place: str) -> Any:
+    """A table's values by the spelling with underscores; what is no table is told of where it is read."""
+    if not isinstance(table, dict):
+        return table
+    spelled: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in given:
+            raise UserError(f"{name} is given twice in {place}, as {given[name]} and as {key}")
+        given[name], spelled[name] = key, value
+    return spelled
 
 
 class _Reader:
@@ -161,19 +224,24 @@ class _Reader:
                 scale = "laptop" if "laptop" in scales else next(iter(scales))
         elif scale not in scales:
             raise UserError(f"there is no scale '{scale}': it has {_listed(scales) or 'none'}")
+        if "/" in scale or "\0" in scale:
+            raise UserError(
+                f"scale {shown(scale)}: its name is part of a file's, so it can have no '/'"
+            )
         chosen = _table(scales, scale) if scale in scales else {}
         _known(chosen, set(SCALED), f"scale '{scale}'")
         self.config = _table(table, "config") | _table(chosen, "config")
         self.table = table | chosen
         self.name, self.scale = path.stem, scale
         # For the command that repeats it; an absolute path is this machine's alone.
-        self.file = path.name if path.is_absolute() else path.as_posix()
+        file = path.name if path.is_absolute() else path.as_posix()
+        self.file = file.encode("utf-8", "replace").decode()
 
     def experiment(self) -> Experiment:
         table = self.table
         texts = {key: _typed(table, key, str, "") for key in (*TEXTS, "note")}
         for key in ("title", "purpose"):
-            if not texts[key]:
+            if not texts[key].strip():
                 raise UserError(f"it needs a {key}: one line of text")
         arms, conditions = _tables(table, "arms"), _tables(table, "conditions")
         if not arms and not texts["waits_for"]:
@@ -233,12 +301,20 @@ class _Reader:
         values = _table(self.table, "data")
         allowed = {"source", "tokenizer", "builtin_stories", "train", "validation", "out"}
         _known(values, allowed, "[data]")
-        return parse(PrepareConfig, _flags(values), "", advice="in [data]")
+        config = parse(PrepareConfig, _flags(values), "", advice="in [data]")
+        if not re.fullmatch(r"gpt2|bpe:[0-9]{1,9}", config.tokenizer):
+            raise UserError(
+                f"unknown tokenizer '{config.tokenizer}': use gpt2, or bpe:N such as bpe:4096; in [data]"
+            )
+        return config
 
     def _config(self, changes: Mapping[str, Any], place: str) -> TrainConfig:
         values = self.config | dict(changes)
-        for name in FORBIDDEN.keys() & values.keys():
+        for name in sorted(FORBIDDEN.keys() & values.keys()):
             raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
+        for name in sorted(values.keys() - FIELDS):
+            hint = perhaps(name, FIELDS) or "; see storylab train --help for what there is"
+            raise UserError(f"unknown key '{name}'{hint}; in {place}")
         flags = _flags({"data_dir": str(self.data.folder)} | values)
         config = parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
         config.require_no_rise()
@@ -330,10 +406,10 @@ def _expectations(
                 f"[[expect]] {entry['metric']} of the baseline '{baseline}' says nothing"
             )
         for key in ("at_least", "at_most"):
-            if isinstance(entry.get(key, 0), bool) or not isinstance(
-                entry.get(key, 0), int | float
-            ):
-                raise UserError(f"[[expect]] {key} must be a number")
+            if not _is_number(entry.get(key, 0)):
+                raise UserError(f"[[expect]] {key} must be a finite number")
+        for key in ("text", "condition"):
+            _typed(entry, key, str, "")
         yield Expectation(**entry)
 
 
@@ -352,9 +428,16 @@ def _margin(table: dict[str, Any]) -> float | None:
     margin = table.get("margin")
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not margin > 0:
-        raise UserError("margin must be a number above 0: the loss in nats that counts as equal")
+    if not _is_number(margin) or not margin > 0:
+        raise UserError(
+            "margin must be a finite number above 0: the loss in nats that counts as equal"
+        )
     return float(margin)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that a float holds."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _matched(name: str, values: dict[str, Any]) -> bool:
@@ -367,14 +450,15 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     """A table as flags, so that a file and the command line are checked by the same parser."""
     flags = []
     for key, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, str | int | float):
-            flags += [f"--{key}", str(value)]
-        elif isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-            flags += [f"--{key}", *value]
-        else:
-            raise UserError(f"{key} must be a single value, not a {type(value).__name__}")
+        many = key in LISTS and isinstance(value, list)
+        for entry in value if many else [value]:
+            if not isinstance(entry, str if many else bool | str | int | float):
+                kind = "a list of texts" if many else "a single value"
+                raise UserError(f"{key} must be {kind}, not {shown(value)}")
+            if isinstance(entry, str) and ("\0" in entry or (many and entry.startswith("-"))):
+                raise UserError(f"{key} cannot be {shown(entry)}")
+        # With "=" a value that looks like a flag is none.
+        flags += [f"--{key}", *value] if many else [f"--{key}={value}"]
     return flags
 
 
@@ -389,7 +473,7 @@ def _known(table: Mapping[str, Any], keys: set[str], place: str) -> None:
 def _typed(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = table.get(key, default)
     if not isinstance(value, kind):
-        raise UserError(f"{key} must be {KINDS[kind]}, not {value!r}")
+        raise UserError(f"{key} must be {KINDS[kind]}, not {shown(value)}")
     return value
 
 
@@ -438,6 +522,15 @@ eval_iters = 2
 
 
 def skeleton(title: str) -> str:
-    """The text of a new experiment file, which runs as it is."""
-    # A JSON string is a TOML string.
-    return SKELETON.format(title=json.dumps(title, ensure_ascii=False), factors=", ".join(FACTORS))
+    """The text of a new experiment file, which runs as it is.
+
+    Raises:
+        UserError: no file can have the title.
+    """
+    if not title.strip():
+        raise UserError("the title is empty: give a line of text")
+    if not is_unicode(title):
+        raise UserError("the title is not UTF-8 text: write it anew")
+    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
+    quoted = json.dumps(title, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return SKELETON.format(title=quoted, factors=", ".join(FACTORS))

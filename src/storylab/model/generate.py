@@ -45,8 +45,11 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, best, 1.0)
+    # Within what a float32 holds: at the smallest, all that is not the greatest has no chance either.
+    bounds = torch.finfo(torch.float32)
+    temperature = min(max(sampling.temperature, bounds.tiny), bounds.max)
     # Relative to the greatest, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if 0 < sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
@@ -55,7 +58,7 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays if those before it do not reach top_p yet; the first always does.
         before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        ordered = ordered.masked_fill(before >= max(sampling.top_p, bounds.tiny), 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
@@ -94,6 +97,8 @@ def generate(
             hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
             logits = model.logits(hidden[:, -1])
         probabilities = next_token_probabilities(logits.cpu(), sampling)
+        if not torch.isfinite(probabilities).all():
+            raise UserError("the model's logits are not finite: its weights are of no use")
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield token[:, 0]
         unread = token.to(device)

@@ -131,6 +131,8 @@ RECIPES: dict[str, Recipe] = {
         (_NV, _NV_WEIGHT), (_NV, _NV_WEIGHT), (_NV, _NV), high_last_share=_NVFP4.high_last_share
     ),
 }
+# Binary orders of a scale that a float32 can spare.
+MOST_MARGIN = 64
 ALIASES = {"fp4": "nvfp4", "nvf4": "nvfp4"}
 PRODUCTS = {
     "forward": ("input", "weight"),
@@ -173,6 +175,8 @@ def _fault(recipe: Recipe) -> str | None:
                 return f"{name} is for nvfp4 scaling, not {operand.scaling}"
     if not recipe.delayed and (recipe.margin or recipe.history != Recipe.history):
         return "margin and history are for delayed scaling"
+    if recipe.margin > MOST_MARGIN:
+        return f"margin must be at most {MOST_MARGIN}: it is a power of two"
     return "history must be at least 1" if recipe.history < 1 else None
 
 

@@ -17,6 +17,7 @@ from storylab.experiments.factors import SEED_FIELDS, under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
+from storylab.files import open_file
 from storylab.reporting.observations import expectation_text, observations
 from storylab.reporting.series import low_precision_share, mean_of, training_seconds
 from storylab.training.lines import duration, printable, summary_lines
@@ -423,10 +424,11 @@ def _training_lines(o: Outcome) -> list[str]:
     run = arm.finished[0] if arm.finished else arm.runs[0] if arm.runs else None
     if run is None:
         return []
-    path = run.folder / LOG
-    if not path.exists():
-        return [f"{LOG} is missing"]
-    text = printable(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        with open_file(run.folder / LOG) as file:
+            text = printable(file.read().decode("utf-8", "replace").replace("\r\n", "\n"))
+    except UserError as error:
+        return [str(error).replace(f"{run.folder.parent}/", "")]
     lines = text.partition("\nResults\n")[0].strip().splitlines()
     if run.finished:
         lines += ["", *(printable(line) for line in summary_lines(run.summary))]

@@ -11,7 +11,7 @@ import vl_convert
 from storylab.errors import UserError
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
-from storylab.files import write_error, write_text
+from storylab.files import exists, make_folder, read_text, write_text
 from storylab.reporting import figures
 from storylab.reporting.figures import Spec
 from storylab.reporting.log import Section, markdown, read_remarks
@@ -39,30 +39,28 @@ def write_report(runs: Path, out: Path) -> Path:
             problems.append(str(error))
     specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
     log = out / LOG_FILE
-    try:
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
-        remarks = _read_remarks(log)
-        sections = []
-        for outcome in outcomes:
-            pictures = {}
-            for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
-                name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
-                svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
-                write_text(out / name, _renumbered(svg))
-                pictures[caption] = name
-            sections.append(Section(outcome, pictures))
-        write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
-        write_text(out / PAGE_FILE, html(outcomes, specs, problems))
-    except OSError as error:
-        raise write_error(out, error) from error
+    make_folder(out / PICTURES)
+    remarks = _read_remarks(log)
+    sections = []
+    for outcome in outcomes:
+        pictures = {}
+        for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
+            name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
+            svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
+            write_text(out / name, _renumbered(svg))
+            pictures[caption] = name
+        sections.append(Section(outcome, pictures))
+    write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
+    write_text(out / PAGE_FILE, html(outcomes, specs, problems))
     return out
 
 
 def _read_remarks(log: Path) -> dict[str, str]:
-    if not log.exists():
+    if not exists(log):
         return {}
+    text = read_text(log)
     try:
-        return read_remarks(log.read_text(encoding="utf-8"))
+        return read_remarks(text)
     except UserError as error:
         raise UserError(f"{log}, {error}") from error
 

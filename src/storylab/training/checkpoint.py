@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from storylab.checked import check
 from storylab.errors import UserError
-from storylab.files import atomic_path
+from storylab.files import atomic_path, exists, open_file, parse_json
 from storylab.model.transformer import Transformer
+from storylab.training.optimizers import Muon
 
 MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
 HISTORIES = ("amax_history", "amax_iteration")
@@ -61,18 +63,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the file is missing, cut short or altered.
     """
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{path} is missing: the run has no such checkpoint (yet)")
+    with open_file(path):
+        pass  # the library says of whatever cannot be opened that there is no such file
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text, expected = metadata["state"], metadata["sha256"]
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        state = parse_json(text.encode())
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is not a whole storylab checkpoint ({error})") from error
     if _sha256(tensors, text) != expected:
         raise UserError(f"{path} has been altered (its SHA-256 differs): restore it from a copy")
-    return tensors, json.loads(text)
+    return tensors, check(dict[str, Any], state, str(path))
 
 
 def _sha256(tensors: dict[str, Tensor], state: str) -> str:
@@ -103,7 +108,8 @@ def restore(
     """Put what :func:`training_tensors` gave back where it came from.
 
     Raises:
-        UserError: the weights are not those of this model, or averages are missing or there unasked.
+        UserError: the weights are not those of this model, or averages or the state of another optimizer
+            are missing or there unasked.
     """
     own = {name: v for name, v in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
     load_weights(model, own)
@@ -116,11 +122,28 @@ def restore(
         value.copy_(tensors[AVERAGE_PREFIX + name])
     parameters = dict(model.named_parameters())
     of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         if full_name.startswith(OPTIMIZER_PREFIX):
             key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
-            parameter = parameters[name]
-            of[parameter].state[parameter][key] = value.to(parameter.device)
+            states.setdefault(name, {})[key] = value
+    for name, state in states.items():
+        if name not in parameters or state.keys() != _state_keys(of[parameters[name]]):
+            raise UserError(
+                "the checkpoint's optimizer state is not that of the optimizer in the run's config.json: "
+                "one of the two has been altered"
+            )
+        parameter = parameters[name]
+        of[parameter].state[parameter].update(
+            {key: value.to(parameter.device) for key, value in state.items()}
+        )
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimizer keeps of every parameter that it has updated."""
+    if not isinstance(optimizer, Muon):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum", *(["row_squares"] if optimizer.defaults["normalize_rows"] else [])}
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from storylab.checked import check
 from storylab.errors import UserError
 from storylab.training.step import StepResult
 from storylab.training.telemetry import PowerTotals
@@ -39,6 +40,7 @@ class Progress:
             UserError: it is of another version.
         """
         try:
+            check(cls, values, "its state")
             return cls(**(values | {"power": PowerTotals(**values["power"])}))
         except (KeyError, TypeError) as error:
             raise UserError(f"the checkpoint is of another version of storylab: {error}") from error

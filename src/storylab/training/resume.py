@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig, differences
@@ -14,7 +15,7 @@ from storylab.precision.recipes import find_recipe
 from storylab.training.loop import Reporter, SilentReporter, Trainer, checked, resolve_device
 from storylab.training.precision import choose_device
 from storylab.training.run_folder import Run, environment, open_run
-from storylab.training.schedule import learning_rate
+from storylab.training.schedule import learning_rate, telling_iterations
 
 
 def resume(
@@ -40,14 +41,20 @@ def resume(
 
 def _resume(run: Run, wanted: TrainConfig, reporter: Reporter) -> Run:
     stored = run.config
+    _require_device(run, stored)
     wanted = dataclasses.replace(wanted, out_dir=run.folder)
     if wanted.compile is None:
         wanted = dataclasses.replace(wanted, compile=stored.compile)
     missing = missing_for_compiling(choose_device(wanted.device).type)
     uncompiled = wanted.compile is True and missing is not None
-    config, precision = resolve_device(
-        dataclasses.replace(wanted, compile=False) if uncompiled else wanted
-    )
+    try:
+        config, precision = resolve_device(
+            dataclasses.replace(wanted, compile=False) if uncompiled else wanted
+        )
+    except UserError as error:
+        raise UserError(
+            f"{run.folder} goes on with its own config alone, and cannot here: {error}"
+        ) from error
     _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
     _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
@@ -79,7 +86,8 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
-    now, then = environment(), run.environment
+    now: Mapping[str, Any] = environment()
+    then: Mapping[str, Any] = run.environment
     for name, key in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
         if now[key] != then[key]:
             yield f"The {name} is not what the run was started with: bits may differ"
@@ -96,12 +104,26 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
     yield f"Resuming {run.folder} at iteration {done}"
 
 
+def _require_device(run: Run, stored: TrainConfig) -> None:
+    try:
+        choose_device(stored.device)
+    except UserError as error:
+        raise UserError(
+            f"{run.folder} was trained on device '{stored.device}', which this machine lacks: a run goes "
+            "on on its own kind of device only, as another computes other bits. Resume it where there is "
+            "one; `storylab eval` and `storylab sample` work here too"
+        ) from error
+
+
 def _check_config(stored: TrainConfig, wanted: TrainConfig) -> None:
     changed = differences(stored, wanted)
     changed.pop("max_iters", None)
     if changed:
         shown = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-        raise UserError(f"cannot resume with another config ({shown}): start a new run instead")
+        why = "; a run goes on on its own kind of device only" if "device" in changed else ""
+        raise UserError(
+            f"cannot resume with another config ({shown}{why}): start a new run instead"
+        )
 
 
 def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
@@ -126,7 +148,7 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
     if done > wanted.max_iters + 1:
         raise UserError(f"the run has done {done} iterations, more than max_iters allows")
-    for iteration in range(min(done, stored.max_iters + 1)):
+    for iteration in telling_iterations((stored, wanted), min(done, stored.max_iters + 1)):
         was, would_be = learning_rate(stored, iteration), learning_rate(wanted, iteration)
         if was != would_be:
             raise UserError(

@@ -12,8 +12,10 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,15 +31,42 @@ import torch
 
 from storylab import __version__
 from storylab import config as configs
+from storylab.checked import check
 from storylab.config import TrainConfig
 from storylab.data.dataset import TOKENIZER_FILE, Dataset, load_dataset
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
-from storylab.files import atomic_path, read_json, sha256_file, write_error, write_json
+from storylab.files import (
+    atomic_path,
+    exists,
+    open_file,
+    parse_json,
+    read_json,
+    read_record,
+    reading,
+    sha256_file,
+    write_error,
+    write_json,
+)
+from storylab.record import (
+    ROWS,
+    DataRecord,
+    EnvironmentRecord,
+    FinishedRecord,
+    RowKind,
+    SummaryRecord,
+)
 
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
 METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
+# No loss of a story or a position comes near it.
+LARGEST_LOSS = 1e40
+TABLE_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f8', 'fortran_order': False, "
+    rb"'shape': \((\d{1,15}),(?: (\d{1,15}))?\), \} *\n",
+    re.DOTALL,
+)
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
 NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")
 # What only tells of a run or times steps of none.
@@ -54,31 +83,41 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         """The resolved config that the run was started with."""
-        return configs.from_dict(read_json(self.folder / CONFIG))
+        path = self.folder / CONFIG
+        values = read_json(path)
+        try:
+            return configs.from_dict(values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> DataRecord:
         """Fingerprint, vocabulary and sizes of the data set."""
-        data: dict[str, Any] = read_json(self.folder / DATA)
-        return data
+        return read_record(self.folder / DATA, DataRecord)
 
     @property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> EnvironmentRecord:
         """Code version, packages, device, threads, and the hashes that prove what was shared."""
-        environment: dict[str, Any] = read_json(self.folder / ENVIRONMENT)
-        return environment
+        return read_record(self.folder / ENVIRONMENT, EnvironmentRecord)
 
     @property
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> SummaryRecord | None:
         """Results, or None while the run has not stopped yet."""
         path = self.folder / SUMMARY
-        return read_json(path) if path.exists() else None
+        if not exists(path):
+            return None
+        summary = read_record(path, SummaryRecord)
+        if summary["status"] == "finished":
+            check(FinishedRecord, summary, str(path))
+            if not summary["samples"]:
+                raise UserError(f"{path} is damaged: samples is empty")
+        return summary
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run's data."""
         path, expected = self.folder / TOKENIZER_FILE, self.data["tokenizer"]
-        if not path.is_file() or sha256_file(path) != expected["sha256"]:
+        if not exists(path) or sha256_file(path) != expected["sha256"]:
             raise UserError(f"{path} is missing or altered: copy it again from the run's data set")
         return load_tokenizer(path, expected["name"])
 
@@ -107,20 +146,29 @@ class Run:
 
     def _metric_rows(self) -> Iterator[dict[str, Any]]:
         path = self.folder / METRICS
-        if not path.exists():
+        if not exists(path):
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        with open_file(path) as file:
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                return
+                yield parse_row(line, f"{path} line {number}")
+            except UserError:
+                if number < len(lines):
+                    raise
 
     def continue_from(
         self, next_iteration: int, config: TrainConfig, compile_record: dict[str, Any]
     ) -> None:
         """Prepare to be resumed: what comes from ``next_iteration`` on is dropped and made again."""
-        rows = [row for row in self._metric_rows() if row["iteration"] < next_iteration]
-        found = sum(row["kind"] == "iteration" for row in rows)
+        rows, found = [], 0
+        # What follows may be the remains of a power cut, and is not read.
+        for row in self._metric_rows() if next_iteration else ():
+            if row["iteration"] < next_iteration:
+                rows.append(row)
+                found += row["kind"] == "iteration"
+            if found == next_iteration:
+                break
         if found != next_iteration:
             raise UserError(
                 f"{self.folder / METRICS} has {found} of the {next_iteration} iterations that the "
@@ -133,8 +181,8 @@ class Run:
             (self.folder / stale).unlink(missing_ok=True)
         record = self.environment
         again = environment() | {"iteration": next_iteration} | compile_record
-        record["resumed"] = [*record.get("resumed", []), again]
-        write_json(self.folder / ENVIRONMENT, record)
+        resumed = [*record.get("resumed", []), again]
+        write_json(self.folder / ENVIRONMENT, record | {"resumed": resumed})
         write_json(self.folder / CONFIG, configs.to_dict(config))
 
     def sync_metrics(self) -> None:
@@ -146,7 +194,7 @@ class Run:
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it is out of this process at once."""
         try:
-            with open(self.folder / file, "a", encoding="utf-8") as stream:
+            with open(self.folder / file, "a", encoding="utf-8", errors="replace") as stream:
                 stream.write(line + "\n")
         except OSError as error:
             raise write_error(self.folder / file, error) from error
@@ -193,11 +241,15 @@ def require_free(folder: Path) -> None:
 
     What a run killed in its first moment has left, before it had a config, does not count.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out_dir")
+    if not exists(folder):
+        return
+    with reading(folder):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is a file: choose another --out_dir")
+        found = {path.name for path in folder.iterdir()}
     started = {"checkpoints", TOKENIZER_FILE, DATA, ENVIRONMENT}
-    names = {p.name.removeprefix(".").removesuffix(".tmp") for p in folder.glob("*")}
-    if names - started - {CONFIG} or (folder / CONFIG).exists():
+    names = {name.removeprefix(".").removesuffix(".tmp") for name in found}
+    if names - started - {CONFIG} or CONFIG in found:
         raise UserError(
             f"{folder} is not empty: choose another --out_dir, or continue the run in it with "
             f"`storylab resume {folder}`"
@@ -208,11 +260,49 @@ def open_run(folder: Path) -> Run:
     """The run in ``folder``.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or the folder cannot be read.
     """
-    if not (folder / CONFIG).is_file():
+    if not exists(folder / CONFIG):
         raise UserError(f"{folder} is not a run folder (it has no {CONFIG}): check the path")
     return Run(folder)
+
+
+def parse_row(line: bytes, place: str) -> dict[str, Any]:
+    """A row of ``metrics.jsonl``.
+
+    Raises:
+        UserError: it is cut short, or something in it is missing or of another type.
+    """
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{place} is not valid JSON ({error}): it has been altered") from error
+    kind = row.get("kind") if isinstance(row, dict) else None
+    return check(ROWS.get(kind, RowKind) if isinstance(kind, str) else RowKind, row, place)
+
+
+def read_table(path: Path, dimensions: int) -> np.ndarray:
+    """Read finite float64 numbers from a ``.npy`` file of one or two dimensions.
+
+    By the header that :meth:`Run.write_table` leaves: numpy's own reader takes what is there for an
+    expression of Python, and for any amount of memory.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    with open_file(path) as file:
+        data = file.read()
+    header = TABLE_HEADER.match(data)
+    shape = [int(size) for size in header.groups() if size] if header else []
+    values = data[header.end() :] if header else b""
+    if len(shape) != dimensions or len(values) != 8 * math.prod(shape):
+        raise UserError(
+            f"{path} is damaged: it is no whole table of float64 of {dimensions} dimensions"
+        )
+    table = np.frombuffer(values, "<f8").reshape(shape).astype(np.float64)
+    if not np.isfinite(table).all() or (table.size and np.abs(table).max() > LARGEST_LOSS):
+        raise UserError(f"{path} is damaged: it has numbers that are not finite, or far too large")
+    return table
 
 
 def environment() -> dict[str, Any]:

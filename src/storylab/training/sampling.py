@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from storylab.data.reading import END_OF_TEXT
 from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
 from storylab.model.generate import Sampling, generate
@@ -16,6 +17,17 @@ from storylab.training.precision import Precision, choose_device, high_precision
 from storylab.training.run_folder import Run
 
 DEFAULT_TOKENS = 256
+
+
+def as_in_stories(prompt: str) -> str:
+    """The prompt without what no story has there.
+
+    A space belongs to the word after it, so models have hardly seen a text that ends with one; and the
+    ``<|endoftext|>`` before a story is there without being asked for.
+    """
+    while prompt.startswith(END_OF_TEXT):
+        prompt = prompt.removeprefix(END_OF_TEXT)
+    return prompt.rstrip(" ")
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,9 @@ class StoryModel:
     ) -> Iterator[list[bytes]]:
         """Yield the next bytes of each of ``count`` continuations of ``prompt``, batched.
 
+        The prompt is read :func:`as_in_stories`; an ``<|endoftext|>`` within it ends one story and begins
+        the next.
+
         A continuation that has reached its end of text yields ``b""``; the stream ends when all
         have, or after ``max_new_tokens``.
         """
@@ -48,9 +63,14 @@ class StoryModel:
     ) -> Iterator[list[bytes]]:
         end = self.tokenizer.end_of_text
         # An end of text comes before every story in training, so it tells that one begins.
-        ids = torch.tensor([[end, *self.tokenizer.encode(prompt)]]).expand(count, -1)
+        ids = [
+            token
+            for story in as_in_stories(prompt).split(END_OF_TEXT)
+            for token in (end, *self.tokenizer.encode(story))
+        ]
         finished = torch.zeros(count, dtype=torch.bool)
-        tokens = generate(self.model, ids, max_new_tokens, sampling, self.block_size)
+        prompts = torch.tensor([ids]).expand(count, -1)
+        tokens = generate(self.model, prompts, max_new_tokens, sampling, self.block_size)
         while True:
             with self.precision.autocast():  # around the computing, not around the yield
                 column = next(tokens, None)
@@ -71,10 +91,12 @@ class StoryModel:
         max_new_tokens: int = DEFAULT_TOKENS,
         count: int = 1,
     ) -> list[str]:
-        """``count`` stories that begin with ``prompt``, each at most ``max_new_tokens`` longer."""
+        """``count`` stories that begin with ``prompt``, read :func:`as_in_stories`, each at most
+        ``max_new_tokens`` longer."""
         pieces = list(self.stream(prompt, sampling, max_new_tokens, count))
         return [
-            prompt + b"".join(piece[i] for piece in pieces).decode("utf-8", "replace")
+            as_in_stories(prompt)
+            + b"".join(piece[i] for piece in pieces).decode("utf-8", "replace")
             for i in range(count)
         ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 from storylab.config import ScheduleName, TrainConfig
 
@@ -23,3 +24,24 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     progress = min((iteration - config.warmup_iters) / span, 1.0)
     left = SCHEDULES[config.schedule](progress)
     return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+# Two lines, two half cosines or one of each meet in three places at most, unless they are the same.
+_ENOUGH = 8
+
+
+def telling_iterations(configs: Iterable[TrainConfig], end: int) -> list[int]:
+    """Iterations below ``end`` at which courses of the learning rate differ if they differ anywhere.
+
+    As many for a run of any length: the first ones of every stretch on which all the courses are a line or
+    part of a cosine, its last ones, and some between.
+    """
+    edges = {0, end}
+    for config in configs:
+        edges |= {config.warmup_iters, config.max_iters}
+    borders = sorted(edge for edge in edges if 0 <= edge <= end)
+    found: set[int] = set()
+    for first, last in pairwise(borders):
+        found |= {first + i for i in range(_ENOUGH)} | {last - i for i in range(_ENOUGH)}
+        found |= {first + (last - first) * i // _ENOUGH for i in range(_ENOUGH)}
+    return sorted(i for i in found if 0 <= i < end)
