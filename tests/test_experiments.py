@@ -749,6 +749,19 @@ def test_a_calibration_that_fails_stops_nothing(
     assert "cannot be calibrated" in lines[1]
 
 
+@pytest.mark.parametrize("others", [0.0, 1.5])
+def test_a_plan_tells_of_programs_beside_its_calibrations(
+    experiment: Experiment,
+    planned: list[PlannedRun],
+    monkeypatch: pytest.MonkeyPatch,
+    others: float,
+) -> None:
+    measured = dict.fromkeys(worker.measure(planned[0].config), 1.0) | {"other_cores": others}
+    monkeypatch.setattr(runner, "ask", lambda action, config: (measured, ""))
+    told = list(plan_lines(experiment, planned, ConsoleReporter()))[-1]
+    assert ("Other programs used up to 1.5 of" in told) == (others > 0)
+
+
 def test_what_a_call_leaves_out_stays_in_the_record(
     experiment: Experiment, dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -279,9 +279,10 @@ def plan_lines(
     """The plan of an experiment: its runs, with what they are expected to take."""
     from storylab.experiments.results import ENDED
     from storylab.experiments.runner import estimates
+    from storylab.training.cores import SOME_CORES
     from storylab.training.lines import duration
 
-    rows, left = [], {}
+    rows, left, others = [], {}, 0.0
     for number, (run, estimate) in enumerate(estimates(planned)):
         reporter.progress("calibrating", number, len(planned))
         state = "again" if fresh and run.state != "new" else run.state
@@ -289,6 +290,7 @@ def plan_lines(
         if estimate is not None:
             if state not in ENDED:
                 left[run.folder] = estimate.seconds  # once, however many cells share the run
+            others = max(others, estimate.other_cores)
             kind = "as before" if estimate.measured else "predicted"
             memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
             told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
@@ -300,6 +302,11 @@ def plan_lines(
         "predicted by a calibration of seconds)"
     )
     yield from rows
+    if others >= SOME_CORES:
+        yield (
+            f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "
+            "the runs are faster without them"
+        )
 
 
 def _report(args: list[str]) -> int:

@@ -125,11 +125,15 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is expected to take; ``measured`` if a like run has been trained already."""
+    """What a run is expected to take; ``measured`` if a like run has been trained already.
+
+    ``other_cores`` is how many cores other programs used during its calibration.
+    """
 
     seconds: float
     memory_bytes: float
     measured: bool
+    other_cores: float = 0.0
 
 
 def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
@@ -310,7 +314,7 @@ def _expected(config: TrainConfig, measured: dict[str, float]) -> Estimate:
     memory = measured["peak_memory_bytes"]
     steps = Measured(measured["micro_batch_seconds"], measured["update_seconds"], memory)
     seconds = steps.seconds(config) + batches * measured["evaluation_batch_seconds"]
-    return Estimate(seconds, memory, measured=False)
+    return Estimate(seconds, memory, measured=False, other_cores=measured["other_cores"])
 
 
 def run_experiment(
