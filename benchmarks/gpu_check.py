@@ -507,7 +507,7 @@ def real_run(here, compiled, **changes):
 
     times = defaultdict(list)
     timed_methods(loop.Trainer, times)
-    loop.SAMPLE_PROMPTS = ()
+    loop.SAMPLE_PROMPTS = loop.SAMPLE_PROMPTS[:1]
     iterations = 30 if here.cuda else 4
     config = here.config(
         out_dir=here.work / f"run-{here.step}",
@@ -622,7 +622,7 @@ def hidden_run(here):
     from storylab.training.resume import resume
 
     spec = json.loads(os.environ["GPU_CHECK_RUN"])
-    loop.SAMPLE_PROMPTS = ()
+    loop.SAMPLE_PROMPTS = loop.SAMPLE_PROMPTS[:1]
     folder = Path(spec["folder"])
     changes = dict(spec["changes"])
     reporter = Quiet(spec.get("stop_at"))
