@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from storylab.config import TrainConfig
-from storylab.training import cores
+from storylab.training import checkpoint, cores
 from storylab.training.cores import (
     ONE_THREAD,
     SLEEPING,

@@ -574,7 +574,7 @@ def test_long_runs_are_compiled_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
 ) -> None:
     missing = None if compiler else "a C++ compiler"
-    monkeypatch.setattr("storylab.training.precision.missing_for_compiling", lambda device: missing)
+    monkeypatch.setattr("storylab.training.setup.missing_for_compiling", lambda device: missing)
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
     assert resolve_compile(config, precision) is expected
