@@ -21,7 +21,6 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
-from storylab.training.saving import Saver
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +29,7 @@ from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint
+from storylab.training.checkpointing import Saver
 from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
 from storylab.training.precision import Precision, choose_device, require_same_bits
 from storylab.training.state import TrainState

@@ -121,6 +121,7 @@ class Loop:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure power, note signals, and turn a stop or numbers that are not finite into a saved end."""
+        self.observers.log = lambda line: self.run.append(LOG, line)
         self.observers.start(self.run.folder)
         try:
             with self.recorder.telemetry, stop_signals(self.stop.note):
