@@ -64,7 +64,7 @@ from storylab.precision.quantize import (
 )
 from storylab.precision.recipes import ALIASES, RECIPES, Recipe, find_recipe
 from storylab.precision.selftest import check_layer, check_model, summarize
-from storylab.training import progress
+from storylab.training import run_progress
 from storylab.training.loop import TrainingInterrupted, train
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
@@ -875,15 +875,15 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
     split = {"dtype": dtype, "batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 6}
     split["recipe"] = "low_forward_share=0.5" if dtype == "nvfp4" else "history=2"
     straight = train(tiny_config(out_dir=tmp_path / "straight", **split))
-    original, left = progress.StopSignal.check, iter(range(calls))
+    original, left = run_progress.StopSignal.check, iter(range(calls))
 
-    def check(self: progress.StopSignal) -> None:
+    def check(self: run_progress.StopSignal) -> None:
         if next(left, None) is None and self.number is None:
             self.number = signal.SIGTERM
         original(self)
 
     with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        patch.setattr(progress.StopSignal, "check", check)
+        patch.setattr(run_progress.StopSignal, "check", check)
         train(tiny_config(out_dir=tmp_path / "stopped", **split))
     resumed = resume(tmp_path / "stopped")
 
