@@ -28,8 +28,11 @@ from storylab.training.loop import resolve_device, train
 from storylab.training.resume import resume
 from storylab.training.run_folder import open_run
 
-# torch's own, while it looks at the tensors of a block.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # torch's own, while it looks at the tensors of a block.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 MakeConfig = Callable[..., TrainConfig]
 NEEDS_COMPILER = pytest.mark.skipif(
     compiler.missing_for_compiling("cpu") is not None, reason="nothing here compiles C++"

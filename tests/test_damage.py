@@ -30,6 +30,7 @@ from storylab.record import SummaryRecord
 from storylab.reporting import report as reporting
 from storylab.training.run_folder import Run, open_run
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 title = "Two rates"
 purpose = "Something to break."

@@ -20,6 +20,7 @@ from storylab.data import builtin
 from storylab.data.dataset import load_dataset
 from storylab.data.sources import HUB_DATASETS, TRAIN, VALIDATION
 
+pytestmark = pytest.mark.slow
 COMMIT = HUB_DATASETS["tinystories"].revision
 CUT = 11_000_000  # the client counts what it has in blocks of 10 MiB
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ ELSEWHERE = {
     "storylab experiment run experiments/04-sliding-window.toml --scale laptop",
 }
 SHORTER = {"--max_iters": "20", "--eval_interval": "10"}
+
+
+def in_order(test: Callable[..., None]) -> Callable[..., None]:
+    """Commands that use what earlier ones made: they run in one process, in their order."""
+    return pytest.mark.slow(pytest.mark.xdist_group("readme")(test))
 
 
 def shortened(command: str) -> list[str]:
@@ -68,6 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@in_order
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
 def test_readme_command(command: str, place: Path) -> None:
     """In the README's order: later commands use what earlier ones made."""
@@ -79,6 +86,7 @@ def test_readme_command(command: str, place: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@in_order
 def test_readme_python(place: Path) -> None:
     for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         subprocess.run([sys.executable, "-c", code], cwd=place, check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -15,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from filelock import lock_descriptor
+
 from storylab.checked import check
 from storylab.errors import UserError
 
 T = TypeVar("T")
+FOLDERS_OPEN = os.name != "nt"  # whether a folder has a descriptor, to be locked and synced by
 READING_REMEDIES = {
     errno.ENOENT: "; check the path, and where it leads if it is a link",
     errno.ENOTDIR: "; check the path: a part of it is a file",
@@ -165,7 +167,9 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut."""
+    """Make a rename inside ``folder`` survive a power cut, where the system lets folders be opened."""
+    if not FOLDERS_OPEN:
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,25 +183,45 @@ class HeldError(UserError):
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock goes with the process, however it ends.
+    """Hold ``folder`` for this process while the block runs.
+
+    The system releases the lock when the process ends, however it ends. The lock is on the folder itself;
+    on Windows, which opens no folders, it is on a hidden file next to it (:func:`lock_file`).
 
     Raises:
         HeldError: another process holds it.
         UserError: the folder cannot be opened or locked.
     """
+    place = folder if FOLDERS_OPEN else lock_file(folder)
     with reading(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = _open_lock(folder, place)
     try:
         with reading(folder):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HeldError(
-                    f"another process is at work in {folder}: wait for it to end"
-                ) from None
+            if not lock_descriptor(descriptor, blocking=False):
+                raise HeldError(f"another process is at work in {folder}: wait for it to end")
         yield
     finally:
         os.close(descriptor)
+        if place != folder:
+            with contextlib.suppress(OSError):  # another process holds it by now
+                place.unlink()
+
+
+def lock_file(folder: Path) -> Path:
+    """The hidden file that stands for ``folder`` in locks where folders cannot be opened.
+
+    It is a sibling of the folder, so that the folder can be renamed while the lock is held.
+    """
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _open_lock(folder: Path, place: Path) -> int:
+    """A descriptor to lock; opening fails where ``folder`` is missing or no folder."""
+    if not stat.S_ISDIR(folder.stat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    flags = os.O_RDONLY if place == folder else os.O_RDWR | os.O_CREAT
+    return os.open(place, flags)
 
 
 def held(folder: Path) -> bool:
@@ -206,6 +230,8 @@ def held(folder: Path) -> bool:
     Raises:
         UserError: the folder cannot be opened or locked.
     """
+    if not FOLDERS_OPEN and folder.is_dir() and not exists(lock_file(folder)):
+        return False
     try:
         with exclusive(folder):
             return False
@@ -221,7 +247,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically; bytes of file names that are none become question marks."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def read_json(path: Path) -> Any:

@@ -558,7 +558,7 @@ class _Child:
                 raise TrainingInterrupted("the experiment was stopped", self.stopped_by)
             if end is not None:
                 return end["outcome"], end["reason"]
-            if child.returncode == -signal.SIGKILL:
+            if child.returncode == -getattr(signal, "SIGKILL", 9):  # Windows has none
                 return KILLED, "killed (SIGKILL), as the system does when memory is short"
             errors.seek(0)
             last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]

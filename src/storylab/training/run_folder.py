@@ -194,7 +194,9 @@ class Run:
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it is out of this process at once."""
         try:
-            with open(self.folder / file, "a", encoding="utf-8", errors="replace") as stream:
+            with open(
+                self.folder / file, "a", encoding="utf-8", errors="replace", newline="\n"
+            ) as stream:
                 stream.write(line + "\n")
         except OSError as error:
             raise write_error(self.folder / file, error) from error

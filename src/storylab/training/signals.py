@@ -7,6 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# Ctrl-Break is what a parent can send on Windows, where SIGTERM ends a process at once.
+STOPPING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
+]
+
 
 @contextmanager
 def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
@@ -23,7 +28,7 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
         note(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield
     finally:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 SAMPLE_SECONDS = 1.0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Greatest memory so far: allocated on a CUDA device, else resident in this process."""
+    """Greatest memory so far, in bytes: allocated on a CUDA device, else resident in this process.
+
+    On a system that keeps no peak of its own it is the memory at this moment.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # peak_wset: Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
