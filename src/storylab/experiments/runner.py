@@ -530,7 +530,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                text=True,
+                encoding="utf-8",
             )
             assert child.stdin is not None and child.stdout is not None
             end: dict[str, Any] | None = None
