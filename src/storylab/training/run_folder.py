@@ -2,7 +2,7 @@
 
 ``config.json``, ``data.json``, ``environment.json`` and ``tokenizer.tiktoken`` are written once at
 the start, ``log.txt`` and ``metrics.jsonl`` grow a line at a time, ``checkpoints/`` and
-``summary.json`` are replaced whole. The README describes each.
+``summary.json`` are replaced whole. docs/guide/run-folder.md describes each.
 """
 
 from __future__ import annotations
