@@ -73,6 +73,7 @@ from storylab.training.run_folder import Run
 LOW = tuple(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", conformance.CASES)
 def test_every_value_is_that_of_an_independent_implementation(case: str) -> None:
     """The table of docs/precision.md: formats, quantisers and products."""
@@ -330,6 +331,7 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
 # Fused passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantize",
     [

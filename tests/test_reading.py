@@ -792,6 +792,7 @@ def plainly_trained(texts: list[str], size: int) -> tuple[bytes, ...]:
     return (*train_tokenizer(iter(["abab"]), 258).tokens[:256], *(t.encode() for t in learned))
 
 
+@pytest.mark.slow
 def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     """Work that grew with the square of a word would keep this for hours."""
     stories = list(builtin.stories(0, 0, 60))
