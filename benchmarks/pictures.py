@@ -30,7 +30,7 @@ COMMANDS = (
 PREPARE = "storylab prepare --source builtin --tokenizer bpe:1024"
 WIDTH = 104  # columns
 KEPT_LINES = 16  # of each command's output; the picture says where lines are left out
-PAGE_SIZE = {"width": 1040, "height": 760}
+PAGE_WIDTH, PAGE_HEIGHT = 1040, 760  # pixels
 SECTION, CONDITION = "04-sliding-window-laptop", "1024 tokens"
 FIGURES = 2  # that the picture shows
 
@@ -64,14 +64,15 @@ def terminal(out: Path) -> None:
 
 def page(source: Path, out: Path) -> None:
     """Take a picture of an experiment's verdict and first figures in a report's page."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import ViewportSize, sync_playwright
 
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     if binary is None:
         raise SystemExit("there is no chromium on the path")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        view = browser.new_page(viewport=PAGE_SIZE, color_scheme="light")
+        size: ViewportSize = {"width": PAGE_WIDTH, "height": PAGE_HEIGHT}
+        view = browser.new_page(viewport=size, color_scheme="light")
         view.goto(source.resolve().as_uri())
         section = view.locator(f"[id='{SECTION}']")
         section.get_by_role("combobox").first.select_option(label=CONDITION)

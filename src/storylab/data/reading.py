@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storylab.data.layout import END_OF_TEXT
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
 from storylab.files import open_file, reading, shown
 
-END_OF_TEXT = "<|endoftext|>"
 READ_BYTES = 1 << 20
 MAX_STORY_BYTES = 64_000_000
 PARQUET_ROWS = 4096

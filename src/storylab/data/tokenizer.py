@@ -21,8 +21,8 @@ from threading import Event
 import numpy as np
 import tiktoken
 
-from storylab.data.reading import END_OF_TEXT
-from storylab.data.sources import download
+from storylab.data.hub import download
+from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
 from storylab.files import atomic_path, open_file, reading, sha256_file, shown
 

@@ -19,7 +19,7 @@ import torch
 from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher, TrainingBatches
 from storylab.data.dataset import Dataset, load_dataset
-from storylab.data.sources import TRAIN, VALIDATION
+from storylab.data.layout import TRAIN, VALIDATION
 from storylab.errors import UserError, out_of_memory
 from storylab.files import exclusive, write_json
 from storylab.precision import selftest
