@@ -378,6 +378,7 @@ def limit_file_size(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 60_000])
 def test_a_full_disk_loses_nothing(tmp_path: Path, dataset: Dataset, limit: int) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
@@ -416,6 +417,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "prompt", "printed"),
     [
