@@ -539,7 +539,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                text=True,
+                encoding="utf-8",
             )
             assert child.stdin is not None and child.stdout is not None
             end: dict[str, Any] | None = None
@@ -567,7 +567,7 @@ class _Child:
                 raise TrainingInterrupted("the experiment was stopped", self.stopped_by)
             if end is not None:
                 return end["outcome"], end["reason"]
-            if child.returncode == -signal.SIGKILL:
+            if child.returncode == -getattr(signal, "SIGKILL", 9):  # Windows has none
                 return KILLED, "killed (SIGKILL), as the system does when memory is short"
             errors.seek(0)
             last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]

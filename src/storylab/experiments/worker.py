@@ -18,7 +18,7 @@ import torch
 from storylab.config import TrainConfig, from_dict
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
-from storylab.data.sources import VALIDATION
+from storylab.data.layout import VALIDATION
 from storylab.errors import UserError, out_of_memory
 from storylab.training.cores import CoreUse
 from storylab.training.evaluation import EVAL_BATCH, window_losses
