@@ -42,7 +42,8 @@ from storylab.planning.roofline import (
     tokens_per_second,
 )
 from storylab.planning.words import can_run
-from storylab.precision.recipes import RECIPES, find_recipe
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import RECIPES
 from storylab.training.learner import Learner
 from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where

@@ -23,10 +23,10 @@ from storylab.data.sources import TRAIN, VALIDATION
 from storylab.errors import UserError, out_of_memory
 from storylab.files import exclusive, write_json
 from storylab.precision import selftest
-from storylab.precision.convert import low_share
-from storylab.precision.hardware import require_aligned
-from storylab.precision.observe import QuantizationStatistics
+from storylab.precision.backends.protocol import require_aligned
 from storylab.precision.quantize import wrong_kernels
+from storylab.precision.recipes import quantized_flops_fraction
+from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checkpoint, lines
 from storylab.training.compile_check import CompileCheck, check_compiled, compiler_is_to_blame
 from storylab.training.cores import CoreSharing, considerate, same_bits_with_one_thread
@@ -327,7 +327,7 @@ class Trainer:
         if recipe is None:
             return
         checks = selftest.check_model(self.model.blocks, recipe, hardware)
-        share = low_share(
+        share = quantized_flops_fraction(
             recipe, self.config.model, self.dataset.vocab_size, self.config.block_size
         )
         found = selftest.summarize(checks) | {
@@ -415,7 +415,7 @@ class Trainer:
         state.advance(iteration)
         if self.config.quantization_stats and (iteration == 0 or self._evaluation_due(iteration)):
             statistics = QuantizationStatistics()
-            with state.watched(statistics):
+            with state.observed(statistics):
                 yield
             for row in statistics.rows():
                 self._metric("quantization", iteration, **row)
