@@ -200,7 +200,7 @@ def relative(ours, right):
 
 
 FAMILY = (
-    ("embedding", r"embedding|bigrams|token_values"),
+    ("embedding", r"embedding"),
     ("qkv", r"qkv"),
     ("out", r"attention\.out"),
     ("gate_up", r"gate_up"),

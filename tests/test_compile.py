@@ -350,11 +350,3 @@ def test_the_known_miscompile_is_caught_and_avoided(
     if run(SMALLEST) != "wrong":
         pytest.skip("this compiler and processor get the known case right, or cannot run it")
     assert not json.loads(run(MODEL, arguments, "miscompiling"))["passed"]
-
-
-def test_trainer_checks_every_shape_it_will_meet(
-    miscompiling: Callable[[str], None], tiny_config: MakeConfig
-) -> None:
-    miscompiling("none")
-    run = train(tiny_config(compile=True, short_share=0.5))
-    assert len(run.environment["compile_checks"]) == 2

@@ -41,13 +41,9 @@ VOCAB = 300
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
 FAST = dataclasses.replace(
     MODEL,
-    zero_init=True,
     qk_norm=True,
-    softcap=15.0,
-    embedding_norm=True,
     embedding_residual=True,
-    value_residual="token_table",
-    bigram_rows=64,
+    value_residual="first_layer",
 )
 
 

@@ -127,8 +127,6 @@ def passes(model: ModelConfig) -> Traffic:
         {"qk_norm": True},
         {"embedding_residual": True},
         {"value_residual": "first_layer"},
-        {"value_residual": "token_table"},
-        {"embedding_norm": True},
     ],
     ids=str,
 )

@@ -62,7 +62,7 @@ LOCKS = ".locks"
 # list of those that count would lend a run the calibration of another.
 UNTIMED_FIELDS = {
     *("preset", "method", "matrix_lr", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("short_share", "eval_interval", "eval_iters"),
+    *("eval_interval", "eval_iters"),
     *(LEARNING_RATE_FIELDS | LENGTH_FIELDS | SEED_FIELDS),
     *PRESENTATION_FIELDS,
 }

@@ -82,7 +82,6 @@ class CompileCheck:
 def check_compiled(
     learner: Learner,
     windows: Tensor,
-    pieces: int = 1,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> CompileCheck:
     """Compare loss and gradients of a compiled model with those of the same model uncompiled.
@@ -92,7 +91,6 @@ def check_compiled(
     Args:
         learner: its model is compiled.
         windows: ``[S, T + 1]`` int64, a micro-batch of the size that is trained on.
-        pieces: windows of T / pieces tokens that each window is cut into, see ``training_step``.
         tick: called before each of the three passes; may raise to leave.
     """
     started = time.perf_counter()
@@ -101,14 +99,14 @@ def check_compiled(
     named = list(learner.model.named_parameters())
     try:
         tick(0, 3)
-        wide_loss, right = _uncompiled(learner, windows, pieces, wide)
+        wide_loss, right = _uncompiled(learner, windows, wide)
         tick(1, 3)
-        loss_uncompiled, gradients = _uncompiled(learner, windows, pieces, precision)
+        loss_uncompiled, gradients = _uncompiled(learner, windows, precision)
         rounding = [_distance(g, r) for g, r in zip(gradients, right, strict=True)]
         norms = [_norm(r) for r in right]
         del gradients
         tick(2, 3)
-        loss, gradients = _gradients(learner, windows, pieces, precision)
+        loss, gradients = _gradients(learner, windows, precision)
         errors = [_distance(g, r) for g, r in zip(gradients, right, strict=True)]
     finally:
         learner.model.zero_grad(set_to_none=True)
@@ -121,14 +119,12 @@ def check_compiled(
     return CompileCheck(seconds, loss, loss_uncompiled, worst, shares[worst], finite)
 
 
-def compiler_is_to_blame(learner: Learner, batch: Tensor, pieces: int = 1) -> bool:
+def compiler_is_to_blame(learner: Learner, batch: Tensor) -> bool:
     """Whether loss or gradients of a batch ``[S, T + 1]`` are finite uncompiled and not finite compiled."""
     try:
         rows = learner.config.batch_size
-        compiled = _gradients(learner, batch, pieces, learner.precision, rows)
-        return not _finite(*compiled) and _finite(
-            *_uncompiled(learner, batch, pieces, learner.precision)
-        )
+        compiled = _gradients(learner, batch, learner.precision, rows)
+        return not _finite(*compiled) and _finite(*_uncompiled(learner, batch, learner.precision))
     finally:
         learner.model.zero_grad(set_to_none=True)
 
@@ -138,18 +134,17 @@ def _finite(loss: float, gradients: list[Tensor]) -> bool:
 
 
 def _uncompiled(
-    learner: Learner, windows: Tensor, pieces: int, precision: Precision
+    learner: Learner, windows: Tensor, precision: Precision
 ) -> tuple[float, list[Tensor]]:
     """:func:`_gradients` without compiled code, in parts of a micro-batch."""
     rows = max(1, min(learner.config.batch_size, len(windows)) // PIECES)
     with torch.compiler.set_stance("force_eager"):
-        return _gradients(learner, windows, pieces, precision, rows)
+        return _gradients(learner, windows, precision, rows)
 
 
 def _gradients(
     learner: Learner,
     windows: Tensor,
-    pieces: int,
     precision: Precision,
     rows: int | None = None,
 ) -> tuple[float, list[Tensor]]:
@@ -159,8 +154,7 @@ def _gradients(
     scale = FLOAT16_SCALE if precision.dtype == torch.float16 else 1.0
     total = torch.zeros((), device=windows.device)
     for part in windows.split(rows or len(windows)):
-        shape = (len(part) * pieces, -1)
-        inputs, targets = part[:, :-1].reshape(shape), part[:, 1:].reshape(shape)
+        inputs, targets = part[:, :-1], part[:, 1:]
         with precision.autocast():
             loss = model.loss(inputs, targets) * (len(part) / len(windows))
         (loss * scale).backward()

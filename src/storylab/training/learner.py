@@ -74,7 +74,6 @@ class Learner:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
-            pieces=self.pieces(iteration),
             check=check,
         )
         if self.average:
@@ -82,11 +81,6 @@ class Learner:
             weights = [p.detach() for p in self.model.parameters()]
             torch._foreach_lerp_(list(self.average.values()), weights, newest)
         return result
-
-    def pieces(self, iteration: int) -> int:
-        """How many windows each window of the data is cut into in ``iteration``."""
-        short = iteration < self.config.short_share * (self.config.max_iters + 1)
-        return 2 if short else 1
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

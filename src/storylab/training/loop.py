@@ -220,15 +220,12 @@ class Trainer:
         """Why the run is not compiled although it was to be."""
 
     def check_compiled(self) -> None:
-        """Compare the compiled model with the uncompiled one on the next micro-batch, in every shape that
-        the run will meet."""
+        """Compare the compiled model with the uncompiled one on the next micro-batch."""
         first = self.progress.next_iteration
         windows = self.batches(first)[: self.config.batch_size].to(self.precision.device)
-        shapes = dict.fromkeys(self.learner.pieces(i) for i in (first, self.config.max_iters))
         with considerate(self.precision.device):
-            for pieces in shapes:
-                check = check_compiled(self.learner, windows, pieces, self._tick_check)
-                self.compile_checks.append(check)
+            check = check_compiled(self.learner, windows, self._tick_check)
+        self.compile_checks.append(check)
 
     def _tick_check(self, done: int, total: int) -> None:
         self.reporter.progress("checking the compiled code", done, total)
@@ -525,7 +522,7 @@ class Trainer:
         if not self.config.compile or iteration > self.config.max_iters:
             return
         batch = self.batches(iteration).to(self.precision.device)
-        if compiler_is_to_blame(self.learner, batch, self.learner.pieces(iteration)):
+        if compiler_is_to_blame(self.learner, batch):
             raise UserError(
                 f"iteration {iteration}: {error} in compiled code, but finite uncompiled: the compiler "
                 "is at fault, not the recipe; train in a new folder with --no_compile"

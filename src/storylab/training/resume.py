@@ -134,7 +134,6 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
         "the iteration at which the recipe's forward products go to bfloat16 (low_forward_share)": (
             recipe is not None and recipe.low_forward_share < 1
         ),
-        "the iteration from which windows are whole (short_share)": stored.short_share > 0,
         "how far weights are averaged over (average_share)": stored.average_share > 0,
     }
     for what, moves in moved.items():

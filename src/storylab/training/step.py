@@ -72,7 +72,6 @@ def training_step(
     micro_batch: int,
     learning_rate: float,
     grad_clip: float,
-    pieces: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
@@ -86,7 +85,6 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
-        pieces: windows of T / pieces tokens that each window is cut into.
         check: called between micro-batches; it may raise to leave, the weights being untouched.
 
     Raises:
@@ -99,8 +97,7 @@ def training_step(
     total = torch.zeros((), device=batch.device)
     for windows in batch.split(micro_batch):
         check()
-        shape = (len(windows) * pieces, -1)
-        inputs, targets = windows[:, :-1].reshape(shape), windows[:, 1:].reshape(shape)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
         with precision.autocast():
             loss = model.loss(inputs, targets) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
