@@ -120,7 +120,7 @@ def model(kind: str, sequences: int) -> Callable[[], float]:
     def run() -> float:
         language_model.zero_grad(set_to_none=True)
         with precision.autocast():
-            loss = language_model.loss(windows[:, :-1], windows[:, 1:])
+            loss = language_model(windows[:, :-1], windows[:, 1:])
         loss.backward()
         return loss.item()
 

@@ -145,7 +145,7 @@ def test_nothing_beyond_the_receptive_field_influences_an_output(pattern: str, r
         return embedded[-1]
 
     model.embedding.register_forward_hook(keep)
-    hidden = model.hidden(torch.arange(80)[None] % 50)
+    hidden = model.hidden_states(torch.arange(80)[None] % 50)
     for position in (79, 64, 33, 7):
         (gradient,) = torch.autograd.grad(hidden[0, position].sum(), embedded[0], retain_graph=True)
         touched = gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist()
@@ -196,7 +196,7 @@ def test_a_window_cache_holds_the_window_only() -> None:
     model = Transformer(config, 50, seed=2)
     cache = KeyValueCache(config, 1, 64, torch.device("cpu"))
     for start in range(0, 60, 20):
-        model.hidden(torch.arange(start, start + 20)[None] % 50, cache)
+        model.hidden_states(torch.arange(start, start + 20)[None] % 50, cache)
     windowed = cache.layers[0]
     assert isinstance(windowed, WindowCache)
     assert windowed.keys is not None and windowed.keys.shape[2] == 4

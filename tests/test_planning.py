@@ -117,7 +117,7 @@ def passes(model: ModelConfig) -> Traffic:
     network = Transformer(model, 300).to("meta")
     tokens = torch.zeros(8, 128, dtype=torch.int64, device="meta")
     with Traffic() as seen, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        network.hidden(tokens).float().sum().backward()
+        network.hidden_states(tokens).float().sum().backward()
     return seen
 
 

@@ -707,11 +707,11 @@ def test_transformer_engine_is_called_as_it_is_documented(
     assert len(list(model.parameters())) == len(list(reference.parameters()))
     tokens = torch.randint(50, (2, 17), generator=generator(1))
     with torch.autocast("cpu", torch.bfloat16), backend.context():
-        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     assert loss > 0 and all(p.grad is not None for p in model.parameters())
     with state.disabled(), torch.no_grad():  # high precision needs no context
-        model.loss(tokens[:, :-1], tokens[:, 1:])
+        model(tokens[:, :-1], tokens[:, 1:])
     names = arguments_of(te_source("pytorch/module/linear.py"), "Linear")
     assert all(arguments.keys() <= names for arguments in engine.layers)
     first = reference.blocks[0].attention.qkv

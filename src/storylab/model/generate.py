@@ -94,7 +94,7 @@ def generate(
     unread = seen
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
-            hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
+            hidden = model.hidden_states(unread, cache) if use_cache else model.hidden_states(seen)
             logits = model.logits(hidden[:, -1])
         probabilities = next_token_probabilities(logits.cpu(), sampling)
         if not torch.isfinite(probabilities).all():

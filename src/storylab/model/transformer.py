@@ -331,7 +331,7 @@ class Transformer(nn.Module):
             yield block.feed_forward.gate_up.weight, (config.n_hidden, config.n_hidden)
             yield block.feed_forward.down.weight, (config.n_embd,)
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).
 
         With a cache the tokens continue the positions already in it, and the cache grows.
@@ -355,23 +355,27 @@ class Transformer(nn.Module):
         """Logits ``[..., V]`` of the token after each of the final states ``hidden [..., C]``."""
         return F.linear(hidden, self.embedding.weight)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits ``[B, T, V]`` of the token after each position of ``tokens [B, T]``."""
-        return self.logits(self.hidden(tokens, cache))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the training loss where ``targets`` are given.
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats (float32 scalar) of ``targets [B, T]`` after ``tokens [B, T]``.
+        Args:
+            tokens: ``[B, T]`` int64.
+            targets: the token after each position, ``[B, T]`` int64.
 
-        The logits of all positions are never in memory at once.
+        Returns:
+            Without targets the logits ``[B, T, V]``. With targets the mean cross-entropy in nats, a
+            float32 scalar; the logits of all positions are never in memory at once.
         """
-        hidden = self.hidden(tokens).flatten(0, 1)
-        weight = self.embedding.weight
+        hidden = self.hidden_states(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        weight, hidden = self.embedding.weight, hidden.flatten(0, 1)
         total = linear_cross_entropy(hidden, weight, targets.flatten(), self.compiled)
         return total / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every position, ``[B, T]`` float32, without gradient."""
         with torch.no_grad():
-            hidden = self.hidden(tokens).flatten(0, 1)
+            hidden = self.hidden_states(tokens).flatten(0, 1)
             losses = token_losses(hidden, self.embedding.weight, targets.flatten())
         return losses.view(targets.shape)

@@ -156,7 +156,7 @@ def _gradients(
     for part in windows.split(rows or len(windows)):
         inputs, targets = part[:, :-1], part[:, 1:]
         with precision.autocast():
-            loss = model.loss(inputs, targets) * (len(part) / len(windows))
+            loss = model(inputs, targets) * (len(part) / len(windows))
         (loss * scale).backward()
         total += loss.detach()
     gradients = []

@@ -99,7 +99,7 @@ def training_step(
         check()
         inputs, targets = windows[:, :-1], windows[:, 1:]
         with precision.autocast():
-            loss = model.loss(inputs, targets) * (len(windows) / len(batch))
+            loss = model(inputs, targets) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
