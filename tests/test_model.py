@@ -21,9 +21,11 @@ from storylab.config import ModelConfig
 from storylab.errors import UserError
 from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
+from storylab.model.cache import KVCache
 from storylab.model.generate import Sampling, generate, next_token_probabilities
-from storylab.model.head import Cuts, linear_cross_entropy, token_losses
-from storylab.model.transformer import KeyValueCache, Transformer, rotary_angles
+from storylab.model.head import ChunkSizes, linear_cross_entropy, token_losses
+from storylab.model.layers import rope_cos_sin
+from storylab.model.transformer import Transformer
 
 SHAPES = [
     ModelConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_hidden=96),
@@ -188,12 +190,14 @@ def test_attention_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("count", [1, 15, 19])
-@pytest.mark.parametrize("cut", [Cuts(16, 10, 1), Cuts(16, 2**31, 8)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "cut", [ChunkSizes(16, 10, 1), ChunkSizes(16, 2**31, 8)], ids=["cpu", "cuda"]
+)
 def test_head_loss_and_gradients_equal_plain_cross_entropy(
-    count: int, cut: Cuts, monkeypatch: pytest.MonkeyPatch
+    count: int, cut: ChunkSizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a vocabulary that is padded, as on a GPU."""
-    monkeypatch.setattr(head, "cuts", lambda device: cut)
+    monkeypatch.setattr(head, "chunk_sizes", lambda device: cut)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
     weight = torch.randn(31, 8, generator=generator)
@@ -268,7 +272,7 @@ def test_gradients_of_every_option_are_those_without_redoing(
 ) -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
     redone = torch.autograd.grad(model(x, y), list(model.parameters()))
-    monkeypatch.setattr("storylab.model.transformer.lean", lambda function, x: function(x))
+    monkeypatch.setattr("storylab.model.recompute.recomputes_activations", lambda x: False)
     kept = torch.autograd.grad(model(x, y), list(model.parameters()))
     for (name, _), one, other in zip(model.named_parameters(), redone, kept, strict=True):
         torch.testing.assert_close(one, other)
@@ -297,7 +301,7 @@ def test_no_option_lets_later_tokens_through(any_model: Transformer) -> None:
 def test_cache_gives_the_logits_of_the_whole_sequence(any_model: Transformer) -> None:
     model = any_model
     x = tokens(3, 15)
-    cache = KeyValueCache(model.config, 3, 15, torch.device("cpu"))
+    cache = KVCache(model.config, 3, 15, torch.device("cpu"))
     parts = [
         model.logits(model.hidden_states(x[:, a:b], cache))
         for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))
@@ -369,7 +373,7 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
     batch, time = 3, 16
     model, stream = Transformer(config, VOCAB), torch.randn(batch, time, config.n_embd)
-    rotary = rotary_angles(config, torch.arange(time))
+    rotary = rope_cos_sin(config, torch.arange(time))
     torch._dynamo.reset()
     for block in model.blocks:  # the division of work that a compiler makes, without its code
         block.compile(backend="aot_eager_decomp_partition")

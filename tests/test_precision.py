@@ -31,8 +31,8 @@ from conftest import TINY
 from storylab.compiler import missing_for_compiling
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
-from storylab.model import transformer
-from storylab.model.transformer import Transformer, lean
+from storylab.model.recompute import recompute
+from storylab.model.transformer import Transformer
 from storylab.precision import quantize as quantizers
 from storylab.precision.backends import te, torchao
 from storylab.precision.backends.protocol import require_aligned
@@ -485,7 +485,7 @@ def test_a_forward_pass_redone_for_its_gradient_stops_before_the_product(
 
     monkeypatch.setattr(QuantizedLinear, "product", counted)
     x = torch.randn(32, 64, generator=generator(1), requires_grad=True)
-    lean(lambda x: quantized(torch.nn.functional.silu(x)), x).sum().backward()
+    recompute(lambda x: quantized(torch.nn.functional.silu(x)), x).sum().backward()
     assert len(calls) == 1
     redone, weight_gradient = x.grad, quantized.weight.grad
     x.grad = quantized.weight.grad = None
@@ -697,7 +697,7 @@ def test_transformer_engine_is_called_as_it_is_documented(
     recipe = RECIPES["nvfp4"]
     engine = stand_in(monkeypatch, recipe)
     # On a CPU blocks redo their forward pass; on a GPU they do not.
-    monkeypatch.setattr(transformer, "lean", lambda function, x: function(x))
+    monkeypatch.setattr("storylab.model.recompute.recomputes_activations", lambda x: False)
     backend = te.load(recipe, "card", B200)
     model = Transformer(TINY, 50, seed=1)
     reference = Transformer(TINY, 50, seed=1)
