@@ -15,7 +15,7 @@ from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher
 from storylab.data.dataset import load_dataset
 from storylab.files import exclusive, write_json
-from storylab.precision.observe import QuantizationStatistics
+from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
@@ -196,7 +196,7 @@ class Loop:
         state.advance(iteration)
         if self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration)):
             statistics = QuantizationStatistics()
-            with state.watched(statistics):
+            with state.observed(statistics):
                 yield
             for row in statistics.rows():
                 self.recorder.row("quantization", iteration, **row)
