@@ -44,10 +44,10 @@ from storylab.planning.roofline import (
 from storylab.planning.words import can_run
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import RECIPES
-from storylab.training.learner import Learner
 from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
+from storylab.training.state import TrainState
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -188,7 +188,7 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
     )
 
     def kept(config: TrainConfig) -> int:
-        learner = Learner(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner = TrainState(config, 300, Precision(torch.device("cpu"), torch.float32))
         learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
         states = [s for o in learner.optimizers for s in o.state.values()]
         tensors = [t for state in states for t in state.values()]
@@ -323,7 +323,7 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
     def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
         return worker.bench(config, **options), ""
 
-    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
+    monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     monkeypatch.setattr("storylab.planning.bench.ask", ask)
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"

@@ -32,27 +32,26 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint, learner
+from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.loop import (
-    SilentReporter,
-    Trainer,
     TrainingDiverged,
     TrainingInterrupted,
     train,
 )
+from storylab.training.observers import Observer
 from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
     Precision,
     choose_device,
     choose_precision,
-    resolve_compile,
 )
-from storylab.training.progress import StopRequested
 from storylab.training.resume import resume
 from storylab.training.run_folder import BESIDE_NUMBERS, Run, bare_source, open_run
+from storylab.training.run_progress import StopRequested
 from storylab.training.sampling import load_story_model
-from storylab.training.step import NonFiniteError, StepReport, training_step
+from storylab.training.setup import TrainingSetup, resolve_compile
+from storylab.training.step import NonFiniteError, StepMetrics, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
 
 MakeConfig = Callable[..., TrainConfig]
@@ -66,7 +65,9 @@ def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
     return torch.randint(VOCAB, (sequences, time), generator=generator)
 
 
-def step(model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any) -> StepReport:
+def step(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any
+) -> StepMetrics:
     values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
     precision = changes.pop("precision", FLOAT32)
     scaler = precision.grad_scaler()
@@ -192,7 +193,7 @@ def test_normuon_is_muon_with_rows_alike() -> None:
 def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> None:
     """As most matrices' is where those that write to the residual stream begin at zero."""
     config = TrainConfig(model=TINY, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
-    trained = learner.Learner(config, VOCAB, FLOAT32)
+    trained = state.TrainState(config, VOCAB, FLOAT32)
     for block in trained.model.blocks:
         block.attention.out.weight.data.zero_()
         block.feed_forward.down.weight.data.zero_()
@@ -206,7 +207,7 @@ def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> Non
 def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
     """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
     config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
-    trained = learner.Learner(config, VOCAB, FLOAT32)
+    trained = state.TrainState(config, VOCAB, FLOAT32)
     weight = trained.model.embedding.weight
     expected = torch.zeros_like(weight, dtype=torch.float64)
     for number in range(1, 11):
@@ -430,7 +431,7 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(
 ) -> None:
     config = tiny_config(max_iters=0)
     run = train(config)
-    windows = Trainer(run.config, dataset, FLOAT32, SilentReporter()).batches(0)
+    windows = TrainingSetup(run.config, dataset, FLOAT32).batches(0)
     model = Transformer(TINY, VOCAB, seed=config.seed)
     expected = model.token_losses(windows[:, :-1], windows[:, 1:]).mean()
     assert run.metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -483,7 +484,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     """As on CUDA: results are read when a line, an evaluation or a checkpoint is due."""
     config = {"max_iters": 11, "log_interval": 4, "eval_interval": 6}
     at_once = train(tiny_config(out_dir=tmp_path / "at-once", **config))
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
@@ -497,7 +498,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
 def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:
@@ -506,7 +507,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
         return dataclasses.replace(result, loss=result.loss * math.nan) if late else result
 
     calls = itertools.count()
-    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
+    monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(TrainingDiverged, match="iteration 3"):
         train(config)
@@ -519,7 +520,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:
@@ -534,7 +535,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
         raise NonFiniteError("gradient norm is nan at every float16 loss scale")
 
     calls = itertools.count()
-    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
+    monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(TrainingDiverged, match="iteration 3"):
         train(config)
@@ -558,7 +559,7 @@ def test_long_runs_are_compiled_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
 ) -> None:
     missing = None if compiler else "a C++ compiler"
-    monkeypatch.setattr("storylab.training.precision.missing_for_compiling", lambda device: missing)
+    monkeypatch.setattr("storylab.training.setup.missing_for_compiling", lambda device: missing)
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
     assert resolve_compile(config, precision) is expected
@@ -574,7 +575,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
         if which == "estimate_loss"
         else Evaluation(np.array([math.nan]), np.ones(1), np.zeros(1), 1)
     )
-    monkeypatch.setattr(f"storylab.training.loop.{which}", lambda *a: nothing)
+    monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
     with pytest.raises(TrainingDiverged, match="loss is nan"):
         train(config)
@@ -583,7 +584,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
     assert run.summary is not None and run.summary["status"] == "diverged"
 
 
-class InterruptAt(SilentReporter):
+class InterruptAt(Observer):
     """Sends this process a signal when an iteration has been done."""
 
     def __init__(self, iteration: int, number: int) -> None:
@@ -669,7 +670,7 @@ def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None
 def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    class StopAtBest(SilentReporter):
+    class StopAtBest(Observer):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -690,7 +691,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     run = train(config)
     longer = dataclasses.replace(run.config, max_iters=12)
 
-    class StopAtTheEnd(SilentReporter):
+    class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -870,7 +871,7 @@ def test_a_run_can_be_extended_where_its_schedule_permits(
     run = train(short)
     told: list[str] = []
 
-    class Listener(SilentReporter):
+    class Listener(Observer):
         def line(self, text: str) -> None:
             told.append(text)
 

@@ -342,7 +342,7 @@ def train_command(args: list[str], prog: str = "storylab train") -> int:
         return _watch(lambda reporter: resume(folder, config, reporter))
     if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
         from storylab.data.prepare import PrepareConfig, prepare
-        from storylab.training.loop import resolve
+        from storylab.training.setup import resolve
 
         resolve(config)  # what cannot run is told before a gigabyte is fetched for it
         _prepare_and_print(PrepareConfig(), prepare)

@@ -50,9 +50,10 @@ from storylab.files import (
     write_json,
 )
 from storylab.record import ExperimentRecord
-from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
+from storylab.training.loop import TrainingInterrupted
 from storylab.training.measure import Measured
 from storylab.training.run_folder import CONFIG, Run, code_sha256
+from storylab.training.setup import resolve_device
 from storylab.training.signals import stop_signals
 
 EXPERIMENTS = "experiments"
@@ -70,8 +71,16 @@ UNTIMED_FIELDS = {
 SPLIT_NOTE = "split.json"
 
 
-class Watcher(Reporter, Protocol):
+class Watcher(Protocol):
     """Where an experiment tells how it goes."""
+
+    def line(self, text: str) -> None:
+        """A line of the log."""
+        ...
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """How much of the work called ``name`` is done."""
+        ...
 
     def overall(self, name: str, done: float, total: float) -> None:
         """How much of the whole experiment is done."""

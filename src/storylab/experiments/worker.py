@@ -28,6 +28,7 @@ from storylab.training.loop import (
     train,
 )
 from storylab.training.measure import StepTimer, products_seconds
+from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.run_folder import CONFIG, open_run
 from storylab.training.telemetry import PowerTotals, Telemetry
@@ -37,7 +38,7 @@ DONE, DIVERGED, FAILED, INTERRUPTED = "done", "diverged", "failed", "interrupted
 OUT_OF_MEMORY, KILLED = "out of memory", "killed"
 
 
-class _Events:
+class _Events(Observer):
     """A reporter that passes everything on to the parent process."""
 
     def line(self, text: str) -> None:
