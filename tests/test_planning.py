@@ -324,7 +324,7 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
     def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
         return worker.bench(config, **options), ""
 
-    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
+    monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     monkeypatch.setattr("storylab.planning.bench.ask", ask)
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
