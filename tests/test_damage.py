@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from storylab.experiments.runner import plan, write_record
 
 from storylab.checked import check
 from storylab.cli import main
@@ -23,7 +24,6 @@ from storylab.errors import UserError
 from storylab.experiments import runner, worker
 from storylab.experiments.outcome import read_experiment
 from storylab.experiments.results import load_result
-from storylab.experiments.runner import plan, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.files import atomic_path, exists, held, open_file, read_json
 from storylab.record import SummaryRecord

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from storylab.experiments.runner import plan, write_record
 
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import worker
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.runner import plan, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.reporting.log import read_remarks
 from storylab.reporting.observations import observations, spikes
@@ -104,7 +104,7 @@ def pool(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if run.state == "new":
                 try:
                     worker.work("train", run.config)
-                except worker.TrainingDiverged:
+                except worker.Diverged:
                     assert run.state == "diverged"
         write_record(experiment, dataset, planned, root / "runs")
     silent.undo()

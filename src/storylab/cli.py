@@ -354,17 +354,17 @@ def train_command(args: list[str], prog: str = "storylab train") -> int:
 def _watch(work: Callable[[Any], Any]) -> int:
     """Train under a console reporter; the exit code tells how it ended."""
     from storylab.console import ConsoleReporter
-    from storylab.training.loop import TrainingDiverged, TrainingInterrupted
+    from storylab.errors import Diverged, Interrupted
 
     try:
         with ConsoleReporter() as reporter:
             run = work(reporter)
             reporter.line("")
             reporter.line(f"Run folder: {run.folder}")
-    except TrainingInterrupted as stop:
+    except Interrupted as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    except TrainingDiverged as stop:
+    except Diverged as stop:
         print(f"storylab: {stop}", file=sys.stderr)
         return 1
     return 0

@@ -20,7 +20,8 @@ from storylab.flags import parse
 if TYPE_CHECKING:
     from storylab.console import ConsoleReporter
     from storylab.data.dataset import Dataset
-    from storylab.experiments.runner import PlannedRun
+    from storylab.execution.job import Executor
+    from storylab.experiments.plan import PlannedRun
     from storylab.experiments.spec import Experiment
 
 DEFAULT_RUNS_DIR = Path("runs")
@@ -184,8 +185,11 @@ def _run(args: list[str]) -> int:
     seeds = experiment.first_seeds(command.seeds)
     dataset, planned = _plan(experiment, command.data_dir, command.runs, seeds, command.only)
     if command.dry_run:
+        from storylab.execution.local import LocalExecutor
+
+        executor = LocalExecutor()
         with _interruptible(), _reporter() as reporter:
-            for line in plan_lines(experiment, planned, reporter, command.fresh):
+            for line in plan_lines(experiment, planned, executor, reporter, command.fresh):
                 reporter.line(line)
         return 0
     record, states = _train(experiment, dataset, planned, command.runs, command.fresh)
@@ -215,9 +219,9 @@ def _plan(
     from storylab.console import ConsoleReporter
     from storylab.data.dataset import load_dataset
     from storylab.data.prepare import prepare
-    from storylab.experiments import runner
+    from storylab.experiments.plan import plan_runs, require_runnable
 
-    runner.require_runnable(experiment)
+    require_runnable(experiment)
     if data_dir is not None:
         dataset = load_dataset(data_dir)
     else:
@@ -229,7 +233,7 @@ def _plan(
             except UserError as error:
                 message = str(error).replace("--out", 'out = "FOLDER" in [data]')
                 raise UserError(message) from error
-    return dataset, runner.plan(experiment, dataset, runs, seeds, only)
+    return dataset, plan_runs(experiment, dataset, runs, seeds, only)
 
 
 def _train(
@@ -240,25 +244,28 @@ def _train(
     fresh: bool = False,
 ) -> tuple[Path, list[str]]:
     """Show the plan, carry it out, and write which runs make up the experiment."""
-    from storylab.experiments import runner
+    from storylab.execution.local import LocalExecutor
+    from storylab.experiments.plan import write_record
     from storylab.experiments.results import ENDED
+    from storylab.experiments.scheduler import run_experiment
 
     with _interruptible(fresh), _reporter() as reporter:
-        if fresh or any(run.state not in ENDED for run in planned):
-            for line in plan_lines(experiment, planned, reporter, fresh):
+        executor = LocalExecutor()
+        if fresh or any(run.read_state() not in ENDED for run in planned):
+            for line in plan_lines(experiment, planned, executor, reporter, fresh):
                 reporter.line(line)
-        record = runner.write_record(experiment, dataset, planned, runs)
-        return record, runner.run_experiment(planned, reporter, fresh)
+        record = write_record(experiment, dataset, planned, runs)
+        return record, run_experiment(planned, executor, reporter, fresh)
 
 
 @contextmanager
 def _interruptible(fresh: bool = False) -> Iterator[None]:
     """Leave with one line and the signal's exit code when a signal stops the work."""
-    from storylab.training.loop import TrainingInterrupted
+    from storylab.errors import Interrupted
 
     try:
         yield
-    except TrainingInterrupted as stop:
+    except Interrupted as stop:
         same = "the same command without --fresh" if fresh else "the same command"
         print(f"storylab: {stop}; {same} goes on from there", file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from None
@@ -273,19 +280,22 @@ def _reporter() -> ConsoleReporter:
 def plan_lines(
     experiment: Experiment,
     planned: Sequence[PlannedRun],
+    executor: Executor,
     reporter: ConsoleReporter,
     fresh: bool = False,
 ) -> Iterator[str]:
     """The plan of an experiment: its runs, with what they are expected to take."""
     from storylab.experiments.results import ENDED
-    from storylab.experiments.runner import estimates
+    from storylab.planning.estimate import estimate_runs
     from storylab.training.cores import SOME_CORES
     from storylab.training.lines import duration
 
     rows, left, others = [], {}, 0.0
-    for number, (run, estimate) in enumerate(estimates(planned)):
+    for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
         reporter.progress("calibrating", number, len(planned))
-        state = "again" if fresh and run.state != "new" else run.state
+        state = run.read_state()
+        if fresh and state != "new":
+            state = "again"
         told = f"{'cannot be calibrated':>35}"
         if estimate is not None:
             if state not in ENDED:
@@ -294,8 +304,7 @@ def plan_lines(
             kind = "as before" if estimate.measured else "predicted"
             memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
             told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
-        tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
-        rows.append(f"  {run.label:<44} {tokens:>13,} tokens  {told}  {state}")
+        rows.append(f"  {run.label:<44} {run.tokens:>13,} tokens  {told}  {state}")
     yield (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
         f"{len(planned)} runs, about {duration(sum(left.values()))} to go (as a like run took before, or "

@@ -129,8 +129,9 @@ def _plan_experiment(command: PlanCommand, file: Path) -> None:
 def bench(args: list[str]) -> int:
     """``storylab bench``."""
     command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default_for(args)))
+    from storylab.errors import Interrupted
+    from storylab.execution.local import LocalExecutor
     from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
-    from storylab.training.loop import TrainingInterrupted
     from storylab.training.precision import choose_device
 
     config = command.config
@@ -152,9 +153,9 @@ def bench(args: list[str]) -> int:
     )
     configs = list(variants(config, command.dtypes, command.attentions))
     try:
-        for line in bench_lines(configs, vocab_size, command.seconds):
+        for line in bench_lines(configs, vocab_size, command.seconds, LocalExecutor()):
             print(line, flush=True)
-    except TrainingInterrupted as stop:  # raised where a worker was at it
+    except Interrupted as stop:  # raised where a worker was at it
         print("storylab: interrupted", file=sys.stderr)
         return 128 + stop.signal_number
     return 0

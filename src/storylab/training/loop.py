@@ -20,7 +20,7 @@ from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher, TrainingBatches
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.sources import TRAIN, VALIDATION
-from storylab.errors import UserError, out_of_memory
+from storylab.errors import Diverged, Interrupted, UserError, out_of_memory
 from storylab.files import exclusive, write_json
 from storylab.precision import selftest
 from storylab.precision.convert import low_share
@@ -84,25 +84,13 @@ class SilentReporter:
     def progress(self, name: str, done: int, total: int) -> None: ...
 
 
-class TrainingInterrupted(Exception):  # noqa: N818 - asked for, so no error
-    """SIGTERM or Ctrl-C: the run is saved and can be resumed."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
-    """Loss or gradients became non-finite; the weights from before are saved."""
-
-
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
     """Train a model as ``config`` says, in a new run folder.
 
     Raises:
         UserError: data, device or folder cannot be used, or the disk is full.
-        TrainingInterrupted: a signal stopped it; the run can be resumed.
-        TrainingDiverged: loss or gradients are not finite.
+        Interrupted: a signal stopped it; the run can be resumed.
+        Diverged: loss or gradients are not finite.
     """
     asked = config.compile is True
     config, precision = resolve(config)
@@ -289,7 +277,7 @@ class Trainer:
                 except NonFiniteError as error:
                     self._read()  # float16 tells of it before the iterations under way are read
                     self._require_blameless_compiler(error)
-                    raise TrainingDiverged(self._diverged(error)) from error
+                    raise Diverged(self._diverged(error)) from error
         finally:
             self.saver.close()
             self.cores.close()
@@ -319,7 +307,7 @@ class Trainer:
                 f"Stopped before iteration {self.progress.next_iteration}; continue with: "
                 f"storylab resume {self.run.folder}"
             )
-            raise TrainingInterrupted(message, number) from None
+            raise Interrupted(message, number) from None
 
     def _test_precision(self) -> None:
         """Make sure that quantised layers multiply as their recipe says, and write down how."""

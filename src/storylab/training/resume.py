@@ -32,7 +32,7 @@ def resume(
 
     Raises:
         UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
-        TrainingInterrupted, TrainingDiverged: as in training.
+        Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
     with exclusive(folder):
