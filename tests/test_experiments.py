@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from executors import InProcess, Unused, perform_quietly
 from storylab.cli import main
+from storylab.cli.console import ConsoleReporter
+from storylab.cli.experiments import plan_lines
 from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.console import ConsoleReporter
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
 from storylab.execution.job import Job, Outcome
@@ -41,7 +42,6 @@ from storylab.experiments.plan import PlannedRun, plan_runs, recipe_digest, writ
 from storylab.experiments.results import run_state
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
-from storylab.lab_cli import plan_lines
 from storylab.model.flops import training_flops
 from storylab.planning.estimate import estimate_runs
 from storylab.training.measure import StepTimer
