@@ -630,6 +630,7 @@ def deterministic(here):
 
 def hidden_run(here):
     """One small run in a process of its own, for :func:`bits`; told what by the environment."""
+    from storylab.errors import Interrupted
     from storylab.training import checkpoint, evaluator, loop
     from storylab.training.resume import resume
 
@@ -644,7 +645,7 @@ def hidden_run(here):
         else:
             shutil.rmtree(folder, ignore_errors=True)
             run = loop.train(here.config(out_dir=folder, **changes), reporter)
-    except loop.TrainingInterrupted as stop:
+    except Interrupted as stop:
         print("INTERRUPTED", stop, flush=True)
         return
     tensors, _ = checkpoint.load(run.checkpoint("last"))

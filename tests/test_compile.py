@@ -19,7 +19,7 @@ from conftest import TINY
 from storylab import compiler
 from storylab.cli import main
 from storylab.config import METHODS, TrainConfig, to_dict
-from storylab.errors import UserError
+from storylab.errors import Diverged, UserError
 from storylab.model.transformer import Transformer
 from storylab.training import loop
 from storylab.training.compile_check import check_compiled
@@ -220,7 +220,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_compilers_fault(
     """It runs uncompiled."""
     miscompiling("none")
     monkeypatch.setattr(loop, "estimate_loss", lambda *_: float("nan"))
-    with pytest.raises(loop.TrainingDiverged, match="loss is nan"):
+    with pytest.raises(Diverged, match="loss is nan"):
         train(tiny_config(compile=True))
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_finite_uncompiled_either_has_diverged(
     miscompiling: Callable[[str], None], tiny_config: MakeConfig
 ) -> None:
     miscompiling("none")
-    with pytest.raises(loop.TrainingDiverged, match="Try a lower"):
+    with pytest.raises(Diverged, match="Try a lower"):
         train(tiny_config(compile=True, learning_rate=1e30, min_lr=1e30, warmup_iters=0))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from storylab.config import TrainConfig
+from storylab.errors import Diverged
 from storylab.training import checkpoint
-from storylab.training.loop import TrainingDiverged, train
+from storylab.training.loop import train
 from storylab.training.observers import Observer
 from storylab.training.run_folder import Run
 
@@ -102,7 +103,7 @@ def test_a_failing_observer_is_dropped_with_one_line(tiny_config: MakeConfig, me
 
 def test_observers_see_the_end_of_a_run_that_diverges(tiny_config: MakeConfig) -> None:
     observer = Everything()
-    with pytest.raises(TrainingDiverged):
+    with pytest.raises(Diverged):
         train(tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0), observer)
     (summary,) = observer.all("end")
     assert summary["status"] == "diverged"

@@ -30,7 +30,7 @@ from conformance import generator
 from conftest import TINY
 from storylab.compiler import missing_for_compiling
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
-from storylab.errors import UserError
+from storylab.errors import Interrupted, UserError
 from storylab.model.recompute import recompute
 from storylab.model.transformer import Transformer
 from storylab.precision import quantize as quantizers
@@ -65,7 +65,7 @@ from storylab.precision.scalings import SCALINGS, Scaling
 from storylab.precision.selftest import check_layer, check_model, summarize
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import run_progress
-from storylab.training.loop import TrainingInterrupted, train
+from storylab.training.loop import train
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run
@@ -930,7 +930,7 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
             self.number = signal.SIGTERM
         original(self)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(run_progress.StopSignal, "check", check)
         train(tiny_config(out_dir=tmp_path / "stopped", **split))
     resumed = resume(tmp_path / "stopped")

@@ -29,14 +29,12 @@ from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig
-from storylab.errors import UserError
+from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.loop import (
-    TrainingDiverged,
-    TrainingInterrupted,
     train,
 )
 from storylab.training.observers import Observer
@@ -469,7 +467,7 @@ def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: P
 
 def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: MakeConfig) -> None:
     config = tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)
-    with pytest.raises(TrainingDiverged, match="learning_rate"):
+    with pytest.raises(Diverged, match="learning_rate"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -489,7 +487,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
     assert times[1] == times[2] == times[3] == times[4] != times[5]
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
     resumed = resume(tmp_path / "stopped")
     assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
@@ -509,7 +507,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
@@ -537,7 +535,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -577,7 +575,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
     )
     monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
-    with pytest.raises(TrainingDiverged, match="loss is nan"):
+    with pytest.raises(Diverged, match="loss is nan"):
         train(config)
     run = open_run(config.out_dir)
     assert run.checkpoint("best").exists() == (which == "evaluate_split")
@@ -602,7 +600,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="storylab resume") as stop:
+    with pytest.raises(Interrupted, match="storylab resume") as stop:
         train(config, InterruptAt(at, number))
     assert stop.value.signal_number == number
     assert open_run(config.out_dir).summary is None
@@ -631,7 +629,7 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
     config = tiny_config(**changes, out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(4, signal.SIGTERM))
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
@@ -677,7 +675,7 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
 
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="before iteration 4"):
+    with pytest.raises(Interrupted, match="before iteration 4"):
         train(config, StopAtBest())
     run = resume(config.out_dir)
     assert metrics(run) == metrics(whole)
@@ -696,7 +694,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
             if (name, done) == ("training", 13):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         resume(run.folder, longer, StopAtTheEnd())
     assert run.summary is None
     assert not (run.folder / "story_losses.npy").exists()
@@ -718,7 +716,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
 
 def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     before = (config.out_dir / "metrics.jsonl").read_bytes()
     with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
@@ -731,7 +729,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_
     changes = {"dtype": "float16", "max_iters": 5}
     whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
     config = tiny_config(out_dir=tmp_path / "stopped", **changes)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     _, state = checkpoint.load(open_run(config.out_dir).checkpoint("last"))
     assert state["scaler"]["scale"] > 1
@@ -778,7 +776,7 @@ def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Pat
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
         "from storylab.training.resume import resume; resume(Path(sys.argv[1]))"
     )
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(1, signal.SIGTERM))
     rng = random.Random(0)
     kills, reached = 0, []
@@ -807,7 +805,7 @@ def test_resuming_needs_the_same_config_and_data(
     tiny_config: MakeConfig, tmp_path: Path, dataset: Dataset
 ) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
     other = dataclasses.replace(config, beta1=0.5)
@@ -832,7 +830,7 @@ def test_a_run_goes_on_on_its_own_kind_of_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = config.out_dir / "config.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
@@ -902,7 +900,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> N
 
 def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = open_run(config.out_dir).checkpoint("last")
     data = path.read_bytes()
@@ -916,7 +914,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/last.safetensors"])
 def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, file: str) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     (config.out_dir / file).unlink()
     with pytest.raises(UserError, match=file.split("/")[-1]):

@@ -14,6 +14,7 @@ import torch
 from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher
 from storylab.data.dataset import load_dataset
+from storylab.errors import Diverged, Interrupted
 from storylab.files import exclusive, write_json
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
@@ -39,25 +40,13 @@ from storylab.training.step import NonFiniteError
 from storylab.training.summary import evaluation_summary, summarize
 
 
-class TrainingInterrupted(Exception):  # noqa: N818 - asked for, so no error
-    """SIGTERM or Ctrl-C: the run is saved and can be resumed."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
-    """Loss or gradients became non-finite; the weights from before are saved."""
-
-
 def train(config: TrainConfig, *observers: Observer) -> Run:
     """Train a model as ``config`` says, in a new run folder.
 
     Raises:
         UserError: data, device or folder cannot be used, or the disk is full.
-        TrainingInterrupted: a signal stopped it; the run can be resumed.
-        TrainingDiverged: loss or gradients are not finite.
+        Interrupted: a signal stopped it; the run can be resumed.
+        Diverged: loss or gradients are not finite.
     """
     watching = Observers(observers)
     asked = config.compile is True
@@ -77,7 +66,7 @@ def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
     The caller holds the run folder, so that no other process writes to it.
 
     Raises:
-        TrainingInterrupted, TrainingDiverged: see :func:`train`.
+        Interrupted, Diverged: see :func:`train`.
     """
     loop = Loop(setup, run, observers)
     with loop.running():
@@ -151,7 +140,7 @@ class Loop:
                 f"Stopped before iteration {self.progress.next_iteration}; continue with: "
                 f"storylab resume {self.run.folder}"
             )
-            raise TrainingInterrupted(message, self.stop.number or signal.SIGINT) from None
+            raise Interrupted(message, self.stop.number or signal.SIGINT) from None
 
     def start(self) -> None:
         """Save a first checkpoint, print what a person should know, and check quantized layers."""
@@ -258,7 +247,7 @@ class Loop:
         means, cores = self.recorder.telemetry.means(), self.cores.other_cores
         return summarize(self.setup, status, evaluation, **means, other_cores=cores, **more)
 
-    def _diverged(self, error: NonFiniteError) -> TrainingDiverged:
+    def _diverged(self, error: NonFiniteError) -> Diverged:
         """Write down that the run has diverged. The last checkpoint stays: it is from before."""
         iteration = self.progress.next_iteration
         rate = learning_rate(self.config, iteration)
@@ -271,4 +260,4 @@ class Loop:
         summary = self._summary("diverged", None, samples=[], reason=str(error))
         self.run.write_summary(summary)
         self.observers.end(summary)
-        return TrainingDiverged(message)
+        return Diverged(message)
