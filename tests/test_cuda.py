@@ -21,6 +21,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
+from storylab.training.saving import Saver
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,11 +30,10 @@ from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint
-from storylab.training.learner import Learner
 from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
 from storylab.training.precision import Precision, choose_device, require_same_bits
-from storylab.training.saving import Saver
-from storylab.training.step import StepResult
+from storylab.training.state import TrainState
+from storylab.training.step import DeviceStepMetrics
 
 CUDA = torch.device("cuda")
 BFLOAT16 = Precision(CUDA, torch.bfloat16)
@@ -41,13 +41,9 @@ VOCAB = 300
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
 FAST = dataclasses.replace(
     MODEL,
-    zero_init=True,
     qk_norm=True,
-    softcap=15.0,
-    embedding_norm=True,
     embedding_residual=True,
-    value_residual="token_table",
-    bigram_rows=64,
+    value_residual="first_layer",
 )
 
 
@@ -138,7 +134,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         batch_size=4,
         average_share=0.1,
     )
-    learner = Learner(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
+    learner = TrainState(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
     batch = torch.zeros(8, 33, dtype=torch.int64)
 
     def step() -> Counter[str]:
@@ -157,7 +153,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         monkeypatch.setattr(torch.Tensor, method, refuse)
     with pytest.raises(AssertionError, match="waits"):
         step()  # on a CPU it reads its result
-    monkeypatch.setattr(StepResult, "read", lambda self: None)
+    monkeypatch.setattr(DeviceStepMetrics, "read", lambda self: None)
     names = step()
     waits = ("_local_scalar_dense", "nonzero", "masked_select")
     assert not any(wait in name for name in names for wait in waits)

@@ -269,6 +269,7 @@ def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
             "lr = 1e-2 }",
             "unknown key 'lr'; perhaps you meant --learning_rate",
         ),
+        ("1e-2 }", "1e-2, softcap = 15.0 }", r"softcap is 15\.0, .*e30b07b .*; in arm 'high'"),
         ("learning_rate = 1e-2 }", "learning_rate = true }", "must be a number, not 'True'"),
         ('device = "cpu"', 'device = "a\\u0000b"', "device cannot be"),
         (
@@ -297,6 +298,13 @@ def test_hyphens_are_read_as_underscores_are(tmp_path: Path) -> None:
     hyphens = text.replace("learning_rate = ", "learning-rate = ").replace("max_iters", "max-iters")
     plain = load_experiment(write(tmp_path / "a.toml", text))
     assert load_experiment(write(tmp_path / "a.toml", hyphens)) == plain
+
+
+def test_removed_fields_are_read_where_they_did_nothing(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    plain = load_experiment(write(tmp_path / "a.toml", text))
+    old = text.replace("max_iters =", "zero-init = false\nsoftcap = 0\nmax_iters =")
+    assert load_experiment(write(tmp_path / "a.toml", old)) == plain
 
 
 def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> None:

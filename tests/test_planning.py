@@ -44,10 +44,10 @@ from storylab.planning.roofline import (
 )
 from storylab.planning.words import can_run
 from storylab.precision.recipes import RECIPES, find_recipe
-from storylab.training.learner import Learner
 from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
+from storylab.training.state import TrainState
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -127,8 +127,6 @@ def passes(model: ModelConfig) -> Traffic:
         {"qk_norm": True},
         {"embedding_residual": True},
         {"value_residual": "first_layer"},
-        {"value_residual": "token_table"},
-        {"embedding_norm": True},
     ],
     ids=str,
 )
@@ -190,7 +188,7 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
     )
 
     def kept(config: TrainConfig) -> int:
-        learner = Learner(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner = TrainState(config, 300, Precision(torch.device("cpu"), torch.float32))
         learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
         states = [s for o in learner.optimizers for s in o.state.values()]
         tensors = [t for state in states for t in state.values()]

@@ -32,25 +32,22 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint, learner
+from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
-from storylab.training.loop import (
-    SilentReporter,
-    Trainer,
-    train,
-)
+from storylab.training.loop import train
+from storylab.training.observers import Observer
 from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
     Precision,
     choose_device,
     choose_precision,
-    resolve_compile,
 )
-from storylab.training.progress import StopRequested
 from storylab.training.resume import resume
 from storylab.training.run_folder import BESIDE_NUMBERS, Run, bare_source, open_run
+from storylab.training.run_progress import StopRequested
 from storylab.training.sampling import load_story_model
-from storylab.training.step import NonFiniteError, StepReport, training_step
+from storylab.training.setup import TrainingSetup, resolve_compile
+from storylab.training.step import NonFiniteError, StepMetrics, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
 
 MakeConfig = Callable[..., TrainConfig]
@@ -64,7 +61,9 @@ def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
     return torch.randint(VOCAB, (sequences, time), generator=generator)
 
 
-def step(model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any) -> StepReport:
+def step(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any
+) -> StepMetrics:
     values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
     precision = changes.pop("precision", FLOAT32)
     scaler = precision.grad_scaler()
@@ -164,7 +163,7 @@ def test_normuon_is_muon_with_rows_alike() -> None:
     float64 for everything after the orthogonalization, with the norm of Muon's update."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(9, 6))
-    optimizer = Muon([(weight, (6, 3))], 1.0, 0.0, cautious=False, normalize_rows=True)
+    optimizer = Muon([(weight, (6, 3))], 1.0, 0.0, normalize_rows=True)
     momentum = torch.zeros_like(weight)
     squares = torch.zeros(9, 1, dtype=torch.float64)
     for _ in range(4):
@@ -188,10 +187,12 @@ def test_normuon_is_muon_with_rows_alike() -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "normuon"])
 def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> None:
-    """Under zero init the first gradient of most matrices is 0."""
-    shape = dataclasses.replace(TINY, zero_init=True)
-    config = TrainConfig(model=shape, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
-    trained = learner.Learner(config, VOCAB, FLOAT32)
+    """As most matrices' is where those that write to the residual stream begin at zero."""
+    config = TrainConfig(model=TINY, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
+    trained = state.TrainState(config, VOCAB, FLOAT32)
+    for block in trained.model.blocks:
+        block.attention.out.weight.data.zero_()
+        block.feed_forward.down.weight.data.zero_()
     weight = trained.model.blocks[0].feed_forward.gate_up.weight
     begun = weight.detach().clone()
     losses = [trained.step(i, batch(), learning_rate=1e-3).read().loss for i in range(3)]
@@ -199,35 +200,10 @@ def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> Non
     assert not torch.equal(weight, begun)
 
 
-def test_windows_in_pieces_are_shorter_windows() -> None:
-    (whole, optimizers), (cut, others) = new(), new()
-    pieces = torch.cat((batch()[:, :9], batch()[:, 8:]), dim=0)
-    a = step(whole, optimizers, batch=pieces, micro_batch=16)
-    b = step(cut, others, pieces=2, micro_batch=3)
-    assert a.loss == pytest.approx(b.loss, rel=1e-6)
-    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
-
-
-def test_windows_are_short_in_their_share_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    taken = learner.training_step
-
-    def noted(*args: Any, **values: Any) -> Any:
-        given.append(values["pieces"])
-        return taken(*args, **values)
-
-    monkeypatch.setattr(learner, "training_step", noted)
-    config = TrainConfig(model=TINY, max_iters=9, short_share=0.3, batch_size=8)
-    trained = learner.Learner(config, VOCAB, FLOAT32)
-    for iteration in range(10):
-        trained.step(iteration, batch(), learning_rate=1e-3)
-    assert given == [2] * 3 + [1] * 7
-
-
 def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
     """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
     config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
-    trained = learner.Learner(config, VOCAB, FLOAT32)
+    trained = state.TrainState(config, VOCAB, FLOAT32)
     weight = trained.model.embedding.weight
     expected = torch.zeros_like(weight, dtype=torch.float64)
     for number in range(1, 11):
@@ -238,23 +214,6 @@ def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
         with trained.averaged():
             torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
         assert torch.equal(weight, own)
-
-
-def test_cautious_decay_never_works_against_the_update() -> None:
-    models = [
-        new(optimizer="muon", weight_decay=decay, cautious_decay=cautious)
-        for decay, cautious in ((0.0, False), (2.0, True), (2.0, False))
-    ]
-    before = models[0][0].blocks[0].feed_forward.down.weight.detach().clone()
-    for model, optimizers in models:
-        step(model, optimizers)
-    free, cautious, plain = (
-        model.blocks[0].feed_forward.down.weight.detach() - before for model, _ in models
-    )
-    same = free * before < 0  # the update alone makes these smaller
-    torch.testing.assert_close(cautious[same], plain[same])
-    assert torch.equal(cautious[~same], free[~same])
-    assert not torch.equal(plain[~same], free[~same])
 
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:
@@ -468,7 +427,7 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(
 ) -> None:
     config = tiny_config(max_iters=0)
     run = train(config)
-    windows = Trainer(run.config, dataset, FLOAT32, SilentReporter()).batches(0)
+    windows = TrainingSetup(run.config, dataset, FLOAT32).batches(0)
     model = Transformer(TINY, VOCAB, seed=config.seed)
     expected = model.token_losses(windows[:, :-1], windows[:, 1:]).mean()
     assert run.metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -521,7 +480,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     """As on CUDA: results are read when a line, an evaluation or a checkpoint is due."""
     config = {"max_iters": 11, "log_interval": 4, "eval_interval": 6}
     at_once = train(tiny_config(out_dir=tmp_path / "at-once", **config))
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
@@ -535,7 +494,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
 def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:
@@ -544,7 +503,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
         return dataclasses.replace(result, loss=result.loss * math.nan) if late else result
 
     calls = itertools.count()
-    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
+    monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(Diverged, match="iteration 3"):
         train(config)
@@ -557,7 +516,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
-    monkeypatch.setattr(Trainer, "_reads_at_once", lambda self: False)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:
@@ -572,7 +531,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
         raise NonFiniteError("gradient norm is nan at every float16 loss scale")
 
     calls = itertools.count()
-    monkeypatch.setattr("storylab.training.learner.training_step", poisoned)
+    monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(Diverged, match="iteration 3"):
         train(config)
@@ -596,7 +555,7 @@ def test_long_runs_are_compiled_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
 ) -> None:
     missing = None if compiler else "a C++ compiler"
-    monkeypatch.setattr("storylab.training.precision.missing_for_compiling", lambda device: missing)
+    monkeypatch.setattr("storylab.training.setup.missing_for_compiling", lambda device: missing)
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
     assert resolve_compile(config, precision) is expected
@@ -612,7 +571,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
         if which == "estimate_loss"
         else Evaluation(np.array([math.nan]), np.ones(1), np.zeros(1), 1)
     )
-    monkeypatch.setattr(f"storylab.training.loop.{which}", lambda *a: nothing)
+    monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
     with pytest.raises(Diverged, match="loss is nan"):
         train(config)
@@ -621,7 +580,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
     assert run.summary is not None and run.summary["status"] == "diverged"
 
 
-class InterruptAt(SilentReporter):
+class InterruptAt(Observer):
     """Sends this process a signal when an iteration has been done."""
 
     def __init__(self, iteration: int, number: int) -> None:
@@ -658,7 +617,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     [
         {"optimizer": "muon"},
         {"optimizer": "normuon"},
-        {"average_share": 0.5, "short_share": 0.6},
+        {"average_share": 0.5},
         {"average_share": 0.2, "dtype": "mxfp8"},
     ],
     ids=str,
@@ -675,13 +634,10 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
     assert metrics(run) == metrics(whole)
 
 
-@pytest.mark.parametrize("share", ["average_share", "short_share"])
-def test_a_run_with_a_share_of_it_cannot_be_made_longer(
-    tiny_config: MakeConfig, share: str
-) -> None:
-    config = tiny_config(schedule="constant", **{share: 0.5})
+def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig) -> None:
+    config = tiny_config(schedule="constant", average_share=0.5)
     train(config)
-    with pytest.raises(UserError, match=f"moves .*{share}.*start a new run"):
+    with pytest.raises(UserError, match=r"moves .*average_share.*start a new run"):
         resume(config.out_dir, dataclasses.replace(config, max_iters=12))
 
 
@@ -710,7 +666,7 @@ def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None
 def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    class StopAtBest(SilentReporter):
+    class StopAtBest(Observer):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -731,7 +687,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     run = train(config)
     longer = dataclasses.replace(run.config, max_iters=12)
 
-    class StopAtTheEnd(SilentReporter):
+    class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -911,7 +867,7 @@ def test_a_run_can_be_extended_where_its_schedule_permits(
     run = train(short)
     told: list[str] = []
 
-    class Listener(SilentReporter):
+    class Listener(Observer):
         def line(self, text: str) -> None:
             told.append(text)
 

@@ -8,19 +8,19 @@ from storylab.config import TrainConfig
 from storylab.execution.job import OnEvent, Progress
 from storylab.files import exists
 from storylab.training.loop import train
+from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.run_folder import CONFIG, open_run
 
 
-class _Reporter:
+class _ProgressSender(Observer):
     """Passes progress on; log lines are in the run folder."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
 
-    def line(self, text: str) -> None: ...
-
     def progress(self, name: str, done: int, total: int) -> None:
+        """See :class:`Observer`."""
         self._on_event(Progress(name, done, total))
 
 
@@ -33,10 +33,10 @@ def train_or_resume(config: TrainConfig, on_event: OnEvent) -> None:
         UserError, Interrupted, Diverged: see :func:`storylab.training.loop.train`.
     """
     assert config.out_dir is not None
-    reporter = _Reporter(on_event)
+    sender = _ProgressSender(on_event)
     if exists(config.out_dir / CONFIG):
         stored = open_run(config.out_dir).config
         wanted = dataclasses.replace(stored, data_dir=config.data_dir)
-        resume(config.out_dir, wanted, reporter)
+        resume(config.out_dir, wanted, sender)
     else:
-        train(config, reporter)
+        train(config, sender)

@@ -19,8 +19,8 @@ from storylab.experiments.results import ENDED, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.files import make_folder, read_record, write_json
 from storylab.record import ExperimentRecord
-from storylab.training.loop import resolve_device
 from storylab.training.run_folder import Run, code_sha256
+from storylab.training.setup import resolve_device
 
 # The folder in RUNS with one file for each experiment.
 EXPERIMENTS = "experiments"

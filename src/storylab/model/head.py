@@ -39,14 +39,8 @@ CUDA_SOFTMAX_ROWS = 512
 CPU_SOFTMAX_ELEMENTS = 2**18
 
 
-def soft_capped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap), or ``logits`` where ``softcap`` is 0 (Gemma 2, arXiv
-    2408.00118, section 2)."""
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, compiled: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False
 ) -> Tensor:
     """Sum over positions of the cross-entropy of ``targets`` under logits ``hidden @ weight.T``.
 
@@ -58,7 +52,6 @@ def linear_cross_entropy(
         hidden: ``[N, C]``.
         weight: ``[V, C]``.
         targets: ``[N]`` int64.
-        softcap: bound of the logits, see :func:`soft_capped`; 0 for none.
         compiled: make loss and gradient of a chunk in one compiled kernel, on a GPU: there the softmax, not
             the products, is what takes the time (10.2 to 5.1 ms for 8,192 positions on an H100).
 
@@ -67,19 +60,19 @@ def linear_cross_entropy(
     """
     losses = _losses_in_one_kernel if compiled and hidden.device.type == "cuda" else _losses
     total: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, targets, _compute_dtype(hidden), softcap, losses
+        hidden, weight, targets, _compute_dtype(hidden), losses
     )
     return total
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
     dtype = _compute_dtype(hidden)
     hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
     positions = cuts(hidden.device).positions
     losses = [
-        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), wanted, softcap)
+        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), wanted)
         for chunk, wanted in zip(hidden.split(positions), targets.split(positions), strict=True)
     ]
     return torch.cat(losses)
@@ -120,33 +113,29 @@ def _softmax_rows(logits: Tensor) -> int:
     return max(1, CPU_SOFTMAX_ELEMENTS * torch.get_num_threads() // logits.shape[1])
 
 
-def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
     """Losses ``[N]`` of ``logits [N, V]``; with ``gradient`` the logits become dloss/dlogits."""
     losses = []
     rows = _softmax_rows(logits)
     for part, wanted in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
-        capped = soft_capped(part.float(), softcap)
+        wide = part.float()
         if not gradient:
-            losses.append(-capped.log_softmax(dim=-1).gather(1, wanted).squeeze(1))
+            losses.append(-wide.log_softmax(dim=-1).gather(1, wanted).squeeze(1))
             continue
         # One pass of exp gives both: the largest probability is exp(0) over the sum.
-        below_largest = capped.amax(dim=1, keepdim=True) - capped.gather(1, wanted)
-        difference = capped.softmax(dim=-1)
+        below_largest = wide.amax(dim=1, keepdim=True) - wide.gather(1, wanted)
+        difference = wide.softmax(dim=-1)
         log_sum = -difference.amax(dim=1, keepdim=True).log()
         losses.append((below_largest + log_sum).squeeze(1))
         difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
-        if softcap:  # the derivative of tanh is 1 - tanh^2
-            difference -= difference * (capped / softcap).square_()
         part.copy_(difference)
     return torch.cat(losses)
 
 
-def _losses_in_one_kernel(
-    logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False
-) -> Tensor:
+def _losses_in_one_kernel(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
     """:func:`_losses`, the logits being read and written once."""
-    if softcap or not gradient:
-        return _losses(logits, targets, softcap, gradient)
+    if not gradient:
+        return _losses(logits, targets)
     # Read outside: torch 2.11's compiler moves a read of the target's logit behind the write in place.
     right = logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
     log_sum: Tensor = _softmax_kernel()(logits, targets)
@@ -175,7 +164,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        softcap: float,
         losses: Callable[..., Tensor],
     ) -> Tensor:
         low_hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
@@ -190,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 padded = buffer.narrow(0, 0, len(wanted))
                 torch.mm(states, low_weight.T, out=padded)
                 logits = padded.narrow(1, 0, len(weight))
-                total += losses(logits, wanted, softcap, gradient=True).sum()
+                total += losses(logits, wanted, gradient=True).sum()
                 torch.mm(padded, low_weight, out=states_grad)
                 rows = (logits.split(cut.gradient_rows, 1), weight_grad.split(cut.gradient_rows))
                 for part, grad in zip(*rows, strict=True):
@@ -201,11 +189,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         # In float32: under float16 loss scaling `grad` alone can exceed the 16-bit range.
         scaled = hidden_grad.float() * grad
         # In place: nothing else reads it, and it is as large as the embedding.
         weight_grad = weight_grad.mul_(grad).to(weight_dtype)
-        return scaled.to(hidden_dtype), weight_grad, None, None, None, None
+        return scaled.to(hidden_dtype), weight_grad, None, None, None

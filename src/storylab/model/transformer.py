@@ -25,13 +25,11 @@ from torch.utils.checkpoint import (
 from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
-from storylab.model.head import linear_cross_entropy, soft_capped, token_losses
+from storylab.model.head import linear_cross_entropy, token_losses
 
 INIT_STD = 0.02
 # Where parameters that only some configs have begin, by the end of their names.
 STARTS: dict[str, float | tuple[float, ...]] = {
-    "bigrams.weight": 0.0,
-    "token_values.weight": 0.0,
     "value_scale": 0.5,
     "residual_scales": (1.0, 0.0),
 }
@@ -84,8 +82,6 @@ class KeyValueCache:
         shape = (batch, config.n_kv_head, max_length, config.head_size)
         self.length = 0
         """Positions read so far."""
-        self.last_token: Tensor | None = None
-        """The last of them, ``[B]``."""
         self.layers = [
             LayerCache(shape, device) if window is None else WindowCache(window)
             for window in config.layer_windows
@@ -150,16 +146,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
-
-
-def pair_hash(first: Tensor, second: Tensor) -> Tensor:
-    """A number from 0 to 2^31 - 1 for each pair of token ids (int64), spread as by chance.
-
-    Multiply and xor-shift, as the finalizer of MurmurHash3 does.
-    """
-    mixed = (first * 0x9E3779B1 + second * 0x85EBCA77) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    return (mixed ^ (mixed >> 16)) >> 1
 
 
 class Attention(nn.Module):
@@ -300,10 +286,6 @@ class Transformer(nn.Module):
         self.config = config
         self.compiled = False
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
-        if config.bigram_rows:
-            self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
-        if config.value_residual == "token_table":
-            self.token_values = nn.Embedding(vocab_size, config.n_kv_head * config.head_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.reset_parameters(seed)
@@ -327,8 +309,6 @@ class Transformer(nn.Module):
             writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
             std = INIT_STD / math.sqrt(2 * self.config.n_layer) if writes_residual else INIT_STD
             parameter.normal_(0.0, std, generator=generator)
-            if writes_residual and self.config.zero_init:
-                parameter.zero_()
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay as they are, and the head's
@@ -359,9 +339,8 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         rotary = rotary_angles(self.config, positions)
-        x = embedded = self._embed(tokens, cache.last_token if cache is not None else None)
-        tables = self.config.value_residual == "token_table"
-        more_values = self.token_values(tokens) if tables else None
+        x = embedded = self.embedding(tokens)
+        more_values: Tensor | None = None
         # Sampling meets a new length at every token, for which FlexAttention would be compiled anew.
         windows = self.config.layer_windows if cache is None else [None] * len(self.blocks)
         masks = block_masks(windows, tokens.shape[1], tokens.device, self.config.head_size)
@@ -370,23 +349,11 @@ class Transformer(nn.Module):
             x, more_values = block(x, rotary, layer_cache, embedded, more_values, masks[layer])
         if cache is not None:
             cache.length += tokens.shape[1]
-            cache.last_token = tokens[:, -1]
         return self.norm(x)
-
-    def _embed(self, tokens: Tensor, before: Tensor | None) -> Tensor:
-        """Embeddings ``[B, T, C]`` of ``tokens [B, T]``, which follow ``before [B]`` if anything."""
-        x = self.embedding(tokens)
-        if self.config.bigram_rows:
-            # The first token of a window has no pair; -1 stands for what is not there.
-            first = tokens.new_full((len(tokens),), -1) if before is None else before
-            before_last = tokens.narrow(1, 0, tokens.shape[1] - 1)
-            previous = torch.cat((first.unsqueeze(1), before_last), dim=1)
-            x = x + self.bigrams(pair_hash(previous, tokens) % self.config.bigram_rows)
-        return F.rms_norm(x, x.shape[-1:]) if self.config.embedding_norm else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of the token after each of the final states ``hidden [..., C]``."""
-        return soft_capped(F.linear(hidden, self.embedding.weight), self.config.softcap)
+        return F.linear(hidden, self.embedding.weight)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits ``[B, T, V]`` of the token after each position of ``tokens [B, T]``."""
@@ -398,14 +365,13 @@ class Transformer(nn.Module):
         The logits of all positions are never in memory at once.
         """
         hidden = self.hidden(tokens).flatten(0, 1)
-        weight, softcap = self.embedding.weight, self.config.softcap
-        total = linear_cross_entropy(hidden, weight, targets.flatten(), softcap, self.compiled)
+        weight = self.embedding.weight
+        total = linear_cross_entropy(hidden, weight, targets.flatten(), self.compiled)
         return total / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every position, ``[B, T]`` float32, without gradient."""
         with torch.no_grad():
             hidden = self.hidden(tokens).flatten(0, 1)
-            weight, softcap = self.embedding.weight, self.config.softcap
-            losses = token_losses(hidden, weight, targets.flatten(), softcap)
+            losses = token_losses(hidden, self.embedding.weight, targets.flatten())
         return losses.view(targets.shape)

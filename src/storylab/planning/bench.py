@@ -14,8 +14,8 @@ from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.flops import training_flops
 from storylab.planning.cards import CARDS, Card
 from storylab.precision.recipes import find_recipe
-from storylab.training.loop import resolve_device
 from storylab.training.measure import PARTS
+from storylab.training.setup import resolve_device
 
 # Sequences in a micro-batch on a CPU where nothing else is said, so that a step takes about a second.
 CPU_SEQUENCES = 8

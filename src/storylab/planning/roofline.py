@@ -197,8 +197,8 @@ def _options(model: ModelConfig, traffic: Traffic) -> tuple[float, int]:
     """Bytes a token, and kernels, of the elementwise work that the record's model has not got."""
     layers, width = model.n_layer, model.n_embd
     adding = sum(model.adds_values(layer) for layer in range(layers))
-    norm_elements = model.qk_norm * layers * _rotated(model) + model.embedding_norm * width
-    norms = model.qk_norm * layers * 2 + model.embedding_norm
+    norm_elements = model.qk_norm * layers * _rotated(model)
+    norms = model.qk_norm * layers * 2
     mixed_elements = model.embedding_residual * layers * width
     mixed_elements += adding * model.n_kv_head * model.head_size
     mixes = model.embedding_residual * layers + adding

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from storylab.compiler import missing_for_compiling
-from storylab.config import Backend, Dtype, TrainConfig
+from storylab.config import Backend, Dtype
 from storylab.errors import UserError
-from storylab.model.flops import worth_compiling
 from storylab.precision.hardware import Hardware, choose_hardware
 from storylab.precision.recipes import Recipe, find_recipe
 
@@ -141,23 +139,3 @@ def high_precision(device: torch.device, dtype: Dtype) -> Precision:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
     return Precision(device, wide)
-
-
-def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
-    """Whether to compile the blocks: as the config says, or else where it pays and can be done.
-
-    Raises:
-        UserError: it was asked for and cannot be done.
-    """
-    device = precision.device.type
-    missing = missing_for_compiling(device)
-    if config.compile:
-        if precision.recipe is not None:
-            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
-        if missing is not None:
-            raise UserError(
-                f"--compile on {device} needs {missing}: install it, or leave --compile out"
-            )
-    if config.compile is not None:
-        return config.compile
-    return precision.recipe is None and missing is None and worth_compiling(config)

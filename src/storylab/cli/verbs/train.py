@@ -49,7 +49,7 @@ def run(call: Call) -> int:
 def _prepare_default_data(config: TrainConfig) -> None:
     from storylab.cli.datasets import prepare_and_describe
     from storylab.data.prepare import PrepareConfig
-    from storylab.training.loop import resolve
+    from storylab.training.setup import resolve
 
     resolve(config)  # so that a config that cannot run fails before a gigabyte is fetched for it
     prepare_and_describe(PrepareConfig())
