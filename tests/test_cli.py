@@ -251,12 +251,14 @@ def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[st
     )
 
 
+@pytest.mark.slow
 def test_doctor_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--presets", "nano", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "GFLOP/s" in out and "tok/s" in out and "CPU instructions" in out
 
 
+@pytest.mark.slow
 def test_from_stories_to_samples(tmp_path: Path) -> None:
     """The README's way through the verbs, each in its own process, in plain lines when piped."""
     made = run("prepare", "--source", "builtin", "--tokenizer", "bpe:300", cwd=tmp_path,
@@ -284,6 +286,7 @@ def test_from_stories_to_samples(tmp_path: Path) -> None:
     assert again.returncode == 2 and "not empty" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_script_is_a_door_to_the_same_code(tmp_path: Path, dataset: Dataset) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder)]
     script = [sys.executable, str(ROOT / "train_tinystories.py")]
@@ -295,6 +298,7 @@ def test_the_script_is_a_door_to_the_same_code(tmp_path: Path, dataset: Dataset)
     assert checkpoint.weights_sha256(a) == checkpoint.weights_sha256(b)
 
 
+@pytest.mark.slow
 def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) -> None:
     """The hub's address leads nowhere; nothing else is trained on instead."""
     script = [sys.executable, str(ROOT / "train_tinystories.py"), "--dtype", "bfloat16"]
@@ -354,6 +358,7 @@ def test_compiling_without_a_compiler_is_refused(
     assert "C++ compiler" in fails(capsys, "train", *args)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_under_the_lines(tmp_path: Path, dataset: Dataset) -> None:
     """Under a pseudo-terminal: the record's lines, and a bar with an ETA that leaves no trace."""
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
@@ -376,6 +381,7 @@ def test_a_terminal_gets_a_bar_under_the_lines(tmp_path: Path, dataset: Dataset)
     assert "iter 300:  loss " in text
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
     args += ["--max_iters", "100000", "--eval_interval", "100000", "--log_interval", "100000"]
@@ -403,6 +409,7 @@ def limit_file_size(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 60_000])
 def test_a_full_disk_loses_nothing(tmp_path: Path, dataset: Dataset, limit: int) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
@@ -441,6 +448,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "prompt", "printed"),
     [

@@ -30,8 +30,11 @@ from storylab.training.run_folder import open_run
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
 
-# torch's own, while it looks at the tensors of a block.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # torch's own, while it looks at the tensors of a block.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 MakeConfig = Callable[..., TrainConfig]
 NEEDS_COMPILER = pytest.mark.skipif(
     compiler.missing_for_compiling("cpu") is not None, reason="nothing here compiles C++"

@@ -208,34 +208,6 @@ def test_every_field_is_read_somewhere() -> None:
         assert fields <= read, fields - read
 
 
-# A room may import those before it, never those after it (ARCHITECTURE.md).
-ROOMS = """errors compiler checked record files config flags data model precision training
-execution experiments planning reporting doctor cli""".split()
-
-
-def test_imports_point_one_way() -> None:
-    for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room.startswith("__"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules: list[str] = []
-            if isinstance(node, ast.ImportFrom) and node.module == "storylab":
-                names = [alias.name for alias in node.names]
-                modules = [f"storylab.{name}" for name in names if not name.startswith("__")]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            elif isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            for module in modules:
-                if not module.startswith("storylab."):
-                    continue
-                imported = module.split(".")[1]
-                assert ROOMS.index(imported) <= ROOMS.index(room), f"{path} imports {imported}"
-    model = (SOURCE / "model").glob("*.py")
-    assert not any("storylab.data" in path.read_text() for path in model)
-
-
 def test_flags_are_parsed_before_torch_is_imported() -> None:
     """The module of every verb is imported, as for --help."""
     script = "import sys; from storylab.cli.registry import all_verbs; all_verbs(); "

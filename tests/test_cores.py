@@ -117,6 +117,7 @@ def test_on_one_thread_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPa
     assert sharing.other_cores is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -31,6 +31,7 @@ from storylab.record import SummaryRecord
 from storylab.reporting import report as reporting
 from storylab.training.run_folder import Run, open_run
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 title = "Two rates"
 purpose = "Something to break."
@@ -434,7 +435,7 @@ def test_the_path_of_what_is_wrong_is_named(
         (2, "loss", DELETED, "line 2 is damaged: loss is missing"),
         (2, "step_seconds", 0, "line 2 is damaged: step_seconds is 0, not above 0"),
         (1, "kind", "other", "line 1 is damaged: kind is 'other'"),
-        (1, "grad_norm", float("nan"), "line 1 is not valid JSON (NaN is no JSON)"),
+        (1, "grad_norm", float("nan"), "line 1 is not valid JSON (NaN is not JSON)"),
     ],
 )
 def test_the_row_that_is_wrong_is_named(

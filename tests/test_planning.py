@@ -259,6 +259,7 @@ def test_this_machine_is_measured(
     assert Measured(0.5, 1.0, 0.0).seconds(config) == pytest.approx(10 * (4 * 0.5 + 1.0))
 
 
+@pytest.mark.slow
 def test_a_bench_times_every_precision_and_attention(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -350,6 +351,7 @@ def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.Mon
     assert len(done) == 20 and waits.call_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_says_so_in_one_line(number: int) -> None:
     command = [sys.executable, "-m", "storylab", "bench", "--preset", "nano", "--device", "cpu"]

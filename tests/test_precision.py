@@ -73,6 +73,7 @@ from storylab.training.run_folder import Run
 LOW = tuple(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", conformance.CASES)
 def test_every_value_is_that_of_an_independent_implementation(case: str) -> None:
     """The table of docs/precision.md: formats, quantisers and products."""
@@ -330,6 +331,7 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
 # Fused passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantize",
     [
@@ -357,6 +359,7 @@ def test_fused_passes_give_the_same_bits(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
+@pytest.mark.slow
 def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the compiler makes of one function before it gives up."""
     if missing_for_compiling("cpu") is not None:
@@ -837,6 +840,7 @@ def test_share_of_the_work_in_low_precision() -> None:
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     dtype: Any, tiny_config: Callable[..., TrainConfig], tmp_path: Path
@@ -862,6 +866,7 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert losses(resumed) == losses(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [6, 7, 11])
 @pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
 def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
@@ -897,6 +902,7 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
         assert resumed.summary[key] == straight.summary[key]
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_backends_was_emulated(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -921,6 +927,7 @@ def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
         resume(run.folder, dataclasses.replace(run.config, max_iters=4))
 
 
+@pytest.mark.slow
 def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -939,6 +946,7 @@ def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     assert "self-test passed" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_arms_of_other_precisions_share_initial_weights(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -223,7 +223,7 @@ def test_bad_bytes_are_named_by_file_and_place(
         (tmp_path / name).write_bytes(content)
         message = refusal(tmp_path, tmp_path / name)
         assert message.startswith(f"{tmp_path / name}, {place}"), message
-        assert "save it as UTF-8" in message and "anew" not in message
+        assert "save it as UTF-8" in message and "get the file again" not in message
 
 
 def test_bad_bytes_in_parquet_are_named_by_row(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_bad_bytes_in_parquet_are_named_by_row(tmp_path: Path) -> None:
     words = pa.DictionaryArray.from_arrays([0, 5000], mislabelled)
     pq.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
     message = refusal(tmp_path, tmp_path / "a.parquet")
-    assert "not UTF-8; save it as UTF-8" in message and "anew" not in message
+    assert "not UTF-8; save it as UTF-8" in message and "get the file again" not in message
 
 
 def test_byte_order_marks_are_removed_wherever_they_are(tmp_path: Path) -> None:
@@ -793,6 +793,7 @@ def plainly_trained(texts: list[str], size: int) -> tuple[bytes, ...]:
     return (*train_tokenizer(iter(["abab"]), 258).tokens[:256], *(t.encode() for t in learned))
 
 
+@pytest.mark.slow
 def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     """Work that grew with the square of a word would keep this for hours."""
     stories = list(builtin.stories(0, 0, 60))

@@ -23,6 +23,7 @@ from storylab.reporting.observations import observations, spikes
 from storylab.reporting.report import write_report
 from storylab.training.run_folder import SUMMARY
 
+pytestmark = pytest.mark.slow
 HEAD = """
 purpose = "To test the report."
 hypothesis = "None | of <b>note</b>."

@@ -12,7 +12,7 @@ import torch
 from storylab.config import TrainConfig
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
-from storylab.data.sources import VALIDATION
+from storylab.data.layout import VALIDATION
 from storylab.execution.job import OnEvent
 from storylab.planning.estimate import Calibration
 from storylab.training.cores import CoreUse
