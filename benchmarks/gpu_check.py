@@ -389,7 +389,7 @@ def correct(here):
         if compiled:
             model.compile_blocks()
         with Precision(where, dtype).autocast():
-            loss = model.loss(tokens.to(where), targets.to(where))
+            loss = model(tokens.to(where), targets.to(where))
         loss.backward()
         found = {n: p.grad.detach().float().cpu() for n, p in model.named_parameters()}
         stance = torch.compiler.set_stance("force_eager")
@@ -1405,7 +1405,7 @@ def small_models(here):
 
             def micro(model=model, precision=precision, tokens=tokens):
                 with precision.autocast():
-                    loss = model.loss(tokens, tokens)
+                    loss = model(tokens, tokens)
                 loss.backward()
                 return loss
 

@@ -29,7 +29,6 @@ COMMANDS = (
 )
 PREPARE = "storylab prepare --source builtin --tokenizer bpe:1024"
 WIDTH = 104  # columns
-KEPT_LINES = 16  # of each command's output; the picture says where lines are left out
 PAGE_WIDTH, PAGE_HEIGHT = 1040, 760  # pixels
 SECTION, CONDITION = "04-sliding-window-laptop", "1024 tokens"
 FIGURES = 2  # that the picture shows
@@ -42,10 +41,10 @@ def output(command: str, folder: Path) -> str:
     return answer.stdout
 
 
-def shortened(text: str) -> list[str]:
-    """The last lines of ``text``, after a mark if others came before them."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines if len(lines) <= KEPT_LINES else ["...", *lines[-KEPT_LINES:]]
+def shortened(text: str) -> str:
+    """A run's output up to its samples, marked if they follow."""
+    before, samples, _ = text.partition("\nSample for ")
+    return f"{before.rstrip()}\n..." if samples else before.rstrip()
 
 
 def terminal(out: Path) -> None:
@@ -55,8 +54,7 @@ def terminal(out: Path) -> None:
         output(PREPARE, Path(folder))
         for command in COMMANDS:
             console.print(Text("$ " + command, style="bold"))
-            for line in shortened(output(command, Path(folder))):
-                console.print(Text(line))
+            console.print(Text(shortened(output(command, Path(folder)))))
     svg = console.export_svg(title="storylab")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     (out / "terminal.svg").write_text(svg, encoding="utf-8", newline="\n")

@@ -83,7 +83,7 @@ TABLES = {
 
 def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.config import preset_config
-    from storylab.model import transformer
+    from storylab.model import recompute
     from storylab.model.flops import training_flops
     from storylab.training import measure as measuring
     from storylab.training import state
@@ -91,7 +91,7 @@ def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     if not kind.keep_memory:
         state.keep_freed_memory = lambda: None  # type: ignore[attr-defined]
     if not kind.redo:
-        transformer.redoing = lambda x: False
+        recompute.recomputes_activations = lambda x: False
     config = preset_config(PRESET)
     config = dataclasses.replace(
         config, batch_size=SEQUENCES, dtype=kind.dtype, compile=kind.compiled

@@ -467,6 +467,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str) -> None:
     """Files that are opened later must not get what is printed either."""
@@ -480,6 +481,7 @@ def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str
     assert again.finished and again.loss == load_result(trained).loss
 
 
+@pytest.mark.slow
 def test_an_output_that_is_full_is_one_line(trained: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")

@@ -50,6 +50,18 @@ def test_the_counted_parameters_are_those_of_the_module(name: str) -> None:
     assert count == preset.model.parameter_count(preset.vocab_size)
 
 
+def test_the_matrices_are_those_of_the_module() -> None:
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40)
+    model = Transformer(config, 50)
+    found = {name: p for name, p in model.blocks[1].named_parameters() if p.dim() == 2}
+    stated = {f"{m.name}.weight": (m.n_out, m.n_in) for m in config.matrices()}
+    assert {name: tuple(p.shape) for name, p in found.items()} == stated
+    assert list(found) == list(stated)
+    parts = [m.parts for m in config.matrices()]
+    assert [rows for _, rows in model.block_matrices()] == parts * 2
+    assert all(sum(m.parts) == m.n_out for m in config.matrices())
+
+
 def test_the_defaults_are_the_record() -> None:
     config = TrainConfig()
     assert config.tokens_per_iteration == 131_072

@@ -43,7 +43,8 @@ from storylab.planning.roofline import (
     tokens_per_second,
 )
 from storylab.planning.words import can_run
-from storylab.precision.recipes import RECIPES, find_recipe
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import RECIPES
 from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
@@ -117,7 +118,7 @@ def passes(model: ModelConfig) -> Traffic:
     network = Transformer(model, 300).to("meta")
     tokens = torch.zeros(8, 128, dtype=torch.int64, device="meta")
     with Traffic() as seen, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        network.hidden(tokens).float().sum().backward()
+        network.hidden_states(tokens).float().sum().backward()
     return seen
 
 
@@ -317,7 +318,7 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
         def context(self) -> AbstractContextManager[None]:
             return nullcontext()
 
-    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
+    monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
     )

@@ -90,6 +90,28 @@ def parse_attention(pattern: str) -> tuple[int | None, ...]:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a block.
+
+    Attributes:
+        name: of its layer within the block.
+        n_out: output features, its rows.
+        n_in: input features, its columns.
+        parts: output features of each projection that the matrix fuses, in order; they sum to ``n_out``.
+    """
+
+    name: str
+    n_out: int
+    n_in: int
+    parts: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return self.n_out * self.n_in
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer (Llama architecture: RMSNorm, rotary positions, SwiGLU, tied head)."""
 
@@ -164,11 +186,20 @@ class ModelConfig:
             reach += window - 1
         return reach
 
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weight matrices of one block, in the order in which the block holds them."""
+        key_value = self.n_kv_head * self.head_size
+        fused = (
+            ("attention.qkv", self.n_embd, (self.n_embd, key_value, key_value)),
+            ("attention.out", self.n_embd, (self.n_embd,)),
+            ("feed_forward.gate_up", self.n_embd, (self.n_hidden, self.n_hidden)),
+            ("feed_forward.down", self.n_hidden, (self.n_embd,)),
+        )
+        return tuple(Matrix(name, sum(parts), n_in, parts) for name, n_in, parts in fused)
+
     def parameter_count(self, vocab_size: int) -> int:
         """Number of trained parameters with a vocabulary of ``vocab_size`` (the head is tied)."""
-        attention = 2 * self.n_embd * (self.n_head + self.n_kv_head) * self.head_size
-        feed_forward = 3 * self.n_embd * self.n_hidden
-        block = attention + feed_forward + 2 * self.n_embd
+        block = sum(matrix.size for matrix in self.matrices()) + 2 * self.n_embd
         scales = sum(self.adds_values(layer) for layer in range(self.n_layer))
         scales += 2 * self.n_layer * self.embedding_residual
         return vocab_size * self.n_embd + self.n_layer * block + self.n_embd + scales

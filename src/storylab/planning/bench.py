@@ -13,7 +13,7 @@ from storylab.errors import UserError
 from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.flops import training_flops
 from storylab.planning.cards import CARDS, Card
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 from storylab.training.measure import PARTS
 from storylab.training.setup import resolve_device
 
@@ -110,7 +110,7 @@ def peak_rate(config: TrainConfig) -> float | None:
         return None
     card = known_card(torch.cuda.get_device_name(device))
     recipe = find_recipe(config.dtype, config.recipe)
-    rate = card.tflops(recipe.form if recipe else "bfloat16") if card else None
+    rate = card.tflops(recipe.matrix_unit if recipe else "bfloat16") if card else None
     return rate * 1e12 if rate else None
 
 

@@ -134,10 +134,6 @@ ADAMW_KERNELS, AVERAGE_KERNELS = 10, 5
 # Kernels beside the products for all matrices of one shape, and for every weight under either.
 SHAPE_KERNELS = {"muon": 13, "normuon": 28}
 WEIGHT_KERNELS = 4
-# Of an element of a quantised operand, its block scale included.
-OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
-# Of an element that is quantised: read in bfloat16 twice, written in both layouts.
-QUANTIZED_TRAFFIC = {"fp8": 6.0, "fp4": 5.1}
 
 
 def parts(
@@ -251,10 +247,15 @@ def _linear_parts(config: TrainConfig, recipe: Recipe | None) -> list[Part]:
     moved = layers * (tokens * activations + linear // 2)
     flops = tokens * 3 * layers * linear
     # Each layer has three products: the forward pass, the gradients of its input and of its weight.
-    products = len(recipe.low_blocks(layers)) * recipe.low_products / 3 if recipe is not None else 0
+    products = (
+        len(recipe.quantized_blocks(layers)) * recipe.quantized_gemms / 3
+        if recipe is not None
+        else 0
+    )
     if recipe is None or not products:
         return [Part("linear layers", flops=flops, bytes=6.0 * moved)]
-    form, share = recipe.form, products / layers
+    form, share = recipe.matrix_unit, products / layers
+    element = recipe.bytes_per_element
     return [
         Part("linear layers", flops=(1 - share) * flops, bytes=(1 - share) * 6.0 * moved),
         Part(
@@ -262,9 +263,10 @@ def _linear_parts(config: TrainConfig, recipe: Recipe | None) -> list[Part]:
             flops=share * flops,
             form=form,
             # Operands are read in the low format, results written as before.
-            bytes=share * moved * (2.0 + 2.0 * OPERAND_BYTES[form]),
+            bytes=share * moved * (2.0 + 2.0 * element),
         ),
-        Part(QUANTISING, bytes=products * tokens * activations * QUANTIZED_TRAFFIC[form]),
+        # Every element is read in bfloat16 twice and written in both layouts.
+        Part(QUANTISING, bytes=products * tokens * activations * (2 * 2.0 + 2 * element)),
     ]
 
 

@@ -24,7 +24,7 @@ from storylab.experiments.verdicts import nats
 from storylab.planning.cards import CARDS
 from storylab.planning.roofline import SOFTWARE, gains
 from storylab.planning.words import can_run
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 from storylab.reporting.series import (
     low_precision_share,
     quantization_rows,

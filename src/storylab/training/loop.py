@@ -16,7 +16,7 @@ from storylab.data.batches import Prefetcher
 from storylab.data.dataset import load_dataset
 from storylab.errors import Diverged, Interrupted
 from storylab.files import exclusive, write_json
-from storylab.precision.observe import QuantizationStatistics
+from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
@@ -110,6 +110,7 @@ class Loop:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure power, note signals, and turn a stop or numbers that are not finite into a saved end."""
+        self.observers.log = lambda line: self.run.append(LOG, line)
         self.observers.start(self.run.folder)
         try:
             with self.recorder.telemetry, stop_signals(self.stop.note):
@@ -184,7 +185,7 @@ class Loop:
         state.advance(iteration)
         if self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration)):
             statistics = QuantizationStatistics()
-            with state.watched(statistics):
+            with state.observed(statistics):
                 yield
             for row in statistics.rows():
                 self.recorder.row("quantization", iteration, **row)

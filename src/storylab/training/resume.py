@@ -11,7 +11,7 @@ from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig, differences
 from storylab.errors import UserError
 from storylab.files import exclusive
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers

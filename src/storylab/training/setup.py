@@ -17,7 +17,7 @@ from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN
 from storylab.errors import UserError
 from storylab.model.flops import worth_compiling
-from storylab.precision.hardware import require_aligned
+from storylab.precision.backends.protocol import require_aligned
 from storylab.training import checkpoint
 from storylab.training.compile_check import CompileCheck
 from storylab.training.precision import Precision, choose_device, choose_precision

@@ -23,8 +23,8 @@ CALIBRATION_SECONDS, CALIBRATION_STEPS = 20.0, 3
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Predict speed, time, energy and memory of a run or an experiment on a card, part by part, and the most
-    that FP8 and NVFP4 can bring there. Nothing is run, except for --gpu this.
+    """Predict speed, time, energy and memory of a run or an experiment on a card, part by part, and the
+    most that FP8 and NVFP4 can bring there. Nothing is run, except for --gpu this.
 
     Examples: storylab plan --gpu rtx5090 | storylab plan --preset nano --gpu this
     | storylab plan experiments/02-fp8.toml --scale record --gpu rtx4090 --software compiled
