@@ -19,7 +19,7 @@ from storylab.training.run_folder import Run
 # forgotten here only costs a calibration, one forgotten there would lend a run another run's calibration.
 TIMING_INVARIANT_FIELDS = {
     *("preset", "method", "matrix_lr", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("short_share", "eval_interval", "eval_iters"),
+    *("eval_interval", "eval_iters"),
     *(LEARNING_RATE_FIELDS | LENGTH_FIELDS | SEED_FIELDS),
     *PRESENTATION_FIELDS,
 }

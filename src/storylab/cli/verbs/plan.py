@@ -17,14 +17,14 @@ from storylab.flags import default_for, given_flags, vocab_size_or
 
 GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
 SoftwareName = Literal["eager", "compiled", "handwritten"]
-# What --gpu this trains for, and the least number of steps of each kind.
+# Seconds of steps for --gpu this, and the least number of steps of each kind.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 20.0, 3
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What a run, or an experiment, is expected to take on a card: speed, time, energy, memory, and the
-    most that FP8 and NVFP4 can bring there, part by part. Nothing is run, but for --gpu this.
+    """Predict speed, time, energy and memory of a run or an experiment on a card, part by part, and the
+    most that FP8 and NVFP4 can bring there. Nothing is run, except for --gpu this.
 
     Examples: storylab plan --gpu rtx5090 | storylab plan --preset nano --gpu this
     | storylab plan experiments/02-fp8.toml --scale record --gpu rtx4090 --software compiled
@@ -106,7 +106,7 @@ def _plan_experiment(command: PlanCommand, file: Path) -> None:
 
 VERB = Verb(
     "plan",
-    "what a run or an experiment will take, and what FP8 or NVFP4 can bring",
+    "predicted time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
     "experiments",
     run,
     position=4,
