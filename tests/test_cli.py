@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
-import resource
 import shlex
 import shutil
 import signal
@@ -26,6 +24,10 @@ from storylab.data.dataset import Dataset
 from storylab.experiments.results import load_result
 from storylab.training import checkpoint
 from storylab.training.run_folder import open_run
+
+if sys.platform != "win32":
+    import pty
+    import resource
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -631,7 +630,7 @@ class InterruptAt(SilentReporter):
 
     def progress(self, name: str, done: int, total: int) -> None:
         if name == "training" and done == self.iteration:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -715,7 +714,7 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     class StopAtBest(SilentReporter):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
@@ -736,7 +735,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     class StopAtTheEnd(SilentReporter):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(TrainingInterrupted):
         resume(run.folder, longer, StopAtTheEnd())
