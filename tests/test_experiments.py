@@ -529,6 +529,7 @@ def serve(action: str, config: TrainConfig) -> tuple[str, str]:
     return worker.DONE, ""
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_once_in_processes_of_its_own(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,6 +554,7 @@ def test_arms_share_initial_weights_and_data_order(
     assert a["first_batch_sha256"] == b["first_batch_sha256"]
 
 
+@pytest.mark.slow
 def test_runs_by_other_code_are_shown_and_trained_anew_on_demand(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +573,7 @@ def test_runs_by_other_code_are_shown_and_trained_anew_on_demand(
     assert (aside / "summary.json").exists()  # set aside, not deleted
 
 
+@pytest.mark.slow
 def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     experiment: Experiment, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +597,7 @@ def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     assert run_experiment(planned, Watcher())[0] == "finished"  # what failed is tried again
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_is_a_result(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -617,6 +621,7 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert not out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.slow
 def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
     dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -667,6 +672,7 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
     assert losses[0] == losses[1] and len(losses[0]) == 401
 
 
+@pytest.mark.slow
 def test_the_plan_is_shown_without_training(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -842,6 +848,7 @@ def test_a_run_that_is_no_folder_is_set_aside(
     assert aside.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -861,6 +868,7 @@ def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
     assert (planned[0].folder / runner.SPLIT_NOTE).exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_told_from_one_out_of_memory(
     planned: list[PlannedRun],
 ) -> None:
@@ -890,6 +898,7 @@ def elsewhere(run: PlannedRun) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_two_experiments_do_not_train_a_run_twice(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -903,6 +912,7 @@ def test_two_experiments_do_not_train_a_run_twice(
     assert actions == ["train"]
 
 
+@pytest.mark.slow
 def test_what_another_process_trains_comes_last(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -492,6 +492,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Pa
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+@pytest.mark.slow
 def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
     def identity(**seeds: int) -> tuple[str, str]:
         config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
@@ -633,6 +634,7 @@ class InterruptAt(SilentReporter):
             signal.raise_signal(self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
 def test_a_stopped_run_resumes_to_the_same_bits(
@@ -654,6 +656,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.environment["resumed"][0]["iteration"] == at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -810,6 +813,7 @@ def test_one_validation_story_has_no_standard_error(
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
     changes = {"max_iters": 600, "eval_interval": 100, "checkpoint_minutes": 0.0}
@@ -1041,6 +1045,7 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
     assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
