@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from storylab.config import ModelConfig, TrainConfig
 from storylab.planning.cards import CARDS
 from storylab.planning.roofline import SOFTWARE, Software, Traffic, tokens_per_second
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 
 RECORD = TrainConfig()
 LONG = dataclasses.replace(RECORD, block_size=2048)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,11 +20,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from storylab.cli import TrainCommand, main, parse
+from executors import InProcess
+from storylab.cli import main
+from storylab.cli.console import print_table
+from storylab.cli.exits import guarded
+from storylab.cli.registry import Call, all_verbs, find_verb, verb_names
+from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
-from storylab.console import print_table
 from storylab.data.dataset import Dataset
+from storylab.errors import Diverged, Interrupted, UserError
 from storylab.experiments.results import load_result
+from storylab.flags import default_for, parse
 from storylab.training import checkpoint
 from storylab.training.run_folder import open_run
 
@@ -42,8 +51,6 @@ def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Completed
 
 
 def parsed(*args: str) -> TrainConfig:
-    from storylab.flags import default_for
-
     return parse(TrainCommand, args, "storylab train", TrainCommand(default_for(args))).config
 
 
@@ -220,6 +227,30 @@ def test_info_prints_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and main(["--help"]) == 0 and main([]) == 2
     assert "prepare" in capsys.readouterr().out
+    assert main(["experiment", "--help"]) == 0
+    assert "storylab experiment run|new|report" in capsys.readouterr().out
+
+
+def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = all_verbs()
+    assert sorted(verb.name for verb in verbs) == sorted(verb_names())
+    main(["--help"])
+    listed = capsys.readouterr().out.partition("examples:")[0]
+    for verb in verbs:
+        assert re.search(rf"^  {verb.name} .*{re.escape(verb.help)}$", listed, re.MULTILINE)
+    assert max(map(len, listed.splitlines())) <= 100
+
+
+def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "trian")
+    known = "prepare, train, resume, eval, sample, info, doctor, experiment, plan, bench, compare, "
+    assert line == f"storylab: unknown verb 'trian': use one of {known}noise, list, watch\n"
+    assert "there is no 'x': say what to do: storylab experiment run, new, report" in fails(
+        capsys, "experiment", "x"
+    )
+    assert fails(capsys, "experiment") == (
+        "storylab: say what to do: storylab experiment run, new, report\n"
+    )
 
 
 @pytest.mark.slow
@@ -474,19 +505,34 @@ def test_a_title_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     [("sample", "fewer --samples"), ("eval", "--block_size"), ("list", "machine with more memory")],
 )
 def test_out_of_memory_names_a_flag_that_the_verb_has(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, remedy: str
+    capsys: pytest.CaptureFixture[str], verb: str, remedy: str
 ) -> None:
-    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=MemoryError))
-    line = fails(capsys, verb)
+    failing = dataclasses.replace(find_verb(verb), run=Mock(side_effect=MemoryError))
+    assert guarded(lambda: failing(Call(f"storylab {verb}", [], InProcess()))) == 2
+    line = capsys.readouterr().err
     assert "out of memory" in line and remedy in line and "--batch_size" not in line
 
 
-def test_a_fault_of_the_system_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), 2, "cannot use a/b: Permission denied"),
+        (UserError("wrong\nflag"), 2, "wrong\\nflag"),
+        (Diverged("loss is nan"), 1, "loss is nan"),
+        (Interrupted("stopped", signal.SIGTERM), 143, "stopped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+    ],
+    ids=repr,
+)
+def test_every_end_is_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
-    error = PermissionError(13, "Permission denied", "a/b")
-    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=error))
-    assert fails(capsys, "list") == "storylab: cannot use a/b: Permission denied\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storylab.cli.exits._discard_output", Mock())  # pytest's own output
+        assert guarded(Mock(side_effect=error)) == code
+    err = capsys.readouterr().err
+    assert err.startswith("storylab: ") and err.endswith(f"{line}\n") and err.count("\n") == 1
 
 
 # Prompts

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from storylab.config import TrainConfig
-from storylab.training import cores, loop
+from storylab.training import checkpoint, cores
 from storylab.training.cores import (
     ONE_THREAD,
     SLEEPING,
@@ -24,8 +24,9 @@ from storylab.training.cores import (
     SleepingWaits,
     same_bits_with_one_thread,
 )
-from storylab.training.learner import Learner
-from storylab.training.loop import resolve_device, train
+from storylab.training.loop import train
+from storylab.training.setup import resolve_device
+from storylab.training.state import TrainState
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -151,7 +152,7 @@ def test_a_run_that_tries_all_ways_has_the_bits_of_one_that_tries_none(
     monkeypatch.setattr(CoreSharing, "begin", with_work)
     run = train(tiny_config(out_dir=tmp_path / "busy", max_iters=12, **changes))
     assert {SPINNING, SLEEPING, ONE_THREAD} <= seen
-    hashes = [loop.checkpoint.load(r.checkpoint("last"))[0] for r in (plain, run)]
+    hashes = [checkpoint.load(r.checkpoint("last"))[0] for r in (plain, run)]
     assert hashes[0].keys() == hashes[1].keys()
     assert all(torch.equal(hashes[0][name], hashes[1][name]) for name in hashes[0])
     losses = [[row["loss"] for row in r.metrics if "loss" in row] for r in (plain, run)]
@@ -163,18 +164,18 @@ def test_a_sum_that_is_cut_up_between_threads_is_noticed(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     config, precision = resolve_device(tiny_config())
-    learner = Learner(config, 300, precision)
+    learner = TrainState(config, 300, precision)
     windows = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
     assert same_bits_with_one_thread(learner, 0, windows, 1e-3)
-    step = Learner.step
+    step = TrainState.step
 
-    def by_threads(self: Learner, *args: Any, **options: Any) -> Any:
+    def by_threads(self: TrainState, *args: Any, **options: Any) -> Any:
         result = step(self, *args, **options)
         with torch.no_grad():
             self.model.norm.weight[0] += torch.get_num_threads() * 1e-6
         return result
 
-    monkeypatch.setattr(Learner, "step", by_threads)
+    monkeypatch.setattr(TrainState, "step", by_threads)
     before = [p.detach().clone() for p in learner.model.parameters()]
     assert not same_bits_with_one_thread(learner, 0, windows, 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))

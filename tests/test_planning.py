@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan_check
+from executors import InProcess
 from storylab.cli import main
+from storylab.cli.verbs.plan import GpuName, SoftwareName
 from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.experiments import worker
+from storylab.execution.job import Outcome
 from storylab.model.flops import attention_flops, training_flops
 from storylab.model.transformer import Transformer
-from storylab.plan_cli import GpuName, SoftwareName
 from storylab.planning.bench import known_card
 from storylab.planning.cards import CARDS, Card
 from storylab.planning.roofline import (
@@ -42,11 +43,12 @@ from storylab.planning.roofline import (
     tokens_per_second,
 )
 from storylab.planning.words import can_run
-from storylab.precision.recipes import RECIPES, find_recipe
-from storylab.training.learner import Learner
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import RECIPES
 from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
 from storylab.training.optimizers import build_optimizers, skip_where
 from storylab.training.precision import Precision
+from storylab.training.state import TrainState
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -116,7 +118,7 @@ def passes(model: ModelConfig) -> Traffic:
     network = Transformer(model, 300).to("meta")
     tokens = torch.zeros(8, 128, dtype=torch.int64, device="meta")
     with Traffic() as seen, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        network.hidden(tokens).float().sum().backward()
+        network.hidden_states(tokens).float().sum().backward()
     return seen
 
 
@@ -126,8 +128,6 @@ def passes(model: ModelConfig) -> Traffic:
         {"qk_norm": True},
         {"embedding_residual": True},
         {"value_residual": "first_layer"},
-        {"value_residual": "token_table"},
-        {"embedding_norm": True},
     ],
     ids=str,
 )
@@ -189,7 +189,7 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
     )
 
     def kept(config: TrainConfig) -> int:
-        learner = Learner(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner = TrainState(config, 300, Precision(torch.device("cpu"), torch.float32))
         learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
         states = [s for o in learner.optimizers for s in o.state.values()]
         tensors = [t for state in states for t in state.values()]
@@ -252,7 +252,7 @@ def test_a_plan_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_this_machine_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.plan_cli.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("storylab.cli.verbs.plan.CALIBRATION_SECONDS", 0.0)
     flags = "--gpu this --preset nano --batch_size 2 --block_size 16 --dtype nvfp4 --device cpu"
     assert main(["plan", *flags.split()]) == 0
     assert "this machine, from" in capsys.readouterr().out
@@ -280,30 +280,26 @@ def test_a_bench_times_every_precision_and_attention(
         assert main(["bench", *wrong.split()]) == 2
 
 
-def bench_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
-) -> str:
-    """What a bench of the nano model prints if every worker answers that a step takes a second."""
+def bench_rows(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    """The output of a bench of the nano model where every job answers that a step takes a second."""
     answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None}
     answer["shares"] = dict.fromkeys(PARTS, 1 / len(PARTS))
-    monkeypatch.setattr("storylab.planning.bench.ask", lambda *args, **options: (answer, ""))
-    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()]) == 0
+    executor = InProcess(lambda job: Outcome("done", answer=answer))
+    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()], executor) == 0
     return capsys.readouterr().out
 
 
-def test_what_a_bench_cannot_run_is_a_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_bench_cannot_run_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, why in (("--backend te", "needs an NVIDIA GPU"), ("--recipe history=9", "delayed")):
-        out = bench_rows(monkeypatch, capsys, f"--dtypes mxfp8 bfloat16 {flags}")
+        out = bench_rows(capsys, f"--dtypes mxfp8 bfloat16 {flags}")
         assert re.search(rf"mxfp8, full +cannot run here: .*{why}", out)
         assert re.search(r"bfloat16, full +1,024 ", out)
 
 
 def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = bench_rows(monkeypatch, capsys, "--recipe high_first=1 --attentions full")
+    out = bench_rows(capsys, "--recipe high_first=1 --attentions full")
     for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
         assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
 
@@ -322,15 +318,12 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
         def context(self) -> AbstractContextManager[None]:
             return nullcontext()
 
-    def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
-        return worker.bench(config, **options), ""
-
-    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
-    monkeypatch.setattr("storylab.planning.bench.ask", ask)
+    monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
     )
-    assert main(["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]) == 0
+    args = ["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]
+    assert main(args, InProcess()) == 0
     row, parts_line = capsys.readouterr().out.splitlines()[-2:]
     assert row.startswith("fp8, full") and "%" not in parts_line and "te" in parts_line
 

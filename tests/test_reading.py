@@ -23,7 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storylab.cli import describe_dataset, main
+from storylab.cli import main
+from storylab.cli.datasets import describe_dataset
 from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data import tokenizer as tokenizers_here

@@ -14,7 +14,7 @@ from storylab.errors import UserError
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.data.prepare import PrepareConfig
-    from storylab.training.loop import Reporter
+    from storylab.training.observers import Observer
     from storylab.training.run_folder import Run
     from storylab.training.sampling import StoryModel
 
@@ -42,8 +42,8 @@ def prepare(config: PrepareConfig) -> Dataset:
     return make(config)
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
-    """Train a model in a new run folder; ``reporter`` receives its log lines and progress.
+def train(config: TrainConfig, *observers: Observer) -> Run:
+    """Train a model in a new run folder; ``observers`` receive its rows, lines and progress.
 
     Raises:
         UserError: data, device or folder cannot be used.
@@ -52,7 +52,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
     """
     from storylab.training.loop import train as run_training
 
-    return run_training(config, reporter)
+    return run_training(config, *observers)
 
 
 def load_run(folder: str | Path) -> Run:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,7 +34,7 @@ WIDE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon", "normuon"]
-ValueResidual = Literal["none", "first_layer", "token_table"]
+ValueResidual = Literal["none", "first_layer"]
 MethodName = Literal["record", "fast"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 
@@ -45,8 +46,6 @@ SMALL_VOCAB_SIZE = 4096
 MOST = 10**15
 # About what a float32 holds.
 LARGEST_RATE = 1e38
-# Caps between which a float32 tells logits apart.
-SOFTCAPS = (1e-3, 1e6)
 # Layers are built one by one.
 MOST_LAYERS = 10_000
 
@@ -91,6 +90,28 @@ def parse_attention(pattern: str) -> tuple[int | None, ...]:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a block.
+
+    Attributes:
+        name: of its layer within the block.
+        n_out: output features, its rows.
+        n_in: input features, its columns.
+        parts: output features of each projection that the matrix fuses, in order; they sum to ``n_out``.
+    """
+
+    name: str
+    n_out: int
+    n_in: int
+    parts: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return self.n_out * self.n_in
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer (Llama architecture: RMSNorm, rotary positions, SwiGLU, tied head)."""
 
@@ -109,23 +130,14 @@ class ModelConfig:
     attention: str = "full"
     """full, or window:N for a sliding window of N positions; a list such as window:64*3,full is
     dealt out to the layers in turn (here every fourth one is full)."""
-    zero_init: bool = False
-    """Start the two projections of a block that write to the residual stream at zero."""
     qk_norm: bool = False
     """Bring queries and keys of every head to a root mean square of 1 (Henry et al. 2020, arXiv
     2010.04245)."""
-    softcap: float = 0.0
-    """Bound of the logits, softcap * tanh(logit / softcap); 0 for none."""
-    embedding_norm: bool = False
-    """Bring token embeddings to a root mean square of 1 before the first block."""
     embedding_residual: bool = False
     """Feed every block a learned sum of the residual stream and the embeddings it began with."""
     value_residual: ValueResidual = "none"
-    """What every layer adds to its attention values, by a learned scale: nothing, the values of the
-    first layer (Zhou et al. 2024, arXiv 2410.17897), or a vector of the token's from a table that
-    all layers share."""
-    bigram_rows: int = 0
-    """Rows of a table of embeddings for pairs of neighbouring tokens, found by a hash; 0 for none."""
+    """What every layer but the first adds to its attention values, by a learned scale: nothing, or the
+    values of the first layer (Zhou et al. 2024, arXiv 2410.17897)."""
 
     def __post_init__(self) -> None:
         parse_attention(self.attention)
@@ -133,14 +145,6 @@ class ModelConfig:
             _at_least(1, name, getattr(self, name))
             at_most(MOST_LAYERS if name == "n_layer" else MOST, name, getattr(self, name))
         _at_least(1, "rope_base", self.rope_base)
-        for name in ("softcap", "bigram_rows"):
-            _at_least(0, name, getattr(self, name))
-        at_most(MOST, "bigram_rows", self.bigram_rows)
-        if self.softcap and not SOFTCAPS[0] <= self.softcap <= SOFTCAPS[1]:
-            raise UserError(
-                f"softcap is {self.softcap}: it must be 0 for none, or from {SOFTCAPS[0]:g} to "
-                f"{SOFTCAPS[1]:g}"
-            )
         if self.n_embd % self.n_head or self.head_size % 2:
             raise UserError(
                 f"n_embd {self.n_embd} / n_head {self.n_head} must be an even whole number "
@@ -170,9 +174,7 @@ class ModelConfig:
 
     def adds_values(self, layer: int) -> bool:
         """Whether ``layer`` adds to its attention values, see ``value_residual``."""
-        return self.value_residual == "token_table" or (
-            self.value_residual == "first_layer" and layer > 0
-        )
+        return self.value_residual == "first_layer" and layer > 0
 
     @property
     def receptive_field(self) -> int | None:
@@ -184,17 +186,23 @@ class ModelConfig:
             reach += window - 1
         return reach
 
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weight matrices of one block, in the order in which the block holds them."""
+        key_value = self.n_kv_head * self.head_size
+        fused = (
+            ("attention.qkv", self.n_embd, (self.n_embd, key_value, key_value)),
+            ("attention.out", self.n_embd, (self.n_embd,)),
+            ("feed_forward.gate_up", self.n_embd, (self.n_hidden, self.n_hidden)),
+            ("feed_forward.down", self.n_hidden, (self.n_embd,)),
+        )
+        return tuple(Matrix(name, sum(parts), n_in, parts) for name, n_in, parts in fused)
+
     def parameter_count(self, vocab_size: int) -> int:
         """Number of trained parameters with a vocabulary of ``vocab_size`` (the head is tied)."""
-        attention = 2 * self.n_embd * (self.n_head + self.n_kv_head) * self.head_size
-        feed_forward = 3 * self.n_embd * self.n_hidden
-        block = attention + feed_forward + 2 * self.n_embd
+        block = sum(matrix.size for matrix in self.matrices()) + 2 * self.n_embd
         scales = sum(self.adds_values(layer) for layer in range(self.n_layer))
         scales += 2 * self.n_layer * self.embedding_residual
-        tables = (vocab_size + self.bigram_rows) * self.n_embd
-        if self.value_residual == "token_table":
-            tables += vocab_size * self.n_kv_head * self.head_size
-        return tables + self.n_layer * block + self.n_embd + scales
+        return vocab_size * self.n_embd + self.n_layer * block + self.n_embd + scales
 
 
 @dataclass(frozen=True)
@@ -288,8 +296,6 @@ class TrainConfig:
     """adamw for everything, or for the matrices of the blocks muon or normuon and adamw for the rest."""
     matrix_lr: float = 0.02
     """Peak learning rate of the matrices under muon and normuon; it follows the course of learning_rate."""
-    cautious_decay: bool = False
-    """Under muon and normuon, decay an entry only where its update makes it smaller too."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; norm gains are not decayed."""
     beta1: float = 0.9
@@ -301,9 +307,6 @@ class TrainConfig:
     average_share: float = 0.0
     """Evaluate, keep and sample from an exponential average of the weights that remembers about this
     share of the run, and all of it before that; the training itself does not see it. 0 for none."""
-    short_share: float = 0.0
-    """Share of the run, from its start, in which every window is trained on as two of half the length
-    (Li et al. 2021, arXiv 2108.06084)."""
     eval_interval: int = 500
     """Iterations between evaluations."""
     eval_iters: int = 100
@@ -355,13 +358,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        for name in ("average_share", "short_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be a share, 0 to 1")
-        if self.short_share and self.block_size % 2:
-            raise UserError(
-                f"block_size {self.block_size} cannot be halved, as short_share asks: make it even"
-            )
+        if not 0 <= self.average_share <= 1:
+            raise UserError(f"average_share is {self.average_share}: it must be a share, 0 to 1")
         # The ratio of the two rates is what the optimizer keeps.
         tiny = not self.learning_rate or self.matrix_lr / self.learning_rate == float("inf")
         if self.optimizer != "adamw" and tiny:
@@ -424,6 +422,9 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         UserError: a field is unknown, missing or of another type, for instance in a run of another
             version.
     """
+    values = without_removed(check(dict[str, Any], values, "the run's config"))
+    if isinstance(values.get("model"), dict):
+        values["model"] = without_removed(values["model"], "model.")
     check(TrainConfig, values, "the run's config")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
@@ -463,20 +464,44 @@ ADDED_FIELDS: dict[str, Any] = {
     "method": "record",
     "optimizer": "adamw",
     "matrix_lr": 0.02,
-    "cautious_decay": False,
     "average_share": 0.0,
-    "short_share": 0.0,
 }
 # The same for fields of the model's shape.
 ADDED_MODEL_FIELDS: dict[str, Any] = {
-    "zero_init": False,
     "qk_norm": False,
-    "softcap": 0.0,
-    "embedding_norm": False,
     "embedding_residual": False,
     "value_residual": "none",
+}
+
+
+# Fields that storylab once had, with the one value that changed nothing: docs/time-to-loss.md has what was
+# found of each. Under a name that is still there, a value that is not.
+REMOVED_FIELDS: dict[str, Any] = {
+    "cautious_decay": False,
+    "short_share": 0.0,
+    "zero_init": False,
+    "softcap": 0.0,
+    "embedding_norm": False,
     "bigram_rows": 0,
 }
+REMOVED_VALUES = {"value_residual": "token_table"}
+LAST_WITH_REMOVED = "commit e30b07b"
+
+
+def without_removed(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """``values`` of fields by name, without those that storylab once had, where they change nothing.
+
+    Raises:
+        UserError: one of them changes something; it is named behind ``path``.
+    """
+    for name, value in values.items():
+        neutral = name not in REMOVED_FIELDS or value == REMOVED_FIELDS[name]
+        if not neutral or (name in REMOVED_VALUES and value == REMOVED_VALUES[name]):
+            raise UserError(
+                f"{path}{name} is {shown(value)}, which this version of storylab cannot do: "
+                f"{LAST_WITH_REMOVED} is the last that could (docs/time-to-loss.md says why it was removed)"
+            )
+    return {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:

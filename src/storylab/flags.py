@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, at_most, preset_config
+from storylab.config import (
+    DEFAULT_PRESET,
+    LAST_WITH_REMOVED,
+    REMOVED_FIELDS,
+    ModelConfig,
+    TrainConfig,
+    at_most,
+    preset_config,
+)
 from storylab.errors import UserError
 
 T = TypeVar("T")
@@ -203,6 +211,8 @@ def vocab_size_or(given: int, default: int) -> int:
 def perhaps(name: str, known: Collection[str]) -> str:
     """``; perhaps you meant --learning_rate``: the flag that others call ``name``, or the nearest ones;
     empty if there is none."""
+    if name in REMOVED_FIELDS:
+        return f"; {LAST_WITH_REMOVED} is the last that had it (see docs/time-to-loss.md)"
     usual = _FLAGS_BY_NAME.get(name.lower())
     close = [usual] if usual in known else difflib.get_close_matches(name, known, n=2, cutoff=0.7)
     return f"; perhaps you meant {' or '.join(f'--{flag}' for flag in close)}" if close else ""

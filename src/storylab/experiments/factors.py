@@ -22,12 +22,10 @@ SEED_FIELDS = frozenset({"seed", "data_seed"})
 SPLIT_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 LENGTH_FIELDS = frozenset({"max_iters", "warmup_iters"})
 LEARNING_RATE_FIELDS = frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"})
-OPTIMIZER_FIELDS = frozenset(
-    {"optimizer", "matrix_lr", "cautious_decay", "weight_decay", "beta1", "beta2"}
-)
+OPTIMIZER_FIELDS = frozenset({"optimizer", "matrix_lr", "weight_decay", "beta1", "beta2"})
 
 METHOD_FIELDS = LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys()
-METHOD_FIELDS |= {"method", "average_share", "short_share"}
+METHOD_FIELDS |= {"method", "average_share"}
 
 # A factor that takes several fields to say; every other factor is the one field of its name.
 FACTORS: dict[str, frozenset[str]] = {
@@ -42,10 +40,8 @@ FACTORS: dict[str, frozenset[str]] = {
 # Fields with which a model has other initial weights, or more of them. Those of one name and shape begin
 # alike all the same.
 WEIGHT_FIELDS = (FACTORS["size"] - {"preset"}) | {
-    "zero_init",
     "embedding_residual",
     "value_residual",
-    "bigram_rows",
 }
 # Whole recipes rather than single causes: an experiment has to name them, or the arms their method.
 WHOLE_RECIPES = ("method", "training")

@@ -26,6 +26,7 @@ from storylab.config import (
     TrainConfig,
     at_most,
     check_seed,
+    without_removed,
 )
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
@@ -309,7 +310,10 @@ class _Reader:
         return config
 
     def _config(self, changes: Mapping[str, Any], place: str) -> TrainConfig:
-        values = self.config | dict(changes)
+        try:
+            values = without_removed(self.config | dict(changes))
+        except UserError as error:
+            raise UserError(f"{error}; in {place}") from error
         for name in sorted(FORBIDDEN.keys() & values.keys()):
             raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
         for name in sorted(values.keys() - FIELDS):

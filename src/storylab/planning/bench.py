@@ -10,12 +10,12 @@ import torch
 
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
-from storylab.experiments.runner import ask
+from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.flops import training_flops
 from storylab.planning.cards import CARDS, Card
-from storylab.precision.recipes import find_recipe
-from storylab.training.loop import resolve_device
+from storylab.precision.edit import find_recipe
 from storylab.training.measure import PARTS
+from storylab.training.setup import resolve_device
 
 # Sequences in a micro-batch on a CPU where nothing else is said, so that a step takes about a second.
 CPU_SEQUENCES = 8
@@ -42,9 +42,21 @@ def variants(
             yield timed(first, model)
 
 
-def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float) -> Iterator[str]:
-    """A header, then a line for each config as it is measured, in a process of its own; the shares of
-    its step's parts follow in a second line."""
+def bench_lines(
+    configs: Sequence[TrainConfig], vocab_size: int, seconds: float, executor: Executor
+) -> Iterator[str]:
+    """A header, then two lines for each config as soon as it is measured: speeds, and the shares of its
+    step's parts.
+
+    Args:
+        configs: see :func:`variants`.
+        vocab_size: number of token ids.
+        seconds: time for steps, shared by all configs.
+        executor: measures each config as a job of its own.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
     yield f"{'':<28}" + "".join(f"{name:>18}" for name in COLUMNS)
     for config in configs:
         name = _name(config)
@@ -53,11 +65,11 @@ def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float)
         except UserError as error:
             yield f"{name:<28}  cannot run here: {error}"
             continue
-        found, reason = ask(
-            "bench", resolved, vocab_size=vocab_size, seconds=seconds / len(configs)
-        )
+        options = {"vocab_size": vocab_size, "seconds": seconds / len(configs)}
+        outcome = run_interruptibly(executor, Job("bench", resolved, options))
+        found = outcome.answer
         if found is None:
-            yield f"{name:<28}  failed: {reason}"
+            yield f"{name:<28}  failed: {outcome.reason}"
             continue
         cells = _cells(resolved, vocab_size, found)
         yield f"{name:<28}" + "".join(f"{cell:>18}" for cell in cells)
@@ -98,7 +110,7 @@ def peak_rate(config: TrainConfig) -> float | None:
         return None
     card = known_card(torch.cuda.get_device_name(device))
     recipe = find_recipe(config.dtype, config.recipe)
-    rate = card.tflops(recipe.form if recipe else "bfloat16") if card else None
+    rate = card.tflops(recipe.matrix_unit if recipe else "bfloat16") if card else None
     return rate * 1e12 if rate else None
 
 

@@ -134,10 +134,6 @@ ADAMW_KERNELS, AVERAGE_KERNELS = 10, 5
 # Kernels beside the products for all matrices of one shape, and for every weight under either.
 SHAPE_KERNELS = {"muon": 13, "normuon": 28}
 WEIGHT_KERNELS = 4
-# Of an element of a quantised operand, its block scale included.
-OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
-# Of an element that is quantised: read in bfloat16 twice, written in both layouts.
-QUANTIZED_TRAFFIC = {"fp8": 6.0, "fp4": 5.1}
 
 
 def parts(
@@ -197,8 +193,8 @@ def _options(model: ModelConfig, traffic: Traffic) -> tuple[float, int]:
     """Bytes a token, and kernels, of the elementwise work that the record's model has not got."""
     layers, width = model.n_layer, model.n_embd
     adding = sum(model.adds_values(layer) for layer in range(layers))
-    norm_elements = model.qk_norm * layers * _rotated(model) + model.embedding_norm * width
-    norms = model.qk_norm * layers * 2 + model.embedding_norm
+    norm_elements = model.qk_norm * layers * _rotated(model)
+    norms = model.qk_norm * layers * 2
     mixed_elements = model.embedding_residual * layers * width
     mixed_elements += adding * model.n_kv_head * model.head_size
     mixes = model.embedding_residual * layers + adding
@@ -251,10 +247,15 @@ def _linear_parts(config: TrainConfig, recipe: Recipe | None) -> list[Part]:
     moved = layers * (tokens * activations + linear // 2)
     flops = tokens * 3 * layers * linear
     # Each layer has three products: the forward pass, the gradients of its input and of its weight.
-    products = len(recipe.low_blocks(layers)) * recipe.low_products / 3 if recipe is not None else 0
+    products = (
+        len(recipe.quantized_blocks(layers)) * recipe.quantized_gemms / 3
+        if recipe is not None
+        else 0
+    )
     if recipe is None or not products:
         return [Part("linear layers", flops=flops, bytes=6.0 * moved)]
-    form, share = recipe.form, products / layers
+    form, share = recipe.matrix_unit, products / layers
+    element = recipe.bytes_per_element
     return [
         Part("linear layers", flops=(1 - share) * flops, bytes=(1 - share) * 6.0 * moved),
         Part(
@@ -262,9 +263,10 @@ def _linear_parts(config: TrainConfig, recipe: Recipe | None) -> list[Part]:
             flops=share * flops,
             form=form,
             # Operands are read in the low format, results written as before.
-            bytes=share * moved * (2.0 + 2.0 * OPERAND_BYTES[form]),
+            bytes=share * moved * (2.0 + 2.0 * element),
         ),
-        Part(QUANTISING, bytes=products * tokens * activations * QUANTIZED_TRAFFIC[form]),
+        # Every element is read in bfloat16 twice and written in both layouts.
+        Part(QUANTISING, bytes=products * tokens * activations * (2 * 2.0 + 2 * element)),
     ]
 
 

@@ -16,9 +16,9 @@ from storylab.planning.roofline import (
     micro_batch_seconds,
     parts,
 )
-from storylab.precision.convert import low_share
-from storylab.precision.hardware import families, has_library, supported
-from storylab.precision.recipes import Recipe, find_recipe
+from storylab.precision.backends import has_backend
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import Recipe, quantized_flops_fraction
 from storylab.training.lines import duration, idle_windows
 from storylab.training.measure import Measured
 
@@ -40,7 +40,7 @@ def can_run(card: Card, recipe: Recipe | None) -> bool:
     """Whether a card can train by a recipe, and a library has it."""
     if recipe is None:
         return True
-    return families(recipe) <= set(supported(card.capability)) and has_library(recipe)
+    return not recipe.missing_features(card.capability) and has_backend(recipe)
 
 
 def obstacle(card: Card, config: TrainConfig) -> str | None:
@@ -50,7 +50,7 @@ def obstacle(card: Card, config: TrainConfig) -> str | None:
         return "float32 is not planned for: its products run on other units"
     if config.backend == "emulated":
         return "emulated: its time says nothing of hardware"
-    if recipe is not None and not has_library(recipe):
+    if recipe is not None and not has_backend(recipe):
         return "no library computes this recipe: it can be emulated"
     return None if can_run(card, recipe) else f"{card.name} cannot train in {config.dtype}"
 
@@ -95,7 +95,7 @@ def card_lines(card: Card, config: TrainConfig, vocab_size: int) -> Iterator[str
         wanted = find_recipe(recipe_name)
         if config.dtype != "bfloat16" or wanted is None or not can_run(card, wanted):
             continue
-        share = low_share(wanted, config.model, vocab_size, config.block_size)
+        share = quantized_flops_fraction(wanted, config.model, vocab_size, config.block_size)
         found = [gains(config, vocab_size, card, kind, wanted) for kind in kinds]
         rows.append(
             (f"{name} brings ({share:.0%} of FLOPs convert)", [f"{gain:.2f}x" for gain, _ in found])

@@ -293,8 +293,7 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
             f"; weights averaged over about {c.average_share:.0%} of the run"
             if c.average_share
             else ""
-        )
-        + (f"; half windows in the first {c.short_share:.0%}" if c.short_share else ""),
+        ),
     )
 
 

@@ -12,19 +12,19 @@ from statistics import median
 import numpy as np
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
+from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.factors import under, windows
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import ENDED, Result
-from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
 from storylab.experiments.verdicts import nats
 from storylab.planning.cards import CARDS
 from storylab.planning.roofline import SOFTWARE, gains
 from storylab.planning.words import can_run
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 from storylab.reporting.series import (
     low_precision_share,
     quantization_rows,
@@ -153,7 +153,11 @@ def _failures(outcome: Outcome) -> Iterable[str]:
             yield f"{cell.name}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
         for run in cell.arm.runs:
             if run.config.batch_size != cell.config.batch_size:
-                why = " after running out of memory" if (run.folder / SPLIT_NOTE).exists() else ""
+                why = (
+                    " after running out of memory"
+                    if (run.folder / MICROBATCH_NOTE).exists()
+                    else ""
+                )
                 yield (
                     f"{cell.name}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
                     f"sequences instead of {cell.config.batch_size}{why}; the same tokens an iteration."

@@ -14,9 +14,9 @@ import torch
 from storylab.config import TrainConfig
 from storylab.model.head import padded_vocab_size
 from storylab.training.cores import considerate
-from storylab.training.learner import Learner
-from storylab.training.loop import resolve_device
 from storylab.training.precision import Precision
+from storylab.training.setup import resolve_device
+from storylab.training.state import TrainState
 from storylab.training.telemetry import peak_memory_bytes
 
 # What a step's operations belong to, the first rule that fits: the annotations or functions that they
@@ -82,8 +82,8 @@ class StepTimer:
         self.config, self.precision = resolve_device(config)
         self.device = self.precision.device
         self.vocab_size = vocab_size
-        self.learner = Learner(self.config, vocab_size, self.precision)
-        self.model = self.learner.model
+        self.state = TrainState(self.config, vocab_size, self.precision)
+        self.model = self.state.model
 
     def step(self, sequences: int) -> float:
         """Seconds of a step over ``sequences`` windows, in micro-batches of the config's size."""
@@ -92,10 +92,10 @@ class StepTimer:
         batch = batch.to(self.device)
         synchronize(self.device)
         start = time.perf_counter()
-        if self.learner.quantization is not None:
-            self.learner.quantization.weights_changed()
+        if self.state.quantization is not None:
+            self.state.quantization.weights_changed()
         # As at its end: a run may begin with half windows.
-        self.learner.step(self.config.max_iters, batch, learning_rate=0.0)
+        self.state.step(self.config.max_iters, batch, learning_rate=0.0)
         synchronize(self.device)
         return time.perf_counter() - start
 

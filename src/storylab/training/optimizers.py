@@ -35,7 +35,6 @@ def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.opti
                 matrices.items(),
                 lr=config.matrix_lr,
                 weight_decay=config.weight_decay,
-                cautious=config.cautious_decay,
                 normalize_rows=config.optimizer == "normuon",
             )
         )
@@ -98,7 +97,6 @@ class Muon(torch.optim.Optimizer):
             each of which is updated as a matrix of its own.
         lr: learning rate.
         weight_decay: share of lr by which a weight shrinks.
-        cautious: shrink an entry only where the update does too (Chen et al. 2025, arXiv 2510.12402).
         normalize_rows: divide every row of an update by the root of a running mean of its squares,
             and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491, but
             for that norm, which makes lr mean the same with and without).
@@ -111,12 +109,10 @@ class Muon(torch.optim.Optimizer):
         matrices: Iterable[tuple[Tensor, Sequence[int]]],
         lr: float,
         weight_decay: float,
-        cautious: bool,
         normalize_rows: bool = False,
     ) -> None:
         joined = list(matrices)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "cautious": cautious}
-        defaults["normalize_rows"] = normalize_rows
+        defaults = {"lr": lr, "weight_decay": weight_decay, "normalize_rows": normalize_rows}
         super().__init__([p for p, _ in joined], defaults)
         self.rows = {p: tuple(rows) for p, rows in joined}
 
@@ -165,8 +161,6 @@ def _update_alike(
         change = _with_rows_alike(change, means, keep)
         torch._foreach_copy_(squares[0], list(means))
     shrink = torch.stack(weights) * group["weight_decay"]
-    if group["cautious"]:
-        shrink *= shrink * change > 0
     change = (change + shrink) * -group["lr"]
     if keep is not None:
         change = change.where(keep, 0.0)

@@ -1,4 +1,4 @@
-"""A model with all that a step changes or needs: what a run, a plan and a benchmark train alike."""
+"""Everything that one optimizer step reads or updates. Shared by runs, planner and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from storylab.config import TrainConfig
 from storylab.model.transformer import Transformer
 from storylab.precision.convert import quantize_blocks
+from storylab.training import checkpoint
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import Precision, require_same_bits
-from storylab.training.step import StepResult, training_step
+from storylab.training.step import DeviceStepMetrics, training_step
 
 
-class Learner:
-    """Initial weights, compiled and quantised as the config says, and what updates them.
+class TrainState:
+    """Model, quantization state, optimizers, loss scaler and average of the weights of a new run.
 
     Args:
         config: the run, with device and compiling filled in.
@@ -55,16 +56,15 @@ class Learner:
         iteration: int,
         batch: Tensor,
         learning_rate: float,
-        check: Callable[[], None] = lambda: None,
-    ) -> StepResult:
+        between: Callable[[], None] = lambda: None,
+    ) -> DeviceStepMetrics:
         """Train on ``batch [S, T + 1]`` (int64) as in ``iteration``, in micro-batches of the config's size.
 
-        ``check`` is called between them and may raise to leave.
+        ``between`` is called before each of them and may raise to leave.
 
         Raises:
             NonFiniteError: see :func:`training_step`.
         """
-        iterations = self.config.max_iters + 1
         result = training_step(
             self.model,
             self.optimizers,
@@ -74,23 +74,18 @@ class Learner:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
-            pieces=self.pieces(iteration),
-            check=check,
+            between=between,
         )
         if self.average:
+            iterations = self.config.max_iters + 1
             newest = 1 / min(iteration + 1, max(1.0, self.config.average_share * iterations))
             weights = [p.detach() for p in self.model.parameters()]
             torch._foreach_lerp_(list(self.average.values()), weights, newest)
         return result
 
-    def pieces(self, iteration: int) -> int:
-        """How many windows each window of the data is cut into in ``iteration``."""
-        short = iteration < self.config.short_share * (self.config.max_iters + 1)
-        return 2 if short else 1
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the model have its average weights, where the config wants them, and then its own again."""
+        """Temporarily swap in the averaged weights; does nothing without them."""
         self._exchange()
         try:
             yield
@@ -103,3 +98,15 @@ class Learner:
                 parameter.data, self.average[name] = self.average[name], parameter.data
         if self.average and self.quantization is not None:
             self.quantization.weights_changed()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, their average and the optimizers' state, by the names that a checkpoint has."""
+        return checkpoint.training_tensors(self.model, self.optimizers, self.average)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load :meth:`tensors`.
+
+        Raises:
+            UserError: they do not fit this model or these optimizers.
+        """
+        checkpoint.restore(self.model, self.optimizers, self.average, tensors)

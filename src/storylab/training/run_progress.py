@@ -1,4 +1,4 @@
-"""How far a run has come, and whether it was asked to stop."""
+"""How far a run has come, the steps in flight, and a request to stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from storylab.checked import check
 from storylab.errors import UserError
-from storylab.training.step import StepResult
+from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
 from storylab.training.telemetry import PowerTotals
 
 
@@ -16,7 +16,7 @@ class StopRequested(Exception):  # noqa: N818
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """What a run has done so far; saved with every checkpoint. Times in seconds."""
 
     next_iteration: int = 0
@@ -33,7 +33,7 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
+    def from_dict(cls, values: dict[str, Any]) -> RunProgress:
         """Rebuild what a checkpoint's header holds.
 
         Raises:
@@ -47,11 +47,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class PendingIteration:
+class InFlightStep:
     """An iteration under way: its result, and the seconds that the host waited for its batch."""
 
     iteration: int
-    result: StepResult
+    result: DeviceStepMetrics
     waited: float
 
 
@@ -69,3 +69,38 @@ class StopSignal:
     def note(self, number: int) -> None:
         """A signal has come."""
         self.number = number
+
+
+class StepsInFlight:
+    """Steps that were started and not read yet, in order.
+
+    On a GPU the host runs ahead until a line is due, so only the time of all of them together is known.
+
+    Args:
+        runs_ahead: False where the host gains nothing by it.
+    """
+
+    def __init__(self, runs_ahead: bool) -> None:
+        self.runs_ahead = runs_ahead
+        self._steps: list[InFlightStep] = []
+        self._since = 0.0
+
+    def add(self, step: InFlightStep, started: float) -> None:
+        """Add a step that began at ``started``, by ``time.perf_counter``."""
+        if not self._steps:
+            self._since = started
+        self._steps.append(step)
+
+    def read(
+        self,
+    ) -> tuple[list[tuple[InFlightStep, StepMetrics]], float, NonFiniteError | None]:
+        """Wait for the steps; returns those before one that is not finite, when the first of them began,
+        and that fault. Steps after a fault are of no use."""
+        steps, self._steps = self._steps, []
+        done: list[tuple[InFlightStep, StepMetrics]] = []
+        for step in steps:
+            try:
+                done.append((step, step.result.read()))
+            except NonFiniteError as error:
+                return done, self._since, error
+        return done, self._since, None

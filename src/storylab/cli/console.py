@@ -22,8 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from storylab.training.observers import Observer
 
-class ConsoleReporter:
+
+class ConsoleReporter(Observer):
     """Prints lines to standard output; under them a bar with ETA if standard error is a terminal."""
 
     def __init__(self, count: bool = True) -> None:
