@@ -36,7 +36,7 @@ from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
-from storylab.model.flops import training_flops
+from storylab.model.cost import training_flops
 from storylab.training.measure import StepTimer
 from storylab.training.run_folder import SUMMARY, Run
 from storylab.training.schedule import learning_rate, telling_iterations

@@ -39,7 +39,8 @@ from storylab.experiments.factors import (
 )
 from storylab.files import read_text
 from storylab.flags import default_for, parse, perhaps
-from storylab.model.flops import training_flops, worth_compiling
+from storylab.model.cost import training_flops
+from storylab.training.compile_policy import worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")

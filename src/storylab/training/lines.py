@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from storylab.config import ModelConfig
-from storylab.model.flops import SKIPPED_BLOCK
+from storylab.model.cost import SKIPPED_BLOCK
 
 UNKNOWN = "unknown on this device"
 
