@@ -43,22 +43,10 @@ def training_flops(config: ModelConfig, vocab_size: int, block_size: int) -> flo
     return 3 * (linear + attention_flops(config, block_size))
 
 
-def orthogonalization_flops(config: ModelConfig, steps: int) -> int:
-    """FLOPs of Muon's update of all blocks: three products in each of its ``steps`` iterations, for every
-    projection as a matrix of its own."""
-    width, key_value, hidden = config.n_embd, config.n_kv_head * config.head_size, config.n_hidden
-    shapes = [(width, width)] * 2 + [(key_value, width)] * 2 + [(hidden, width)] * 3
-    flops = 0
-    for shape in shapes:
-        short, long = min(shape), max(shape)
-        flops += steps * (4 * short * short * long + 2 * short**3)
-    return config.n_layer * flops
-
-
 def worth_compiling(config: TrainConfig) -> bool:
     """Whether a run is long enough to win back the time that compiling its blocks takes.
 
     A matter of the config and not of the machine, so that the same run is computed in the same way.
     """
     flops = training_flops(config.model, 0, config.block_size)  # the head is not compiled
-    return flops * (config.max_iters + 1) * config.tokens_per_iteration >= COMPILE_FLOPS
+    return flops * config.total_tokens >= COMPILE_FLOPS

@@ -15,12 +15,11 @@ from storylab.model.flops import (
     attention_flops,
     head_flops,
     linear_flops,
-    orthogonalization_flops,
 )
+from storylab.optim import OPTIMIZERS, update_costs
 from storylab.planning.cards import Card
 from storylab.precision.recipes import Recipe
 from storylab.training.measure import ELEMENTWISE
-from storylab.training.optimizers import NEWTON_SCHULZ_STEPS
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Traffic:
         mix: an element of a sum with learned scales: embedding residual, added values.
         norm_kernels: kernels started for a norm that not every model has.
         mix_kernels: those for a sum with learned scales.
-        muon: an element of a matrix in an update by Muon, its products left out.
-        normuon: the same by NorMuon.
+        least_update: whether an update moves the least that it can, and not what PyTorch does.
     """
 
     norm: float
@@ -53,8 +51,7 @@ class Traffic:
     mix: float = 88
     norm_kernels: int = 16
     mix_kernels: int = 10
-    muon: float = 138
-    normuon: float = 174
+    least_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Software:
 # A kernel for each step of a formula; one for steps in a row; and the least that must be moved.
 STEPWISE = Traffic(84, 48, 27, 22, 34, 120, 40)
 FUSED = Traffic(16, 8, 16, 16, 12, 25, 15, mix=40, norm_kernels=2, mix_kernels=3)
-LEAST = Traffic(10, 4, 12, 8, 6, 15, 10, mix=24, norm_kernels=2, mix_kernels=1, muon=24, normuon=28)
+LEAST = Traffic(10, 4, 12, 8, 6, 15, 10, mix=24, norm_kernels=2, mix_kernels=1, least_update=True)
 LIMIT = Software("the card's limit", 1.0, 1.0, 1.0, 0.0, 0.0, LEAST)
 # Round figures with which the published speeds in docs/plan.md come out: calibrated, not derived.
 SOFTWARE: dict[str, Software] = {
@@ -125,15 +122,10 @@ ATTENTION, QUANTISING = "attention products", "quantising"
 UPDATE, ORTHOGONALISING = "update", "update, products of Muon"
 # Of a weight: cast for every micro-batch, its gradient added up.
 WEIGHT_TRAFFIC = 16
-# Of a parameter in an update by AdamW: weight, gradient and both moments read, all but one written.
-UPDATE_TRAFFIC = 28
 # Of a parameter whose average is kept: both read, the average written.
 AVERAGE_TRAFFIC = 12
-# Kernels of clipping and fused AdamW, and those of the average: each takes many parameters at once.
-ADAMW_KERNELS, AVERAGE_KERNELS = 10, 5
-# Kernels beside the products for all matrices of one shape, and for every weight under either.
-SHAPE_KERNELS = {"muon": 13, "normuon": 28}
-WEIGHT_KERNELS = 4
+# Kernels of the average: each takes many parameters at once.
+AVERAGE_KERNELS = 5
 # Of an element of a quantised operand, its block scale included.
 OPERAND_BYTES = {"fp8": 1.0, "fp4": 0.5625}
 # Of an element that is quantised: read in bfloat16 twice, written in both layouts.
@@ -213,27 +205,30 @@ def _update_parts(config: TrainConfig, vocab_size: int, traffic: Traffic) -> lis
     arithmetic does not overlap with what memory bounds."""
     model, updates = config.model, 1 / config.gradient_accumulation_steps
     parameters = model.parameter_count(vocab_size)
-    muon = config.optimizer != "adamw"
-    matrices = _block_weights(model) if muon else 0
-    of_matrix = traffic.normuon if config.optimizer == "normuon" else traffic.muon
-    moved = (parameters - matrices) * UPDATE_TRAFFIC + matrices * of_matrix
-    kernels = ADAMW_KERNELS
+    moved, kernels = 0.0, 0
+    for cost, elements in update_costs(config.optimizer, parameters, _block_weights(model)):
+        moved += elements * (cost.least_bytes if traffic.least_update else cost.bytes)
+        kernels += cost.kernels
     if config.average_share:
         moved += parameters * AVERAGE_TRAFFIC
         kernels += AVERAGE_KERNELS
-    if not muon:
-        return [Part(UPDATE, bytes=moved * updates, kernels=kernels * updates)]
-    width, key_value, hidden = model.n_embd, model.n_kv_head * model.head_size, model.n_hidden
-    shapes = len({(width, width), (key_value, width), (hidden, width), (width, hidden)})
-    # A block has four weights: two of them join projections, each a matrix of its own.
-    kernels += shapes * SHAPE_KERNELS[config.optimizer] + 4 * model.n_layer * WEIGHT_KERNELS
+    entry = OPTIMIZERS[config.optimizer]
+    fused = [(rows, m.n_in) for m in model.matrices() for rows in m.parts]
+    shapes = len(set(fused))
+    # A block has four weights: two of them fuse projections, each a matrix of its own.
+    kernels += shapes * entry.cost.shape_kernels
+    kernels += len(model.matrices()) * model.n_layer * entry.cost.weight_kernels
+    update = Part(UPDATE, bytes=moved * updates, kernels=kernels * updates)
+    if not entry.cost.product_kernels:
+        return [update]
+    flops = model.n_layer * sum(entry.cost.product_flops(*shape) for shape in fused)
     return [
-        Part(UPDATE, bytes=moved * updates, kernels=kernels * updates),
+        update,
         Part(
             ORTHOGONALISING,
             bytes=0.0,  # in the cache, or bound by arithmetic where it is too large for that
-            flops=orthogonalization_flops(model, NEWTON_SCHULZ_STEPS) * updates,
-            kernels=shapes * 3 * NEWTON_SCHULZ_STEPS * updates,
+            flops=flops * updates,
+            kernels=shapes * entry.cost.product_kernels * updates,
         ),
     ]
 
@@ -313,13 +308,11 @@ def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
 
 
 def _numbers_kept(config: TrainConfig, vocab_size: int) -> int:
-    """Weights, gradients, and what optimizers and average keep: two moments of a weight under AdamW, one
-    under Muon, and NorMuon a number a row too."""
+    """Float32 numbers in weights, gradients, the state of the optimizers, and the average."""
     model = config.model
     parameters = model.parameter_count(vocab_size)
-    kept = (5 if config.average_share else 4) * parameters
-    if config.optimizer != "adamw":
-        kept -= _block_weights(model)
-    if config.optimizer == "normuon":
-        kept += model.n_layer * (model.qkv_size + 2 * model.n_embd + 2 * model.n_hidden)
-    return kept
+    kept = (3 if config.average_share else 2) * parameters
+    for cost, elements in update_costs(config.optimizer, parameters, _block_weights(model)):
+        kept += cost.state * elements
+    rows = model.n_layer * sum(matrix.n_out for matrix in model.matrices())
+    return kept + OPTIMIZERS[config.optimizer].cost.row_state * rows
