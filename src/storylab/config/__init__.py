@@ -1,7 +1,8 @@
 """The config of a run: its fields with their facts, presets, and the identity that follows from them.
 
 It is imported before torch, so that ``--help`` and bad flags answer at once. The flags of ``storylab
-train``, their help, and ``config.json`` in the run folder are made from :class:`TrainConfig`."""
+train``, their help, and ``config.json`` in the run folder are made from :class:`TrainConfig`.
+"""
 
 from storylab.config.identity import (
     ADDED_FIELDS,

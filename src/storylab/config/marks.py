@@ -2,7 +2,8 @@
 
 Every list of fields is derived from them: the fields that a factor of an experiment covers, those that the
 name of a run's folder leaves out, that a resumed run may change, that a report hides. The parser of flags
-ignores them."""
+ignores them.
+"""
 
 from __future__ import annotations
 

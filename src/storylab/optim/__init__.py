@@ -2,7 +2,8 @@
 
 Every module in ``optimizers/`` holds entries: a new optimizer is a new module there. Its name on the
 command line, its line in a plan and a report, and its tests follow from the entry. The config asks for the
-names, so this package comes before it, and imports configs and models for their types alone."""
+names, so this package comes before it, and imports configs and models for their types alone.
+"""
 
 from __future__ import annotations
 
