@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storylab.cli import main
-from storylab.config import ModelConfig, TrainConfig, preset_config
+from storylab.config import ModelConfig, TrainConfig, preset_config, recipe_digest
 from storylab.console import ConsoleReporter
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
@@ -33,13 +33,13 @@ from storylab.experiments.factors import (
     same_learning_rates,
 )
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
+from storylab.experiments.runner import PlannedRun, plan, run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
 from storylab.model.cost import training_flops
+from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.training.measure import StepTimer
 from storylab.training.run_folder import SUMMARY, Run
-from storylab.training.schedule import learning_rate, telling_iterations
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))

@@ -32,6 +32,8 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers
+from storylab.optim.orthogonal import Muon, orthogonalize
 from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.loop import (
@@ -40,7 +42,6 @@ from storylab.training.loop import (
     train,
 )
 from storylab.training.observers import Observer
-from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
     Precision,
     choose_device,

@@ -294,7 +294,7 @@ def plan_lines(
             kind = "as before" if estimate.measured else "predicted"
             memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
             told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
-        tokens = (run.config.max_iters + 1) * run.config.tokens_per_iteration
+        tokens = run.config.total_tokens
         rows.append(f"  {run.label:<44} {tokens:>13,} tokens  {told}  {state}")
     yield (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
@@ -385,7 +385,7 @@ def noise(args: list[str]) -> int:
                 "`storylab noise FILE --seeds 5`"
             )
         low, high = deviation_interval(floor.standard_deviation, floor.seeds)
-        tokens = (result.config.max_iters + 1) * result.config.tokens_per_iteration
+        tokens = result.config.total_tokens
         print(
             f"{condition + ': ' if condition else ''}seed noise of {result.config.preset}, "
             f"{tokens:,} tokens: standard deviation "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -18,14 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from storylab import config as configs
-from storylab.config import PRESENTATION_FIELDS, TrainConfig
+from storylab.config import TrainConfig, recipe_digest, timing_key
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.factors import (
-    LEARNING_RATE_FIELDS,
-    LENGTH_FIELDS,
-    SEED_FIELDS,
-    SPLIT_FIELDS,
     under,
 )
 from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
@@ -59,14 +54,6 @@ from storylab.training.signals import stop_signals
 EXPERIMENTS = "experiments"
 POLL_SECONDS = 2.0
 LOCKS = ".locks"
-# Fields that no calibration depends on. One forgotten here costs a calibration too many; one forgotten in a
-# list of those that count would lend a run the calibration of another.
-UNTIMED_FIELDS = {
-    *("preset", "method", "matrix_lr", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("eval_interval", "eval_iters"),
-    *(LEARNING_RATE_FIELDS | LENGTH_FIELDS | SEED_FIELDS),
-    *PRESENTATION_FIELDS,
-}
 # Beside a run that had to be cut finer than it was asked for: why.
 SPLIT_NOTE = "split.json"
 
@@ -143,27 +130,6 @@ class Estimate:
     memory_bytes: float
     measured: bool
     other_cores: float = 0.0
-
-
-def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
-    """What a run computes, seed apart, as ten hexadecimal digits: resolved config and data.
-
-    How the batch is cut into micro-batches is left out, so that a run that had to be cut finer
-    to fit into memory still is the run that was asked for.
-    """
-    values = configs.to_dict(config)
-    for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
-        del values[name]
-    for fields, added in (
-        (values, configs.ADDED_FIELDS),
-        (values["model"], configs.ADDED_MODEL_FIELDS),
-    ):
-        for name, before in added.items():
-            if fields.get(name) == before:
-                del fields[name]
-    values["sequences"] = config.batch_size * config.gradient_accumulation_steps
-    text = json.dumps([values, fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def require_runnable(experiment: Experiment) -> None:
@@ -277,22 +243,12 @@ def estimates(planned: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, Estim
             finished[run.cell] = _finished_estimate([r for r in planned if r.cell == run.cell])
         estimate = finished[run.cell]
         if estimate is None:
-            key = _timed(run.config)
+            key = timing_key(run.config)
             if key not in calibrated:
                 calibrated[key] = _calibration(run.config)
             measured = calibrated[key]
             estimate = _expected(run.config, measured) if measured else None
         yield run, estimate
-
-
-def _timed(config: TrainConfig) -> str:
-    """What a calibration depends on: runs that are alike in it share one."""
-    values = configs.to_dict(config)
-    for name in UNTIMED_FIELDS:
-        del values[name]
-    values["gradient_accumulation_steps"] = config.gradient_accumulation_steps > 1
-    values["average_share"] = config.average_share > 0
-    return json.dumps(values)
 
 
 def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
@@ -421,7 +377,7 @@ def _alone(run: PlannedRun, name: str, watcher: Watcher) -> Iterator[None]:
 
 
 def _tokens(run: PlannedRun) -> int:
-    return (run.config.max_iters + 1) * run.config.tokens_per_iteration
+    return run.config.total_tokens
 
 
 def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: float) -> None:

@@ -24,7 +24,7 @@ GAINS = {"FP8": "fp8", "NVFP4": "nvfp4"}
 
 def head_line(config: TrainConfig, vocab_size: int) -> str:
     """The first line: model, precision, tokens and FLOPs of the run."""
-    tokens = (config.max_iters + 1) * config.tokens_per_iteration
+    tokens = config.total_tokens
     flops = training_flops(config.model, vocab_size, config.block_size)
     return (
         f"{config.preset}, {config.model.parameter_count(vocab_size):,} parameters, {config.dtype}: "
@@ -118,7 +118,7 @@ def _columns(cells: Sequence[str]) -> str:
 
 
 def _run_seconds(config: TrainConfig, micro_batch: float) -> float:
-    return (config.max_iters + 1) * config.gradient_accumulation_steps * micro_batch
+    return config.iterations * config.gradient_accumulation_steps * micro_batch
 
 
 def _run_time(config: TrainConfig, micro_batch: float) -> str:
@@ -128,7 +128,7 @@ def _run_time(config: TrainConfig, micro_batch: float) -> str:
 def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
     """The plan of a run on this machine, from steps that were just measured."""
     seconds = measured.seconds(config)
-    tokens = (config.max_iters + 1) * config.tokens_per_iteration
+    tokens = config.total_tokens
     update = f" and {measured.update:.3f} s for an update" if measured.update else " and its update"
     yield (
         f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch{update}: "

@@ -17,4 +17,4 @@ def worth_compiling(config: TrainConfig) -> bool:
     same way.
     """
     flops = training_flops(config.model, 0, config.block_size)  # the head is not compiled
-    return flops * (config.max_iters + 1) * config.tokens_per_iteration >= COMPILE_FLOPS
+    return flops * config.total_tokens >= COMPILE_FLOPS

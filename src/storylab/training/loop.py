@@ -15,6 +15,7 @@ from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher
 from storylab.data.dataset import load_dataset
 from storylab.files import exclusive, write_json
+from storylab.optim.schedule import learning_rate
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
@@ -32,7 +33,6 @@ from storylab.training.run_folder import (
     create_run,
 )
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
-from storylab.training.schedule import learning_rate
 from storylab.training.setup import TrainingSetup, resolve
 from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError
@@ -82,7 +82,7 @@ def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
     loop = Loop(setup, run, observers)
     with loop.running():
         loop.start()
-        for iteration in range(setup.progress.next_iteration, setup.config.max_iters + 1):
+        for iteration in range(setup.progress.next_iteration, setup.config.iterations):
             if loop.evaluation_due(iteration):
                 loop.evaluator.evaluate(iteration)
             loop.step(iteration)

@@ -70,7 +70,7 @@ class Measured:
     def seconds(self, config: TrainConfig) -> float:
         """Predicted seconds of training of a whole run, evaluations left out."""
         iteration = config.gradient_accumulation_steps * self.micro_batch + self.update
-        return (config.max_iters + 1) * iteration
+        return config.iterations * iteration
 
 
 class StepTimer:
