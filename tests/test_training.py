@@ -31,10 +31,11 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers
+from storylab.optim.orthogonal import Muon, orthogonalize
 from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
-from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
     Precision,
     choose_device,
