@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storylab.config import ModelConfig, TrainConfig
-from storylab.data.batches import TrainingBatches
 from storylab.model.cost import SKIPPED_BLOCK
+
+if TYPE_CHECKING:  # a plan prints durations without loading torch
+    from storylab.data.batches import TrainingBatches
 
 UNKNOWN = "unknown on this device"
 
