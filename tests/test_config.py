@@ -32,7 +32,7 @@ from storylab.errors import UserError
 from storylab.experiments.factors import changed_fields, factor_fields
 from storylab.flags import default_for, parse
 from storylab.model.transformer import Transformer
-from storylab.training.loop import resolve
+from storylab.training.setup import resolve
 
 SOURCE = Path(configs.__file__).parents[1]
 
@@ -268,42 +268,8 @@ def test_every_field_is_read_somewhere() -> None:
         assert fields <= read, fields - read
 
 
-# A room may import those before it, never those after it (ARCHITECTURE.md).
-ROOMS = """errors compiler checked record files optim config flags data model precision training experiments
-planning reporting console doctor lab_cli plan_cli cli""".split()
-
-
-def _for_types_alone(tree: ast.Module) -> set[ast.AST]:
-    """The nodes under ``if TYPE_CHECKING``, which are never run."""
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and isinstance(n.test, ast.Name)]
-    types = [n for n in guards if isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
-    return {node for guard in types for child in guard.body for node in ast.walk(child)}
-
-
-def test_imports_point_one_way() -> None:
-    for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room.startswith("__"):
-            continue
-        tree = ast.parse(path.read_text())
-        for node in set(ast.walk(tree)) - _for_types_alone(tree):
-            modules: list[str] = []
-            if isinstance(node, ast.ImportFrom) and node.module == "storylab":
-                names = [alias.name for alias in node.names]
-                modules = [f"storylab.{name}" for name in names if not name.startswith("__")]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            elif isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            for module in modules:
-                if not module.startswith("storylab."):
-                    continue
-                imported = module.split(".")[1]
-                assert ROOMS.index(imported) <= ROOMS.index(room), f"{path} imports {imported}"
-    model = (SOURCE / "model").glob("*.py")
-    assert not any("storylab.data" in path.read_text() for path in model)
-
-
 def test_flags_are_parsed_before_torch_is_imported() -> None:
-    script = "import sys, storylab.cli; sys.exit('torch' in sys.modules)"
+    """The module of every verb is imported, as for --help."""
+    script = "import sys; from storylab.cli.registry import all_verbs; all_verbs(); "
+    script += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

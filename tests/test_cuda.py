@@ -20,7 +20,6 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
-from storylab.training.saving import Saver
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +28,7 @@ from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint
+from storylab.training.checkpointing import Saver
 from storylab.training.precision import Precision, choose_device, require_same_bits
 from storylab.training.state import TrainState
 from storylab.training.step import DeviceStepMetrics
@@ -88,7 +88,7 @@ def test_a_forward_pass_stays_on_the_card(
     model = on_the_card(Transformer(model_config, VOCAB))
     tokens = torch.zeros(4, 128, dtype=torch.int64, device=CUDA)
     with torch.no_grad(), BFLOAT16.autocast():
-        hidden = model.hidden(tokens)
+        hidden = model.hidden_states(tokens)
     assert hidden.device.type == "cuda"
     # torch's own kernel, one a layer, which a card runs without making the scores.
     assert attention.call_count == model_config.n_layer
@@ -106,7 +106,7 @@ def test_attention_is_given_one_dtype(
     monkeypatch.setattr("storylab.model.transformer.causal_attention", attention)
     model = on_the_card(Transformer(model_config, VOCAB))
     with torch.no_grad(), BFLOAT16.autocast():
-        model.hidden(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
+        model.hidden_states(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
     assert attention.call_count == model_config.n_layer
     for each in attention.call_args_list:
         assert [x.dtype for x in each.args[:3]] == [torch.bfloat16] * 3
@@ -117,7 +117,7 @@ def test_all_logits_are_never_in_memory() -> None:
     model = Transformer(MODEL, vocab)
     tokens = torch.zeros(2, time, dtype=torch.int64)
     with Operations() as seen:
-        model.loss(tokens, tokens).backward()
+        model(tokens, tokens).backward()
     assert 512 * vocab <= seen.largest < 2 * time * vocab / 2
 
 
@@ -175,7 +175,7 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
         block.compile(backend=backend, fullgraph=True)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     for _ in range(3):
-        network.loss(tokens, tokens).backward()
+        network(tokens, tokens).backward()
     # The layers differ in what they are given only where values are handed on.
     assert len(graphs) <= 2
     torch._dynamo.reset()

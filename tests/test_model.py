@@ -12,15 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
 
+from conftest import TINY
 from storylab.compiler import missing_for_compiling
 from storylab.config import ModelConfig
 from storylab.errors import UserError
 from storylab.model import head
 from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
+from storylab.model.cache import KVCache
 from storylab.model.generate import Sampling, generate, next_token_probabilities
-from storylab.model.head import Cuts, linear_cross_entropy, token_losses
-from storylab.model.transformer import KeyValueCache, Transformer, rotary_angles
+from storylab.model.head import ChunkSizes, linear_cross_entropy, token_losses
+from storylab.model.layers import rope_cos_sin
+from storylab.model.transformer import Transformer
 
 SHAPES = [
     ModelConfig(n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_hidden=96),
@@ -98,13 +103,30 @@ def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
     theirs = other(input_ids=x).logits
     torch.testing.assert_close(model(x), theirs, rtol=1e-4, atol=1e-4)
 
-    model.loss(x, y).backward()
+    model(x, y).backward()
     F.cross_entropy(theirs.flatten(0, 1), y.flatten()).backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected = dict(other.named_parameters())
     for name, grad in llama_names(config, ours).items():
         if name != "lm_head.weight":  # tied: the same parameter as the embedding
             torch.testing.assert_close(grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_wrapper_sees_the_loss_and_its_gradients() -> None:
+    """torch's data-parallel wrapper reduces gradients in the backward pass of its own forward."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = Transformer(TINY, VOCAB, seed=1)
+        wrapped = DistributedDataParallel(model)
+        x, y = tokens(3, 12), tokens(3, 12, seed=1)
+        loss = wrapped(x, y)
+        loss.backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        expected = torch.autograd.grad(model(x, y), list(model.parameters()))
+        assert torch.equal(loss, model(x, y)) and loss.dtype == torch.float32
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_no_gradient_flows_from_later_tokens() -> None:
@@ -168,12 +190,14 @@ def test_attention_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("count", [1, 15, 19])
-@pytest.mark.parametrize("cut", [Cuts(16, 10, 1), Cuts(16, 2**31, 8)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "cut", [ChunkSizes(16, 10, 1), ChunkSizes(16, 2**31, 8)], ids=["cpu", "cuda"]
+)
 def test_head_loss_and_gradients_equal_plain_cross_entropy(
-    count: int, cut: Cuts, monkeypatch: pytest.MonkeyPatch
+    count: int, cut: ChunkSizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a vocabulary that is padded, as on a GPU."""
-    monkeypatch.setattr(head, "cuts", lambda device: cut)
+    monkeypatch.setattr(head, "chunk_sizes", lambda device: cut)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
     weight = torch.randn(31, 8, generator=generator)
@@ -247,9 +271,9 @@ def test_gradients_of_every_option_are_those_without_redoing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
-    redone = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
-    monkeypatch.setattr("storylab.model.transformer.lean", lambda function, x: function(x))
-    kept = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    redone = torch.autograd.grad(model(x, y), list(model.parameters()))
+    monkeypatch.setattr("storylab.model.recompute.recomputes_activations", lambda x: False)
+    kept = torch.autograd.grad(model(x, y), list(model.parameters()))
     for (name, _), one, other in zip(model.named_parameters(), redone, kept, strict=True):
         torch.testing.assert_close(one, other)
         assert one.abs().max() > 0, name
@@ -277,8 +301,11 @@ def test_no_option_lets_later_tokens_through(any_model: Transformer) -> None:
 def test_cache_gives_the_logits_of_the_whole_sequence(any_model: Transformer) -> None:
     model = any_model
     x = tokens(3, 15)
-    cache = KeyValueCache(model.config, 3, 15, torch.device("cpu"))
-    parts = [model(x[:, a:b], cache) for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))]
+    cache = KVCache(model.config, 3, 15, torch.device("cpu"))
+    parts = [
+        model.logits(model.hidden_states(x[:, a:b], cache))
+        for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))
+    ]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(x), rtol=1e-5, atol=1e-5)
 
 
@@ -341,12 +368,13 @@ def test_next_token_probabilities() -> None:
     torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
     batch, time = 3, 16
     model, stream = Transformer(config, VOCAB), torch.randn(batch, time, config.n_embd)
-    rotary = rotary_angles(config, torch.arange(time))
+    rotary = rope_cos_sin(config, torch.arange(time))
     torch._dynamo.reset()
     for block in model.blocks:  # the division of work that a compiler makes, without its code
         block.compile(backend="aot_eager_decomp_partition")
@@ -369,19 +397,21 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     assert all(math.prod(shape) <= time * config.head_size for shape in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_gradients_of_compiled_blocks_are_those_of_plain_ones() -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
-    plain = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    plain = torch.autograd.grad(model(x, y), list(model.parameters()))
     torch._dynamo.reset()
     for block in model.blocks:
         block.compile(backend="aot_eager_decomp_partition")
-    compiled = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    compiled = torch.autograd.grad(model(x, y), list(model.parameters()))
     torch._dynamo.reset()
     for one, other in zip(plain, compiled, strict=True):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing_for_compiling("cpu") is not None, reason="nothing here compiles C++")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_softmax_in_one_kernel_is_the_softmax(dtype: torch.dtype) -> None:

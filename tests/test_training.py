@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -30,16 +29,11 @@ from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig
-from storylab.errors import UserError
+from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint, loop
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
-from storylab.training.loop import (
-    TrainingDiverged,
-    TrainingInterrupted,
-    train,
-)
 from storylab.training.observers import Observer
 from storylab.training.precision import (
     choose_device,
@@ -52,6 +46,7 @@ from storylab.training.sampling import load_story_model
 from storylab.training.setup import TrainingSetup, resolve_compile
 from storylab.training.step import NonFiniteError, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -305,6 +300,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Pa
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+@pytest.mark.slow
 def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
     def identity(**seeds: int) -> tuple[str, str]:
         config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
@@ -320,7 +316,7 @@ def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: P
 
 def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: MakeConfig) -> None:
     config = tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)
-    with pytest.raises(TrainingDiverged, match="learning_rate"):
+    with pytest.raises(Diverged, match="learning_rate"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -340,7 +336,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
     assert times[1] == times[2] == times[3] == times[4] != times[5]
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
     resumed = resume(tmp_path / "stopped")
     assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
@@ -360,7 +356,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
@@ -388,7 +384,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -428,7 +424,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
     )
     monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
-    with pytest.raises(TrainingDiverged, match="loss is nan"):
+    with pytest.raises(Diverged, match="loss is nan"):
         train(config)
     run = open_run(config.out_dir)
     assert run.checkpoint("best").exists() == (which == "evaluate_split")
@@ -443,9 +439,10 @@ class InterruptAt(Observer):
 
     def progress(self, name: str, done: int, total: int) -> None:
         if name == "training" and done == self.iteration:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
 def test_a_stopped_run_resumes_to_the_same_bits(
@@ -453,7 +450,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="storylab resume") as stop:
+    with pytest.raises(Interrupted, match="storylab resume") as stop:
         train(config, InterruptAt(at, number))
     assert stop.value.signal_number == number
     assert open_run(config.out_dir).summary is None
@@ -467,6 +464,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.environment["resumed"][0]["iteration"] == at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -482,7 +480,7 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
     config = tiny_config(**changes, out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(4, signal.SIGTERM))
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
@@ -524,11 +522,11 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     class StopAtBest(Observer):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="before iteration 4"):
+    with pytest.raises(Interrupted, match="before iteration 4"):
         train(config, StopAtBest())
     run = resume(config.out_dir)
     assert metrics(run) == metrics(whole)
@@ -545,9 +543,9 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         resume(run.folder, longer, StopAtTheEnd())
     assert run.summary is None
     assert not (run.folder / "story_losses.npy").exists()
@@ -569,7 +567,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
 
 def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     before = (config.out_dir / "metrics.jsonl").read_bytes()
     with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
@@ -582,7 +580,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_
     changes = {"dtype": "float16", "max_iters": 5}
     whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
     config = tiny_config(out_dir=tmp_path / "stopped", **changes)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     _, state = checkpoint.load(open_run(config.out_dir).checkpoint("last"))
     assert state["scaler"]["scale"] > 1
@@ -620,6 +618,7 @@ def test_one_validation_story_has_no_standard_error(
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
     changes = {"max_iters": 600, "eval_interval": 100, "checkpoint_minutes": 0.0}
@@ -629,7 +628,7 @@ def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Pat
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
         "from storylab.training.resume import resume; resume(Path(sys.argv[1]))"
     )
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(1, signal.SIGTERM))
     rng = random.Random(0)
     kills, reached = 0, []
@@ -658,7 +657,7 @@ def test_resuming_needs_the_same_config_and_data(
     tiny_config: MakeConfig, tmp_path: Path, dataset: Dataset
 ) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
     other = dataclasses.replace(config, beta1=0.5)
@@ -683,7 +682,7 @@ def test_a_run_goes_on_on_its_own_kind_of_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = config.out_dir / "config.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
@@ -753,7 +752,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> N
 
 def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = open_run(config.out_dir).checkpoint("last")
     data = path.read_bytes()
@@ -767,7 +766,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/last.safetensors"])
 def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, file: str) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     (config.out_dir / file).unlink()
     with pytest.raises(UserError, match=file.split("/")[-1]):
@@ -851,12 +850,13 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
     assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
     script = (
         "import sys, json, torch; from storylab.config import from_dict\n"
-        "from storylab.training.loop import train\n"
+        "from storylab.training.train import train\n"
         "train(from_dict(json.loads(sys.argv[1])))"
     )
     eager, compiled = (

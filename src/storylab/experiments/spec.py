@@ -1,6 +1,6 @@
 """An experiment as data: a TOML file, read into resolved configs and checked before any time is spent.
 
-The README describes the keys. A scale (``[scales.NAME]``) overrides what the file says above it;
+docs/guide/experiments.md describes the keys. A scale (``[scales.NAME]``) overrides the keys above it;
 every cell of an experiment is an arm under a condition, and is trained once for each seed.
 """
 
@@ -39,7 +39,8 @@ from storylab.experiments.factors import (
 )
 from storylab.files import read_text
 from storylab.flags import default_for, parse, perhaps
-from storylab.model.flops import training_flops, worth_compiling
+from storylab.model.cost import training_flops
+from storylab.training.compile_policy import worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")

@@ -14,8 +14,8 @@ from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.statistics import mean_interval
-from storylab.precision.convert import low_share
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import block_of, quantized_flops_fraction
 
 Row = dict[str, Any]
 # Points that a curve is thinned to: more than a page's width shows, few enough for its size.
@@ -198,7 +198,7 @@ def quantization_rows(outcome: Outcome) -> list[Row]:
         groups: dict[tuple[str, int, int], list[Row]] = {}
         for row in cell.arm.finished[0].quantization if cell.arm.finished else ():
             tensor = f"{row['tensor']}, {row['product'].replace('_', ' ')}"
-            block = int(row["layer"].split()[0])
+            block = block_of(row["layer"])
             groups.setdefault((tensor, block, row["iteration"]), []).append(row)
         for (tensor, block, iteration), found in groups.items():
             means = {
@@ -221,7 +221,7 @@ def low_precision_share(cell: CellResult) -> float | None:
     if recipe is None:
         return 0.0
     vocab_size = cell.arm.runs[0].data["tokenizer"]["vocab_size"]
-    return low_share(recipe, config.model, vocab_size, config.block_size)
+    return quantized_flops_fraction(recipe, config.model, vocab_size, config.block_size)
 
 
 def _by_iteration(runs: Sequence[Result]) -> Iterable[list[Row]]:

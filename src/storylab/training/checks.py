@@ -7,7 +7,7 @@ from typing import Any
 
 from storylab.errors import UserError, out_of_memory
 from storylab.precision import selftest
-from storylab.precision.convert import low_share
+from storylab.precision.recipes import quantized_flops_fraction
 from storylab.training.compile_check import check_compiled, compiler_is_to_blame
 from storylab.training.cores import considerate
 from storylab.training.observers import Observers
@@ -99,6 +99,8 @@ def check_precision(setup: TrainingSetup) -> dict[str, Any] | None:
     if precision.recipe is None:
         return None
     checks = selftest.check_model(setup.state.model.blocks, precision.recipe, precision.hardware)
-    share = low_share(precision.recipe, config.model, setup.dataset.vocab_size, config.block_size)
+    share = quantized_flops_fraction(
+        precision.recipe, config.model, setup.dataset.vocab_size, config.block_size
+    )
     found = {"backend": precision.backend, "share_of_flops": share}
     return selftest.summarize(checks) | found

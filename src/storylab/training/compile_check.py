@@ -155,7 +155,7 @@ def _gradients(
     total = torch.zeros((), device=windows.device)
     for part in windows.split(rows or len(windows)):
         with precision.autocast():
-            loss = model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(windows))
+            loss = model(part[:, :-1], part[:, 1:]) * (len(part) / len(windows))
         (loss * scale).backward()
         total += loss.detach()
     gradients = []

@@ -11,8 +11,10 @@ import torch
 
 from storylab.config import Backend, Dtype
 from storylab.errors import UserError
-from storylab.precision.hardware import Hardware, choose_hardware
-from storylab.precision.recipes import Recipe, find_recipe
+from storylab.precision.backends import resolve_backend
+from storylab.precision.backends.protocol import PrecisionBackend
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import Recipe
 
 # What a recipe leaves alone is computed in bfloat16.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -35,7 +37,7 @@ class Precision:
     device: torch.device
     dtype: torch.dtype
     recipe: Recipe | None = None
-    hardware: Hardware | None = None
+    hardware: PrecisionBackend | None = None
 
     @property
     def backend(self) -> Backend:
@@ -122,7 +124,7 @@ def choose_precision(
     if recipe is None and backend != "auto":
         raise UserError(f"--backend is for low precision: leave it out with {dtype}")
     wide = high_precision(device, dtype).dtype
-    hardware = choose_hardware(device, recipe, backend) if recipe is not None else None
+    hardware = resolve_backend(device, recipe, backend) if recipe is not None else None
     return Precision(device, wide, recipe, hardware)
 
 

@@ -12,7 +12,7 @@ from storylab.config import FIELDS, TrainConfig, differences, flat
 from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.optim.schedule import learning_rate, telling_iterations
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
 from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
@@ -33,7 +33,7 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
 
     Raises:
         UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
-        TrainingInterrupted, TrainingDiverged: as in training.
+        Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
     with exclusive(folder):

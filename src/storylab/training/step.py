@@ -101,7 +101,7 @@ def training_step(
     for windows in batch.split(micro_batch):
         between()
         with precision.autocast():
-            loss = model.loss(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
+            loss = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
