@@ -25,7 +25,7 @@ from storylab.errors import UserError
 from storylab.experiments.factors import changed_fields, factor_fields
 from storylab.flags import default_for, parse
 from storylab.model.transformer import Transformer
-from storylab.training.loop import resolve
+from storylab.training.setup import resolve
 
 SOURCE = Path(configs.__file__).parent
 

@@ -34,7 +34,6 @@ from storylab.files import exclusive
 from storylab.model.transformer import Transformer
 from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
-from storylab.training.loop import train
 from storylab.training.observers import Observer
 from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
@@ -49,6 +48,7 @@ from storylab.training.sampling import load_story_model
 from storylab.training.setup import TrainingSetup, resolve_compile
 from storylab.training.step import NonFiniteError, StepMetrics, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -1001,7 +1001,7 @@ def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path
         pytest.skip("nothing here compiles C++")
     script = (
         "import sys, json, torch; from storylab.config import from_dict\n"
-        "from storylab.training.loop import train\n"
+        "from storylab.training.train import train\n"
         "train(from_dict(json.loads(sys.argv[1])))"
     )
     eager, compiled = (

@@ -48,7 +48,7 @@ def train(config: TrainConfig, *observers: Observer) -> Run:
     Raises:
         UserError: data, device or folder cannot be used.
     """
-    from storylab.training.loop import train as run_training
+    from storylab.training.train import train as run_training
 
     return run_training(config, *observers)
 

@@ -5,6 +5,7 @@ Reads the job as JSON on standard input and writes messages, one JSON line each,
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -54,8 +55,11 @@ def _first_line(error: Exception) -> str:
 
 
 def send(message: Event | Outcome) -> None:
-    """Write a message for the parent process."""
-    print(encode(message), flush=True)
+    """Write a message for the parent process. If that is gone, stop as if told to: the work is saved."""
+    try:
+        print(encode(message), flush=True)
+    except OSError:
+        signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":

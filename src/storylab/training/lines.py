@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from storylab.config import ModelConfig
+from storylab.config import ModelConfig, TrainConfig
+from storylab.data.batches import TrainingBatches
 from storylab.model.flops import SKIPPED_BLOCK
 
 UNKNOWN = "unknown on this device"
@@ -75,6 +76,13 @@ def unseen_lines(unseen: int, tokens: int, block_size: int) -> list[str]:
         f"they do not fill a window of {block_size:,}",
         "",
     ]
+
+
+def opening_lines(config: TrainConfig, batches: TrainingBatches, cuda: bool) -> list[str]:
+    """Lines for the start of a run: what its windows reach, and tokens that it never trains on."""
+    size, tokens = config.block_size, len(batches.split)
+    windows = attention_lines(config.model, size, cuda)
+    return [*windows, *unseen_lines(batches.unseen, tokens, size)]
 
 
 def duration(seconds: float) -> str:

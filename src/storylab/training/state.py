@@ -65,6 +65,8 @@ class TrainState:
         Raises:
             NonFiniteError: see :func:`training_step`.
         """
+        if self.quantization is not None:
+            self.quantization.advance(iteration)
         result = training_step(
             self.model,
             self.optimizers,
@@ -76,6 +78,8 @@ class TrainState:
             grad_clip=self.config.grad_clip,
             between=between,
         )
+        if self.quantization is not None:
+            self.quantization.weights_changed()
         if self.average:
             iterations = self.config.max_iters + 1
             newest = 1 / min(iteration + 1, max(1.0, self.config.average_share * iterations))
