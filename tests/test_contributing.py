@@ -40,7 +40,8 @@ def apply(patch: str, root: Path) -> None:
 
 
 def test_there_is_an_example_for_each_kind() -> None:
-    assert {"To add a schedule", "To add a precision"} <= set(EXAMPLES)
+    kinds = {"a schedule", "a precision", "a verb", "an executor"}
+    assert {f"To add {kind}" for kind in kinds} <= set(EXAMPLES)
 
 
 @pytest.mark.slow
