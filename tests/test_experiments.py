@@ -511,6 +511,7 @@ def planned(experiment: Experiment, dataset: Dataset, tmp_path: Path) -> list[Pl
     return plan_runs(experiment, dataset, tmp_path / "runs", seeds=(1,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2])
 def test_an_experiment_runs_once_in_processes_of_its_own(
     planned: list[PlannedRun], slots: int
@@ -568,6 +569,7 @@ def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     assert run_experiment(planned, InProcess(), Watcher())[0] == "finished"
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_is_a_result(dataset: Dataset, tmp_path: Path) -> None:
     text = TEN_LINES.format(config=TINY_CONFIG + "grad_clip = 0.0\n")
     text = text.replace("learning_rate = 1e-2", "learning_rate = 1e30")
@@ -589,6 +591,7 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert not out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.slow
 def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
     dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -646,6 +649,7 @@ def calibrate(config: TrainConfig) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_the_plan_is_shown_without_training(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -835,6 +839,7 @@ def elsewhere(run: PlannedRun) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_two_experiments_do_not_train_a_run_twice(planned: list[PlannedRun]) -> None:
     """While another process holds the run's name, this one waits, then takes what came of it."""
     executor = InProcess()
@@ -846,6 +851,7 @@ def test_two_experiments_do_not_train_a_run_twice(planned: list[PlannedRun]) -> 
     assert executor.actions == ["train"]
 
 
+@pytest.mark.slow
 def test_what_another_process_trains_comes_last(planned: list[PlannedRun]) -> None:
     """So that two processes on one experiment share its runs instead of waiting in step."""
     with elsewhere(planned[0]):
