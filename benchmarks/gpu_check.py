@@ -840,7 +840,7 @@ KERNELS = (
 
 # Marks that the profiler shows on the card beside the kernels within them.
 ANNOTATION = re.compile(
-    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|_LinearCross|autograd::|Pregraph"
+    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|LinearCross|autograd::|Pregraph"
 )
 
 

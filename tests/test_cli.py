@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
-import pty
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -35,6 +33,10 @@ from storylab.experiments.results import load_result
 from storylab.flags import default_for, parse
 from storylab.training import checkpoint
 from storylab.training.run_folder import open_run
+
+if sys.platform != "win32":
+    import pty
+    import resource
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6

@@ -28,9 +28,9 @@ from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers, require_skipping, skip_where
 from storylab.training import checkpoint
 from storylab.training.checkpointing import Saver
-from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
 from storylab.training.precision import Precision, choose_device, require_same_bits
 from storylab.training.state import TrainState
 from storylab.training.step import DeviceStepMetrics

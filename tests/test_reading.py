@@ -375,6 +375,7 @@ KNOWN = "b847d56ef670afe1d7753111e2171fc976583eb2e580b4a216e4c5250ad5bcf7"
 # --- folders
 
 
+@pytest.mark.posix
 def test_folders_are_read_whole_and_what_is_skipped_is_told(tmp_path: Path) -> None:
     contents = {
         "in/B.TXT": "Two.",
@@ -440,6 +441,7 @@ def make(folder: Path, what: str) -> Path:
     return path
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(
     ("what", "says"),
     [
@@ -504,6 +506,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert "No such file" in refusal(tmp_path, tmp_path / "a.txt")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("out", ["file.txt", "link", "file.txt/x", "x" * 300, "/proc/x"])
 def test_places_that_cannot_be_written_are_named(tmp_path: Path, out: str) -> None:
     (tmp_path / "file.txt").write_text("A story.")
@@ -533,6 +536,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert (tmp_path / ".out.partial/mine").is_dir()
 
 
+@pytest.mark.posix
 def test_a_hub_cache_that_cannot_be_read_names_the_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", "/cache")
@@ -542,6 +546,7 @@ def test_a_hub_cache_that_cannot_be_read_names_the_ways_on(monkeypatch: pytest.M
         download("a/b", "c.txt", "main", "dataset")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("file", ["train-00000.bin", "tokenizer.tiktoken", "manifest.json"])
 def test_a_pipe_in_a_data_set_does_not_hang(tmp_path: Path, dataset: Dataset, file: str) -> None:
     folder = tmp_path / "copy"
@@ -803,6 +808,7 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     assert stories_of(data) == [*stories, *words]
 
 
+@pytest.mark.posix
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
     started, given_up = threading.Event(), time.monotonic() + 120

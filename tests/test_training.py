@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -32,10 +31,11 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers
+from storylab.optim.orthogonal import Muon, orthogonalize
 from storylab.training import checkpoint, loop, state
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
-from storylab.training.optimizers import Muon, build_optimizers, orthogonalize
 from storylab.training.precision import (
     Precision,
     choose_device,
@@ -450,6 +450,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Pa
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+@pytest.mark.slow
 def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
     def identity(**seeds: int) -> tuple[str, str]:
         config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
@@ -588,9 +589,10 @@ class InterruptAt(Observer):
 
     def progress(self, name: str, done: int, total: int) -> None:
         if name == "training" and done == self.iteration:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
 def test_a_stopped_run_resumes_to_the_same_bits(
@@ -612,6 +614,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.environment["resumed"][0]["iteration"] == at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -669,7 +672,7 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     class StopAtBest(Observer):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
@@ -690,7 +693,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         resume(run.folder, longer, StopAtTheEnd())
@@ -765,6 +768,7 @@ def test_one_validation_story_has_no_standard_error(
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
     changes = {"max_iters": 600, "eval_interval": 100, "checkpoint_minutes": 0.0}
@@ -996,6 +1000,7 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
     assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")

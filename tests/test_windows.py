@@ -74,6 +74,7 @@ def test_a_model_is_trained_without_posix_modules(tmp_path: Path) -> None:
         assert b"\r" not in text.read_bytes()
 
 
+@pytest.mark.posix
 def test_a_lock_file_stands_for_a_folder_that_cannot_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

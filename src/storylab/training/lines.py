@@ -7,7 +7,7 @@ from typing import Any
 
 from storylab.config import ModelConfig, TrainConfig
 from storylab.data.batches import TrainingBatches
-from storylab.model.flops import SKIPPED_BLOCK
+from storylab.model.cost import SKIPPED_BLOCK
 
 UNKNOWN = "unknown on this device"
 

@@ -13,6 +13,7 @@ import torch
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
+from storylab.optim.schedule import learning_rate
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
@@ -26,7 +27,6 @@ from storylab.training.run_folder import (
     Run,
 )
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
-from storylab.training.schedule import learning_rate
 from storylab.training.setup import TrainingSetup
 from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError
@@ -46,7 +46,7 @@ def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
     loop = Loop(setup, run, observers)
     with loop.running():
         loop.start()
-        for iteration in range(setup.progress.next_iteration, setup.config.max_iters + 1):
+        for iteration in range(setup.progress.next_iteration, setup.config.iterations):
             if loop.evaluation_due(iteration):
                 loop.evaluator.evaluate(iteration)
             loop.step(iteration)

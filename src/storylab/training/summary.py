@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from storylab.optim.schedule import learning_rate
 from storylab.precision.quantize import wrong_kernels
 from storylab.training.evaluation import Evaluation
 from storylab.training.evaluator import FinalEvaluation
 from storylab.training.run_folder import LOG, POSITION_LOSSES, STORY_LOSSES, Run
-from storylab.training.schedule import learning_rate
 from storylab.training.setup import TrainingSetup
 from storylab.training.step import NonFiniteError
 
