@@ -40,7 +40,10 @@ def apply(patch: str, root: Path) -> None:
 
 
 def test_there_is_an_example_for_each_kind() -> None:
-    kinds = ("a schedule", "an optimizer", "a precision", "a scaling", "a tracker")
+    kinds = (
+        *("a schedule", "an optimizer", "a precision", "a scaling", "a tracker", "a verb"),
+        "an executor",
+    )
     assert set(EXAMPLES) == {f"To add {kind}" for kind in kinds}
 
 
