@@ -102,6 +102,7 @@ def test_whatever_goes_wrong_is_an_outcome(
     assert wild.status == "diverged" and "learning_rate" in wild.reason
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_from_one_that_fails(tiny_config: MakeConfig) -> None:
     def kill(event: Event) -> None:
         # The worker leads a session of its own, so its parent is this process.
@@ -122,6 +123,7 @@ def test_a_process_that_cannot_start_its_work_names_its_last_line(
 # Stopping
 
 
+@pytest.mark.slow
 def test_an_executor_that_is_stopped_saves_its_jobs(tiny_config: MakeConfig) -> None:
     executor = LocalExecutor()
     config = tiny_config(max_iters=4000)
@@ -184,6 +186,7 @@ def losses(planned: list[PlannedRun]) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_experiment_runs_on_another_executor(
     dataset: Dataset, planned: list[PlannedRun], tmp_path: Path
 ) -> None:
