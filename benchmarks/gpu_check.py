@@ -515,7 +515,7 @@ class Quiet:
 
 def real_run(here, compiled, **changes):
     """The record's configuration through ``train()`` itself."""
-    from storylab.training import evaluator, loop
+    from storylab.training import evaluator, train
 
     times = defaultdict(list)
     timed_methods(times)
@@ -531,7 +531,7 @@ def real_run(here, compiled, **changes):
     )
     shutil.rmtree(config.out_dir, ignore_errors=True)
     begin = time.perf_counter()
-    run = loop.train(config, Quiet())
+    run = train.train(config, Quiet())
     seconds = time.perf_counter() - begin
     rows = [row for row in run.metrics if row["kind"] == "iteration"]
     settled = [row["tokens_per_second"] for row in rows[len(rows) // 3 :]]
@@ -631,7 +631,7 @@ def deterministic(here):
 def hidden_run(here):
     """One small run in a process of its own, for :func:`bits`; told what by the environment."""
     from storylab.errors import Interrupted
-    from storylab.training import checkpoint, evaluator, loop
+    from storylab.training import checkpoint, evaluator, train
     from storylab.training.resume import resume
 
     spec = json.loads(os.environ["GPU_CHECK_RUN"])
@@ -644,7 +644,7 @@ def hidden_run(here):
             run = resume(folder, None, reporter)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            run = loop.train(here.config(out_dir=folder, **changes), reporter)
+            run = train.train(here.config(out_dir=folder, **changes), reporter)
     except Interrupted as stop:
         print("INTERRUPTED", stop, flush=True)
         return
@@ -840,7 +840,7 @@ KERNELS = (
 
 # Marks that the profiler shows on the card beside the kernels within them.
 ANNOTATION = re.compile(
-    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|_LinearCross|autograd::|Pregraph"
+    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|LinearCross|autograd::|Pregraph"
 )
 
 
@@ -917,6 +917,7 @@ def windows(here):
     """FlexAttention as the project calls it: right, the same again, and how fast."""
     import torch
 
+    from storylab.config import FULL, Window
     from storylab.model import attention
 
     device = torch.device(here.args.device, 0) if here.cuda else torch.device("cpu")
@@ -932,10 +933,11 @@ def windows(here):
             ]
             *inputs, direction = base
             inputs = [x.detach().requires_grad_(here.cuda) for x in inputs]
-            mask = attention.block_masks([window], time_, device)[0]
+            pattern = Window(window)
+            mask = attention.block_masks([pattern], time_, device, 64)[0]
 
-            def work(inputs=inputs, window=window, mask=mask, direction=direction):
-                out = attention.causal_attention(*inputs, window, mask)
+            def work(inputs=inputs, pattern=pattern, mask=mask, direction=direction):
+                out = attention.causal_attention(*inputs, pattern, mask)
                 return out, (torch.autograd.grad((out,), inputs, (direction,)) if here.cuda else ())
 
             begin = time.perf_counter()
@@ -954,11 +956,11 @@ def windows(here):
             full = [x.detach().requires_grad_(here.cuda) for x in inputs]
 
             def flash(full=full, direction=direction):
-                out = attention.causal_attention(*full, None, None)
+                out = attention.causal_attention(*full, FULL, None)
                 return torch.autograd.grad((out,), full, (direction,)) if here.cuda else out
 
-            def band(inputs=inputs, window=window, direction=direction):
-                out = attention.causal_attention(*inputs, window, None)
+            def band(inputs=inputs, pattern=pattern, direction=direction):
+                out = attention.causal_attention(*inputs, pattern, None)
                 return torch.autograd.grad((out,), inputs, (direction,)) if here.cuda else out
 
             if here.cuda:

@@ -84,7 +84,7 @@ TABLES = {
 def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.config import preset_config
     from storylab.model import recompute
-    from storylab.model.flops import training_flops
+    from storylab.model.cost import training_flops
     from storylab.training import measure as measuring
     from storylab.training import state
 

@@ -318,7 +318,7 @@ def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("verb", "work"),
     [
-        ("train --data_dir {}", "storylab.training.loop.train"),
+        ("train --data_dir {}", "storylab.training.train.train"),
         ("doctor", "storylab.doctor.examine"),
     ],
 )
@@ -347,7 +347,7 @@ def test_running_out_of_memory_says_what_to_halve(
 def test_another_fault_of_torch_is_not_hidden(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.training.loop.train", Mock(side_effect=RuntimeError("shapes")))
+    monkeypatch.setattr("storylab.training.train.train", Mock(side_effect=RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
         main(["train", "--data_dir", str(dataset.folder)])
 

@@ -24,9 +24,9 @@ from storylab.training.cores import (
     SleepingWaits,
     same_bits_with_one_thread,
 )
-from storylab.training.loop import train
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -23,7 +23,7 @@ from executors import InProcess, Unused, perform_quietly
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
 from storylab.cli.experiments import plan_lines
-from storylab.config import ModelConfig, TrainConfig, preset_config
+from storylab.config import ModelConfig, TrainConfig, preset_config, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
 from storylab.execution.job import Job, Outcome
@@ -38,15 +38,15 @@ from storylab.experiments.factors import (
 )
 from storylab.experiments.leases import lease_folder
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import PlannedRun, plan_runs, recipe_digest, write_record
+from storylab.experiments.plan import PlannedRun, plan_runs, write_record
 from storylab.experiments.results import run_state
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
-from storylab.model.flops import training_flops
+from storylab.model.cost import training_flops
+from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.planning.estimate import estimate_runs
 from storylab.training.measure import StepTimer
 from storylab.training.run_folder import SUMMARY, Run
-from storylab.training.schedule import learning_rate, telling_iterations
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))

@@ -12,9 +12,9 @@ import pytest
 from storylab.config import TrainConfig
 from storylab.errors import Diverged
 from storylab.training import checkpoint
-from storylab.training.loop import train
 from storylab.training.observers import Observer
 from storylab.training.run_folder import Run
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 CLOCKS = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}

@@ -65,10 +65,10 @@ from storylab.precision.scalings import SCALINGS, Scaling
 from storylab.precision.selftest import check_layer, check_model, summarize
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import run_progress
-from storylab.training.loop import train
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run
+from storylab.training.train import train
 
 LOW = tuple(RECIPES)
 

@@ -50,7 +50,7 @@ def train(config: TrainConfig, *observers: Observer) -> Run:
         TrainingInterrupted: SIGTERM or Ctrl-C stopped the run; it can be resumed.
         TrainingDiverged: loss or gradients are not finite; the last good weights are kept.
     """
-    from storylab.training.loop import train as run_training
+    from storylab.training.train import train as run_training
 
     return run_training(config, *observers)
 

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -181,11 +181,11 @@ def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
 def _switch_names(kind: type[Any]) -> dict[str, bool]:
     """Names of the fields that are switches, and whether they may be left open (None)."""
     names: dict[str, bool] = {}
-    for f in dataclasses.fields(kind):
-        if f.type in ("bool", bool, "bool | None"):
-            names[f.name] = f.type == "bool | None"
-        elif f.name in ("config", "model"):
-            names |= _switch_names(TrainConfig if f.name == "config" else ModelConfig)
+    for name, hint in get_type_hints(kind).items():
+        if hint in (bool, bool | None):
+            names[name] = hint is not bool
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            names |= _switch_names(hint)
     return names
 
 

@@ -43,7 +43,7 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _reading_lines(manifest: dict[str, Any]) -> list[str]:
-    """What reading changed or left out, for each split; earlier versions did not record it."""
+    """The counts of changed and left-out texts of each split; earlier versions did not record them."""
     from storylab.data.tally import Tally
 
     return [

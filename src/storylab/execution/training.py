@@ -7,10 +7,10 @@ import dataclasses
 from storylab.config import TrainConfig
 from storylab.execution.job import OnEvent, Progress
 from storylab.files import exists
-from storylab.training.loop import train
 from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.run_folder import CONFIG, open_run
+from storylab.training.train import train
 
 
 class _Events(Observer):
@@ -29,7 +29,7 @@ def train_or_resume(config: TrainConfig, on_event: OnEvent) -> None:
     A run that is there goes on with its own config; only the data set's folder may have moved.
 
     Raises:
-        UserError, Interrupted, Diverged: see :func:`storylab.training.loop.train`.
+        UserError, Interrupted, Diverged: see :func:`storylab.training.train.train`.
     """
     assert config.out_dir is not None
     observer = _Events(on_event)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from storylab import config as configs
-from storylab.config import PRESENTATION_FIELDS, TrainConfig
+from storylab.config import TrainConfig, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.factors import SEED_FIELDS, SPLIT_FIELDS, under
+from storylab.experiments.factors import under
 from storylab.experiments.results import ENDED, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.files import make_folder, read_record, write_json
@@ -52,7 +50,7 @@ class PlannedRun:
     @property
     def tokens(self) -> int:
         """Tokens that the whole run trains on."""
-        return (self.config.max_iters + 1) * self.config.tokens_per_iteration
+        return self.config.total_tokens
 
     def read_state(self) -> str:
         """``finished``, ``diverged``, ``failed``, ``unfinished``, ``new``, or ``damaged``."""
@@ -77,27 +75,6 @@ class PlannedRun:
             return Run(self.folder).environment["code_sha256"] != code_sha256()
         except UserError:
             return False
-
-
-def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
-    """Ten hexadecimal digits that name a resolved config, seeds left out, on the data of ``fingerprint``.
-
-    The split of a batch into micro-batches is left out too: a run whose micro-batch was halved to fit into
-    memory is still the run that was planned.
-    """
-    values = configs.to_dict(config)
-    for name in (*PRESENTATION_FIELDS, *SEED_FIELDS, *SPLIT_FIELDS):
-        del values[name]
-    for fields, added in (
-        (values, configs.ADDED_FIELDS),
-        (values["model"], configs.ADDED_MODEL_FIELDS),
-    ):
-        for name, before in added.items():
-            if fields.get(name) == before:
-                del fields[name]
-    values["sequences"] = config.batch_size * config.gradient_accumulation_steps
-    text = json.dumps([values, fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def require_runnable(experiment: Experiment) -> None:

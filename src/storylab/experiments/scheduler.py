@@ -182,7 +182,7 @@ class _Scheduler:
         if state == "damaged":
             _require_readable(run.folder)
         if exists(run.folder) and (state == "damaged" or again):
-            why = f"damaged ({reason})" if state == "damaged" else "to be trained anew"
+            why = f"damaged ({reason})" if state == "damaged" else "to be trained again"
             self._line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
             state = "new"
         if state in ENDED:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from storylab import config as configs
-from storylab.config import PRESENTATION_FIELDS, TrainConfig
+from storylab.config import TrainConfig, timing_key
 from storylab.execution.job import Executor, Job, run_interruptibly
-from storylab.experiments.factors import LEARNING_RATE_FIELDS, LENGTH_FIELDS, SEED_FIELDS
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.spec import Cell
 from storylab.training.measure import Measured
 from storylab.training.run_folder import Run
-
-# Fields that cannot change a step's time or memory. A list of these rather than of the others: one that is
-# forgotten here only costs a calibration, one forgotten there would lend a run another run's calibration.
-TIMING_INVARIANT_FIELDS = {
-    *("preset", "method", "matrix_lr", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("short_share", "eval_interval", "eval_iters"),
-    *(LEARNING_RATE_FIELDS | LENGTH_FIELDS | SEED_FIELDS),
-    *PRESENTATION_FIELDS,
-}
 
 
 @dataclass(frozen=True)
@@ -90,22 +78,12 @@ def estimate_runs(
             finished[run.cell] = _read_finished([r for r in planned if r.cell == run.cell])
         estimate = finished[run.cell]
         if estimate is None:
-            key = _timing_key(run.config)
+            key = timing_key(run.config)
             if key not in calibrations:
                 calibrations[key] = _calibration(run.config, executor)
             calibration = calibrations[key]
             estimate = calibration.estimate(run.config) if calibration else None
         yield run, estimate
-
-
-def _timing_key(config: TrainConfig) -> str:
-    """Equal for configs whose steps take the same time and memory."""
-    values = configs.to_dict(config)
-    for name in TIMING_INVARIANT_FIELDS:
-        del values[name]
-    values["gradient_accumulation_steps"] = config.gradient_accumulation_steps > 1
-    values["average_share"] = config.average_share > 0
-    return json.dumps(values)
 
 
 def _read_finished(runs: Sequence[PlannedRun]) -> Estimate | None:

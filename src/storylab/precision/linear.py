@@ -178,8 +178,8 @@ class QuantizedLinear(nn.Module):
             input = input.to(torch.get_autocast_dtype(device))
         self._training_pass = torch.is_grad_enabled()  # evaluation must not change training
         with torch.autocast(device, enabled=False):
-            placeholder: Tensor = _Operands.apply(input, self.weight, self)
-            output: Tensor = _Product.apply(placeholder, input.detach(), self)
+            placeholder: Tensor = ProductOperands.apply(input, self.weight, self)
+            output: Tensor = QuantizedProduct.apply(placeholder, input.detach(), self)
         return output
 
     def product(self, input: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class QuantizedLinear(nn.Module):
         return torch.where(before > 0, before, amax) * 2.0**self.recipe.margin
 
 
-class _Operands(torch.autograd.Function):
+class ProductOperands(torch.autograd.Function):
     """Saves the operands of a product for the backward pass, and computes its gradients.
 
     The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): rounding counts as the
@@ -309,8 +309,8 @@ class _Operands(torch.autograd.Function):
         return *ctx.layer.gradients(input, gradients[0]), None
 
 
-class _Product(torch.autograd.Function):
-    """The product itself; passes its gradient on to :class:`_Operands`."""
+class QuantizedProduct(torch.autograd.Function):
+    """The product itself; passes its gradient on to :class:`ProductOperands`."""
 
     @staticmethod
     def forward(ctx: Any, placeholder: Tensor, input: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storylab.config import ModelConfig
-from storylab.model.flops import linear_flops, training_flops
+from storylab.model.cost import linear_flops, training_flops
 from storylab.precision.features import Capability
 from storylab.precision.formats import E2M1, E4M3, E5M2, Format, MatrixUnit
 from storylab.precision.scalings import (

@@ -10,14 +10,15 @@ from urllib.parse import quote
 
 import numpy as np
 
-from storylab.config import PRESENTATION_FIELDS, preset_config, to_dict
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
 from storylab.experiments.comparison import DIVERGED, Comparison
-from storylab.experiments.factors import SEED_FIELDS, under
+from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
 from storylab.files import open_file
+from storylab.optim import OPTIMIZERS, REST
 from storylab.reporting.observations import expectation_text, observations
 from storylab.reporting.series import low_precision_share, mean_of, training_seconds
 from storylab.training.lines import duration, printable, summary_lines
@@ -26,11 +27,6 @@ from storylab.training.run_folder import LOG
 BEGIN_REMARKS, END_REMARKS = "<!-- remarks: {} -->", "<!-- end of remarks -->"
 REMARKS_HINT = "*Write remarks here; they stay when this file is made again.*"
 MISSING = "not measured"
-OPTIMIZER_WORDS = {
-    "adamw": "",
-    "muon": "Muon for the blocks' matrices, else ",
-    "normuon": "NorMuon for the blocks' matrices, else ",
-}
 # Where the table of a precision experiment says how much of the work is in low precision.
 PRECISION_COLUMN = 4
 
@@ -286,8 +282,8 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
     yield (
         "optimizer",
         ("" if c.method == "record" else f"method {c.method}: ")
-        + OPTIMIZER_WORDS[c.optimizer]
-        + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
+        + _optimizers(c.optimizer)
+        + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}"
         + (
             f"; weights averaged over about {c.average_share:.0%} of the run"
@@ -295,6 +291,13 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
             else ""
         ),
     )
+
+
+def _optimizers(name: str) -> str:
+    entry = OPTIMIZERS[name]
+    if entry.matrices_only:
+        return f"{entry.label} for the blocks' matrices, else {REST.label}"
+    return entry.label
 
 
 def section_title(outcome: Outcome) -> str:
@@ -365,14 +368,11 @@ def _section(section: Section) -> Iterable[str]:
 
 def _config_line(cell: CellResult) -> str:
     """The flags that train it: those of its fields that are not the default of its preset."""
-    default = to_dict(preset_config(cell.config.preset))
-    values = to_dict(cell.config)
-    default |= default.pop("model")
-    values |= values.pop("model")
+    default = flat(preset_config(cell.config.preset))
+    hidden = PRESENTATION_FIELDS | SEED_FIELDS | {"preset", "dtype", "device"}
     flags = [f"--preset {cell.config.preset}", f"--dtype {cell.config.dtype}"]
-    for name, value in values.items():
-        hidden = {"preset", "dtype", "device", *PRESENTATION_FIELDS, *SEED_FIELDS}
-        if value != default[name] and name not in hidden:
+    for name, value in flat(cell.config, hidden).items():
+        if value != default[name]:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             flags.append(f"--{name} {shlex.quote(shown)}" if value is not True else f"--{name}")
     return f"`{' '.join(flags)}`"

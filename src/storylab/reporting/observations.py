@@ -15,15 +15,16 @@ from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
 from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
-from storylab.experiments.factors import under, windows
+from storylab.experiments.factors import patterns_in_effect, under
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import ENDED, Result
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
 from storylab.experiments.verdicts import nats
-from storylab.planning.cards import CARDS
-from storylab.planning.roofline import SOFTWARE, gains
-from storylab.planning.words import can_run
+from storylab.planning.gpus import GPUS
+from storylab.planning.plan_text import can_run
+from storylab.planning.roofline import gains
+from storylab.planning.software import SOFTWARE
 from storylab.precision.edit import find_recipe
 from storylab.reporting.series import (
     low_precision_share,
@@ -38,7 +39,7 @@ SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.1, 21
 # A size counts as good as the best if its loss is within this many nats of it.
 GOOD_ENOUGH = 0.02
 # The record's own card.
-PLANNED_CARD = CARDS["rtx5090"]
+PLANNED_GPU = GPUS["rtx5090"]
 
 
 def observations(outcome: Outcome) -> list[str]:
@@ -171,7 +172,7 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
             continue
         model, block = cell.config.model, cell.config.block_size
         reach = model.receptive_field
-        shown = ", ".join("full" if w is None else str(w) for w in windows(cell.config))
+        shown = ", ".join(pattern.short for pattern in patterns_in_effect(cell.config))
         yield (
             f"{cell.name}: windows by layer {shown}; receptive field "
             f"{block if reach is None else min(reach, block)} of {block} positions."
@@ -317,7 +318,7 @@ def _of_precision(outcome: Outcome) -> Iterable[str]:
     if bounds:
         yield (
             f"Speed was not measured on hardware. The most that the recipes could bring the record's model "
-            f"on an {PLANNED_CARD.name} with compiled code is predicted (`storylab plan`): "
+            f"on an {PLANNED_GPU.name} with compiled code is predicted (`storylab plan`): "
             f"{', '.join(bounds)}."
         )
     for cell in outcome.cells:
@@ -343,10 +344,10 @@ def _largest_gain(cell: CellResult) -> float | None:
     """By how much an emulated arm's recipe could speed up the record's model at most."""
     recipe = find_recipe(cell.config.dtype, cell.config.recipe)
     emulated = any(run.summary.get("emulated") for run in cell.arm.finished)
-    if recipe is None or not emulated or not can_run(PLANNED_CARD, recipe):
+    if recipe is None or not emulated or not can_run(PLANNED_GPU, recipe):
         return None
     software = SOFTWARE["compiled"]
-    return gains(TrainConfig(), GPT2_VOCAB_SIZE, PLANNED_CARD, software, recipe)[1]
+    return gains(TrainConfig(), GPT2_VOCAB_SIZE, PLANNED_GPU, software, recipe)[1]
 
 
 def _ended(cell: CellResult) -> dict[tuple[int, int], float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat
 from storylab.experiments.comparison import Arm
 from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
@@ -247,10 +248,6 @@ def training_seconds(run: Result) -> float:
 
 def flat_config(cell: CellResult) -> Row:
     """The config of an arm as text, a field a line, without what only places the run."""
-    from storylab.config import PRESENTATION_FIELDS, to_dict
-    from storylab.experiments.factors import SEED_FIELDS
-
-    values = to_dict(cell.arm.runs[0].config if cell.arm.runs else cell.config)
-    values.update(values.pop("model"))
-    hidden = {*PRESENTATION_FIELDS, *SEED_FIELDS}
-    return {key: str(value) for key, value in values.items() if key not in hidden}
+    config = cell.arm.runs[0].config if cell.arm.runs else cell.config
+    values = flat(config, PRESENTATION_FIELDS | SEED_FIELDS)
+    return {key: str(value) for key, value in values.items()}

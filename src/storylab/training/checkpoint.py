@@ -23,7 +23,6 @@ from storylab.checked import check
 from storylab.errors import UserError
 from storylab.files import atomic_path, exists, open_file, parse_json
 from storylab.model.transformer import Transformer
-from storylab.training.optimizers import Muon
 
 MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
 HISTORIES = ("amax_history", "amax_iteration")
@@ -128,7 +127,7 @@ def restore(
             key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
             states.setdefault(name, {})[key] = value
     for name, state in states.items():
-        if name not in parameters or state.keys() != _state_keys(of[parameters[name]]):
+        if name not in parameters or state.keys() != _state_names(of[parameters[name]]):
             raise UserError(
                 "the checkpoint's optimizer state is not that of the optimizer in the run's config.json: "
                 "one of the two has been altered"
@@ -139,11 +138,10 @@ def restore(
         )
 
 
-def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What an optimizer keeps of every parameter that it has updated."""
-    if not isinstance(optimizer, Muon):
-        return {"step", "exp_avg", "exp_avg_sq"}
-    return {"momentum", *(["row_squares"] if optimizer.defaults["normalize_rows"] else [])}
+def _state_names(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Tensors that an optimizer keeps of every parameter that it has updated."""
+    names: frozenset[str] = optimizer.state_names  # type: ignore[attr-defined]
+    return names
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from storylab.config import TrainConfig
+from storylab.optim.schedule import learning_rate
 from storylab.training import lines
 from storylab.training.observers import Observers
 from storylab.training.run_folder import LOG, METRICS, Run
 from storylab.training.run_progress import InFlightStep, RunProgress
-from storylab.training.schedule import learning_rate
 from storylab.training.step import StepMetrics
 from storylab.training.telemetry import Telemetry, peak_memory_bytes
 
@@ -74,7 +74,7 @@ class Recorder:
             elapsed = progress.seconds_since_line
             self.line(lines.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate))
             progress.last_line, progress.seconds_since_line = last.iteration, 0.0
-        self.observers.progress("training", last.iteration + 1, config.max_iters + 1)
+        self.observers.progress("training", last.iteration + 1, config.iterations)
 
     def _iteration_row(
         self, step: InFlightStep, metrics: StepMetrics, seconds: float

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from storylab.compiler import missing_for_compiling
-from storylab.config import TrainConfig, differences
+from storylab.config import FIELDS, TrainConfig, differences, flat
 from storylab.errors import UserError
 from storylab.files import exclusive
+from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
 from storylab.training.run_folder import Run, environment, open_run
-from storylab.training.schedule import learning_rate, telling_iterations
 from storylab.training.setup import TrainingSetup, resolve_device
 
 
@@ -137,8 +137,10 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
         "the iteration at which the recipe's forward products go to bfloat16 (low_forward_share)": (
             recipe is not None and recipe.low_forward_share < 1
         ),
-        "how far weights are averaged over (average_share)": stored.average_share > 0,
     }
+    for name, value in flat(stored).items():
+        if moving := FIELDS[name].by_length:
+            moved[f"{moving} ({name})"] = value != FIELDS[name].before
     for what, moves in moved.items():
         if moves:
             raise UserError(
@@ -148,9 +150,9 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
-    if done > wanted.max_iters + 1:
+    if done > wanted.iterations:
         raise UserError(f"the run has done {done} iterations, more than max_iters allows")
-    for iteration in telling_iterations((stored, wanted), min(done, stored.max_iters + 1)):
+    for iteration in telling_iterations((stored, wanted), min(done, stored.iterations)):
         was, would_be = learning_rate(stored, iteration), learning_rate(wanted, iteration)
         if was != would_be:
             raise UserError(

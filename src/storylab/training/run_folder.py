@@ -68,7 +68,7 @@ TABLE_HEADER = re.compile(
     re.DOTALL,
 )
 # What decides the numbers of a run; a change elsewhere (pages, say) makes no other version of it.
-NUMERIC_CODE = ("config.py", "data", "model", "precision", "training")
+NUMERIC_CODE = ("config", "optim", "data", "model", "precision", "training")
 # What only tells of a run or times steps of none.
 BESIDE_NUMBERS = ("training/lines.py", "training/measure.py", "training/telemetry.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pyarrow")

@@ -16,10 +16,10 @@ from storylab.data.batches import TrainingBatches
 from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN
 from storylab.errors import UserError
-from storylab.model.flops import worth_compiling
 from storylab.precision.backends.protocol import require_aligned
 from storylab.training import checkpoint
 from storylab.training.compile_check import CompileCheck
+from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import Precision, choose_device, choose_precision
 from storylab.training.run_folder import Run, require_free
 from storylab.training.run_progress import RunProgress

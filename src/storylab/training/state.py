@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from storylab.config import TrainConfig
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers
+from storylab.optim.ema import WeightAverage
 from storylab.precision.convert import quantize_blocks
 from storylab.training import checkpoint
 from storylab.training.allocator import keep_freed_memory
-from storylab.training.optimizers import build_optimizers
 from storylab.training.precision import Precision, require_same_bits
 from storylab.training.step import DeviceStepMetrics, training_step
 
@@ -46,10 +46,7 @@ class TrainState:
             self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
-        self.average: dict[str, Tensor] = {}
-        """Average of each weight, if the config wants one."""
-        if config.average_share:
-            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.ema = WeightAverage(self.model, config.average_share * config.iterations)
 
     def step(
         self,
@@ -65,6 +62,8 @@ class TrainState:
         Raises:
             NonFiniteError: see :func:`training_step`.
         """
+        if self.quantization is not None:
+            self.quantization.advance(iteration)
         result = training_step(
             self.model,
             self.optimizers,
@@ -76,11 +75,9 @@ class TrainState:
             grad_clip=self.config.grad_clip,
             between=between,
         )
-        if self.average:
-            iterations = self.config.max_iters + 1
-            newest = 1 / min(iteration + 1, max(1.0, self.config.average_share * iterations))
-            weights = [p.detach() for p in self.model.parameters()]
-            torch._foreach_lerp_(list(self.average.values()), weights, newest)
+        if self.quantization is not None:
+            self.quantization.weights_changed()
+        self.ema.update(self.model, iteration)
         return result
 
     @contextmanager
@@ -93,15 +90,12 @@ class TrainState:
             self._exchange()
 
     def _exchange(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if name in self.average:
-                parameter.data, self.average[name] = self.average[name], parameter.data
-        if self.average and self.quantization is not None:
+        if self.ema.exchange(self.model) and self.quantization is not None:
             self.quantization.weights_changed()
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, their average and the optimizers' state, by the names that a checkpoint has."""
-        return checkpoint.training_tensors(self.model, self.optimizers, self.average)
+        return checkpoint.training_tensors(self.model, self.optimizers, self.ema.tensors)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load :meth:`tensors`.
@@ -109,4 +103,4 @@ class TrainState:
         Raises:
             UserError: they do not fit this model or these optimizers.
         """
-        checkpoint.restore(self.model, self.optimizers, self.average, tensors)
+        checkpoint.restore(self.model, self.optimizers, self.ema.tensors, tensors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storylab.model.transformer import Transformer
-from storylab.training.optimizers import set_learning_rate, skip_where
+from storylab.optim.build import set_learning_rate, skip_where
 from storylab.training.precision import Precision
 
 

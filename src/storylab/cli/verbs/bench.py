@@ -14,18 +14,18 @@ from storylab.flags import default_for, given_flags, vocab_size_or
 @dataclass(frozen=True)
 class BenchCommand:
     """Time training steps here in every precision and attention: tok/s, share of the card's peak,
-    memory, energy, and where the time goes. Nothing is kept.
+    memory, energy, and where the time goes. No file is written.
 
-    On a CPU a micro-batch is 8 sequences here unless --batch_size says otherwise, and what a
-    low-precision dtype takes is the time of its emulation.
+    On a CPU a micro-batch is 8 sequences here unless --batch_size says otherwise, and the time of a
+    low-precision dtype is that of its emulation.
 
     Examples: storylab bench --preset 10m | storylab bench --dtypes bfloat16 float32 --compile
     """
 
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4")
-    """What to time."""
+    """Precisions to time."""
     attentions: tuple[str, ...] = ("window:64",)
-    """Attention patterns to time in bfloat16 beside the model's own."""
+    """Attention patterns to time in bfloat16, in addition to the model's own."""
     seconds: float = 40.0
     """Time for steps, shared by all; starting, warming up and profiling come on top."""
     vocab_size: int = 0

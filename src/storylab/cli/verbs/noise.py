@@ -85,7 +85,7 @@ def _print_noise(condition: str, result: Result) -> None:
             "`storylab noise FILE --seeds 5`"
         )
     low, high = deviation_interval(floor.standard_deviation, floor.seeds)
-    tokens = (result.config.max_iters + 1) * result.config.tokens_per_iteration
+    tokens = result.config.total_tokens
     print(
         f"{condition + ': ' if condition else ''}seed noise of {result.config.preset}, "
         f"{tokens:,} tokens: standard deviation "

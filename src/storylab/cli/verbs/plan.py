@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -14,17 +14,17 @@ from storylab.cli.registry import Call, Verb
 from storylab.config import PRESETS, TrainConfig
 from storylab.errors import UserError
 from storylab.flags import default_for, given_flags, vocab_size_or
+from storylab.planning.gpus import GPUS, GpuName
+from storylab.planning.software import SOFTWARE, SoftwareName
 
-GpuName = Literal["rtx4090", "rtx5090", "a100", "h100", "h200", "b200", "this"]
-SoftwareName = Literal["eager", "compiled", "handwritten"]
-# What --gpu this trains for, and the least number of steps of each kind.
+# Seconds for which --gpu this trains, and the least number of steps of each kind.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 20.0, 3
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What a run, or an experiment, is expected to take on a card: speed, time, energy, memory, and the
-    most that FP8 and NVFP4 can bring there, part by part. Nothing is run, but for --gpu this.
+    """Predict the cost of a run or an experiment on a GPU, part by part: speed, time, energy, memory, and
+    the most that FP8 and NVFP4 can bring there. Nothing is run, except with --gpu this.
 
     Examples: storylab plan --gpu rtx5090 | storylab plan --preset nano --gpu this
     | storylab plan experiments/02-fp8.toml --scale record --gpu rtx4090 --software compiled
@@ -33,11 +33,11 @@ class PlanCommand:
     file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
     """Experiment file; without one, the run that the flags describe."""
     gpu: tuple[GpuName, ...] = ("rtx5090",)
-    """Cards, or this: this machine, after some 20 seconds of steps (4 to 12 micro-batches at least)."""
+    """GPUs, or this: the machine at hand, timed for some 20 seconds (at least 4 to 12 micro-batches)."""
     scale: str | None = None
     """One of the experiment's scales."""
     software: SoftwareName = "eager"
-    """For an experiment: how well its products and kernels use the card."""
+    """For an experiment: how well its products and kernels use the GPU."""
     vocab_size: int = 0
     """Token ids; 0: as many as the preset is counted with, or the experiment's tokenizer has."""
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -66,28 +66,26 @@ def _spelled(names: list[str]) -> str:
 
 
 def _plan_run(command: PlanCommand) -> None:
-    from storylab.planning.cards import CARDS
-    from storylab.planning.words import card_lines, head_line, measured_lines
-    from storylab.training.measure import StepTimer
+    from storylab.planning.plan_text import gpu_lines, head_line, measured_lines
 
     config = command.config
     vocab_size = vocab_size_or(command.vocab_size, PRESETS[config.preset].vocab_size)
     print(head_line(config, vocab_size))
     for gpu in command.gpu:
         if gpu == "this":
+            from storylab.training.measure import StepTimer
+
             timer = StepTimer(config, vocab_size)
             lines = measured_lines(timer.measured(CALIBRATION_SECONDS, CALIBRATION_STEPS), config)
         else:
-            lines = card_lines(CARDS[gpu], config, vocab_size)
+            lines = gpu_lines(GPUS[gpu], config, vocab_size)
         print("", *lines, sep="\n")
 
 
 def _plan_experiment(command: PlanCommand, file: Path) -> None:
     from storylab.experiments.factors import under
     from storylab.experiments.spec import load_experiment
-    from storylab.planning.cards import CARDS
-    from storylab.planning.roofline import SOFTWARE
-    from storylab.planning.words import arm_line
+    from storylab.planning.plan_text import arm_line
 
     experiment = load_experiment(file, command.scale)
     vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
@@ -98,15 +96,15 @@ def _plan_experiment(command: PlanCommand, file: Path) -> None:
                 f"for this machine: storylab experiment run {shlex.quote(str(file))} --dry_run"
             )
         software = SOFTWARE[command.software]
-        print(f"\n{CARDS[gpu].name}, {software.name}, predicted:")
+        print(f"\n{GPUS[gpu].name}, {software.name}, predicted:")
         for cell in experiment.cells:
             name = under(cell.arm, cell.condition)
-            print(arm_line(name, cell.config, vocab_size, CARDS[gpu], software))
+            print(arm_line(name, cell.config, vocab_size, GPUS[gpu], software))
 
 
 VERB = Verb(
     "plan",
-    "what a run or an experiment will take, and what FP8 or NVFP4 can bring",
+    "predicted time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
     "experiments",
     run,
     position=4,

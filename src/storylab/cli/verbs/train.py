@@ -41,7 +41,7 @@ def run(call: Call) -> int:
         return show_training(lambda reporter: resume(folder, config, reporter))
     if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
         _prepare_default_data(config)
-    from storylab.training.loop import train
+    from storylab.training.train import train
 
     return show_training(lambda reporter: train(config, reporter))
 
