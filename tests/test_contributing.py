@@ -40,8 +40,8 @@ def apply(patch: str, root: Path) -> None:
 
 
 def test_there_is_an_example_for_each_kind() -> None:
-    kinds = ("a schedule", "an optimizer", "a precision", "a scaling", "a tracker")
-    assert set(EXAMPLES) == {f"To add {kind}" for kind in kinds}
+    kinds = "a schedule, an optimizer, an attention pattern, a precision, a scaling, a tracker"
+    assert set(EXAMPLES) == {f"To add {kind}" for kind in kinds.split(", ")}
 
 
 @pytest.mark.slow
