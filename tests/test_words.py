@@ -24,7 +24,6 @@ ALLOWANCE: dict[str, int] = {
     "src/storylab/experiments/outcome.py": 3,
     "src/storylab/experiments/results.py": 4,
     "src/storylab/experiments/verdicts.py": 1,
-    "src/storylab/model/attention.py": 1,
     "src/storylab/precision/backends/protocol.py": 1,
     "src/storylab/precision/linear.py": 1,
     "src/storylab/precision/quantize.py": 1,

@@ -16,7 +16,7 @@ from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.experiment import METRICS
-from storylab.experiments.factors import under, windows
+from storylab.experiments.factors import patterns_in_effect, under
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import ENDED, Result
 from storylab.experiments.statistics import mean_interval
@@ -172,7 +172,7 @@ def _of_windows(outcome: Outcome) -> Iterable[str]:
             continue
         model, block = cell.config.model, cell.config.block_size
         reach = model.receptive_field
-        shown = ", ".join("full" if w is None else str(w) for w in windows(cell.config))
+        shown = ", ".join(pattern.short for pattern in patterns_in_effect(cell.config))
         yield (
             f"{cell.name}: windows by layer {shown}; receptive field "
             f"{block if reach is None else min(reach, block)} of {block} positions."
