@@ -515,7 +515,7 @@ class Quiet:
 
 def real_run(here, compiled, **changes):
     """The record's configuration through ``train()`` itself."""
-    from storylab.training import evaluator, loop
+    from storylab.training import evaluator, train
 
     times = defaultdict(list)
     timed_methods(times)
@@ -531,7 +531,7 @@ def real_run(here, compiled, **changes):
     )
     shutil.rmtree(config.out_dir, ignore_errors=True)
     begin = time.perf_counter()
-    run = loop.train(config, Quiet())
+    run = train.train(config, Quiet())
     seconds = time.perf_counter() - begin
     rows = [row for row in run.metrics if row["kind"] == "iteration"]
     settled = [row["tokens_per_second"] for row in rows[len(rows) // 3 :]]
@@ -630,7 +630,8 @@ def deterministic(here):
 
 def hidden_run(here):
     """One small run in a process of its own, for :func:`bits`; told what by the environment."""
-    from storylab.training import checkpoint, evaluator, loop
+    from storylab.errors import Interrupted
+    from storylab.training import checkpoint, evaluator, train
     from storylab.training.resume import resume
 
     spec = json.loads(os.environ["GPU_CHECK_RUN"])
@@ -643,8 +644,8 @@ def hidden_run(here):
             run = resume(folder, None, reporter)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            run = loop.train(here.config(out_dir=folder, **changes), reporter)
-    except loop.TrainingInterrupted as stop:
+            run = train.train(here.config(out_dir=folder, **changes), reporter)
+    except Interrupted as stop:
         print("INTERRUPTED", stop, flush=True)
         return
     tensors, _ = checkpoint.load(run.checkpoint("last"))

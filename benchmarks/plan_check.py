@@ -53,7 +53,7 @@ class Published:
 
 
 PUBLISHED = [
-    Published("the record", 116, 116, RECORD, 50257, "rtx5090", SOFTWARE["eager"]),
+    Published("the original log", 116, 116, RECORD, 50257, "rtx5090", SOFTWARE["eager"]),
     Published(
         "112M, same attention, length 2048, 49,152 ids, compiled",
         165,

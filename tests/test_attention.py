@@ -103,6 +103,7 @@ def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -
     assert attention.block_masks(windows, 128, cuda, 64) == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
     """One graph with FlexAttention in it, no warning, and no mask made inside."""
     config = dataclasses.replace(TINY, attention="window:20")

@@ -39,7 +39,7 @@ from storylab.experiments.comparison import (
 )
 from storylab.experiments.results import Result, load_result
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
-from storylab.training.loop import train
+from storylab.training.train import train
 
 RATES = frozenset({"learning_rate"})
 

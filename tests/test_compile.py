@@ -19,19 +19,22 @@ from conftest import TINY
 from storylab import compiler
 from storylab.cli import main
 from storylab.config import METHODS, TrainConfig, to_dict
-from storylab.errors import UserError
+from storylab.errors import Diverged, UserError
 from storylab.model.transformer import Transformer
-from storylab.training import loop
+from storylab.training import evaluator, setup
 from storylab.training.compile_check import check_compiled
-from storylab.training.loop import train
 from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.run_folder import open_run
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
+from storylab.training.train import train
 
-# torch's own, while it looks at the tensors of a block.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # torch's own, while it looks at the tensors of a block.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 MakeConfig = Callable[..., TrainConfig]
 NEEDS_COMPILER = pytest.mark.skipif(
     compiler.missing_for_compiling("cpu") is not None, reason="nothing here compiles C++"
@@ -135,7 +138,7 @@ def test_a_run_goes_on_uncompiled(
         return config.compile is not False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "resolve_compile", by_default)  # as a run that is long enough
+        patch.setattr(setup, "resolve_compile", by_default)  # as a run that is long enough
         run = train(tiny_config(), Lines())
     losses = [[row["loss"] for row in r.metrics if "loss" in row] for r in (plain, run)]
     assert losses[0] == losses[1]
@@ -194,7 +197,7 @@ def test_a_failing_compiler_stops_nothing(
             block.compile(backend=broken)
 
     monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
-    monkeypatch.setattr(loop, "resolve_compile", lambda config, precision: config.compile is None)
+    monkeypatch.setattr(setup, "resolve_compile", lambda config, precision: config.compile is None)
     run = train(tiny_config())
     assert run.config.compile is False and "Python.h" in run.environment["compile_fault"]
 
@@ -204,7 +207,9 @@ def test_compiled_code_alone_is_to_blame_for_what_is_finite_without(
 ) -> None:
     """Not the learning rate; and the run is no result: it has not diverged."""
     miscompiling("nan")
-    monkeypatch.setattr(loop, "checked", lambda trainer, **_: trainer)
+    monkeypatch.setattr(
+        "storylab.training.train.with_proven_compiler", lambda setup, *_, **__: setup
+    )
     config = tiny_config(compile=True)
     with pytest.raises(UserError, match="iteration 0: gradient norm is nan in compiled code"):
         train(config)
@@ -216,8 +221,8 @@ def test_an_evaluation_that_is_not_finite_is_not_the_compilers_fault(
 ) -> None:
     """It runs uncompiled."""
     miscompiling("none")
-    monkeypatch.setattr(loop, "estimate_loss", lambda *_: float("nan"))
-    with pytest.raises(loop.TrainingDiverged, match="loss is nan"):
+    monkeypatch.setattr(evaluator, "estimate_loss", lambda *_: float("nan"))
+    with pytest.raises(Diverged, match="loss is nan"):
         train(tiny_config(compile=True))
 
 
@@ -225,7 +230,7 @@ def test_what_is_not_finite_uncompiled_either_has_diverged(
     miscompiling: Callable[[str], None], tiny_config: MakeConfig
 ) -> None:
     miscompiling("none")
-    with pytest.raises(loop.TrainingDiverged, match="Try a lower"):
+    with pytest.raises(Diverged, match="Try a lower"):
         train(tiny_config(compile=True, learning_rate=1e30, min_lr=1e30, warmup_iters=0))
 
 

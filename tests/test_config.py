@@ -8,24 +8,31 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from storylab import config as configs
 from storylab.config import (
+    PRESENTATION_FIELDS,
     PRESETS,
+    SEED_FIELDS,
     ModelConfig,
     TrainConfig,
     differences,
+    flat,
     from_dict,
     preset_config,
+    recipe_digest,
+    timing_key,
     to_dict,
 )
+from storylab.config.marks import mark, marks_of
 from storylab.errors import UserError
 from storylab.experiments.factors import changed_fields, factor_fields
 from storylab.flags import default_for, parse
 from storylab.model.transformer import Transformer
-from storylab.training.loop import resolve
+from storylab.training.setup import resolve
 
 SOURCE = Path(configs.__file__).parents[1]
 
@@ -203,6 +210,47 @@ def test_differences_name_what_changes_the_result_only() -> None:
     assert differences(a, dataclasses.replace(a, data_seed=a.seed)) == {}
 
 
+def test_digests_are_those_of_earlier_versions() -> None:
+    """As commit e30b07b had them, which had more fields: runs are found by their folders' names."""
+    nvfp4 = {"dtype": "nvfp4", "recipe": "hadamard=false", "backend": "emulated"}
+    for config, digest in (
+        (TrainConfig(), "d950f9b7a8"),
+        (preset_config("nano"), "5e9ef6d6ae"),
+        (preset_config("3m", "fast"), "256fcb7be6"),
+        (dataclasses.replace(preset_config("10m"), block_size=256, **nvfp4), "4d7248bcd0"),  # type: ignore[arg-type]
+    ):
+        assert recipe_digest(config, "f") == digest
+
+
+def test_a_digest_leaves_out_what_changes_no_result() -> None:
+    config = TrainConfig()
+    values = flat(config)
+    assert "model" not in values and values["n_layer"] == 12
+    for name in PRESENTATION_FIELDS | SEED_FIELDS:
+        changed = {bool: True, int: 7, float: 7.0}.get(type(values[name]), Path("elsewhere"))
+        changed = 7 if name == "data_seed" else changed
+        other = dataclasses.replace(config, **{name: changed})
+        assert flat(other)[name] != values[name]
+        assert recipe_digest(other, "f") == recipe_digest(config, "f"), name
+    # The same batch in other micro-batches is the same run; its time is another.
+    split = dataclasses.replace(config, batch_size=32, gradient_accumulation_steps=32)
+    assert recipe_digest(split, "f") == recipe_digest(config, "f")
+    assert timing_key(split) != timing_key(config)
+    assert timing_key(dataclasses.replace(config, learning_rate=1.0)) == timing_key(config)
+
+
+def test_a_field_without_marks_is_an_error() -> None:
+    @dataclasses.dataclass
+    class Forgetful:
+        known: Annotated[int, mark("size")] = 1
+        forgotten: int = 2
+
+    # Annotations are text here, and names of a function's are not found from its text.
+    Forgetful.__annotations__ = {"known": Annotated[int, mark("size")], "forgotten": int}
+    with pytest.raises(TypeError, match=r"Forgetful\.forgotten has no mark"):
+        marks_of(Forgetful)
+
+
 def test_every_field_is_read_somewhere() -> None:
     """As an attribute of something called a config, a model or, in config.py, self."""
     read: set[str] = set()
@@ -220,42 +268,8 @@ def test_every_field_is_read_somewhere() -> None:
         assert fields <= read, fields - read
 
 
-# A room may import those before it, never those after it (ARCHITECTURE.md).
-ROOMS = """errors compiler checked record files optim config flags data model precision training experiments
-planning reporting console doctor lab_cli plan_cli cli""".split()
-
-
-def _for_types_alone(tree: ast.Module) -> set[ast.AST]:
-    """The nodes under ``if TYPE_CHECKING``, which are never run."""
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and isinstance(n.test, ast.Name)]
-    types = [n for n in guards if isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
-    return {node for guard in types for child in guard.body for node in ast.walk(child)}
-
-
-def test_imports_point_one_way() -> None:
-    for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room.startswith("__"):
-            continue
-        tree = ast.parse(path.read_text())
-        for node in set(ast.walk(tree)) - _for_types_alone(tree):
-            modules: list[str] = []
-            if isinstance(node, ast.ImportFrom) and node.module == "storylab":
-                names = [alias.name for alias in node.names]
-                modules = [f"storylab.{name}" for name in names if not name.startswith("__")]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            elif isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            for module in modules:
-                if not module.startswith("storylab."):
-                    continue
-                imported = module.split(".")[1]
-                assert ROOMS.index(imported) <= ROOMS.index(room), f"{path} imports {imported}"
-    model = (SOURCE / "model").glob("*.py")
-    assert not any("storylab.data" in path.read_text() for path in model)
-
-
 def test_flags_are_parsed_before_torch_is_imported() -> None:
-    script = "import sys, storylab.cli; sys.exit('torch' in sys.modules)"
+    """The module of every verb is imported, as for --help."""
+    script = "import sys; from storylab.cli.registry import all_verbs; all_verbs(); "
+    script += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

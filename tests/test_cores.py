@@ -24,9 +24,9 @@ from storylab.training.cores import (
     SleepingWaits,
     same_bits_with_one_thread,
 )
-from storylab.training.loop import train
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -117,6 +117,7 @@ def test_on_one_thread_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPa
     assert sharing.other_cores is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

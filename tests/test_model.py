@@ -368,6 +368,7 @@ def test_next_token_probabilities() -> None:
     torch.testing.assert_close(cold, torch.tensor([[16, 9, 4, 1]]) / 30)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
@@ -396,6 +397,7 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     assert all(math.prod(shape) <= time * config.head_size for shape in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_gradients_of_compiled_blocks_are_those_of_plain_ones() -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
@@ -409,6 +411,7 @@ def test_gradients_of_compiled_blocks_are_those_of_plain_ones() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing_for_compiling("cpu") is not None, reason="nothing here compiles C++")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_softmax_in_one_kernel_is_the_softmax(dtype: torch.dtype) -> None:

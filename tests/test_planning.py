@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan_check
+from executors import InProcess
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.experiments import worker
+from storylab.execution.job import Outcome
 from storylab.model.cost import StepPart, attention_flops, training_flops
 from storylab.model.transformer import Transformer
 from storylab.optim import OPTIMIZERS
@@ -249,7 +250,7 @@ def test_a_plan_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_this_machine_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.plan_cli.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("storylab.cli.verbs.plan.CALIBRATION_SECONDS", 0.0)
     flags = "--gpu this --preset nano --batch_size 2 --block_size 16 --dtype nvfp4 --device cpu"
     assert main(["plan", *flags.split()]) == 0
     assert "this machine, from" in capsys.readouterr().out
@@ -257,6 +258,7 @@ def test_this_machine_is_measured(
     assert Measured(0.5, 1.0, 0.0).seconds(config) == pytest.approx(10 * (4 * 0.5 + 1.0))
 
 
+@pytest.mark.slow
 def test_a_bench_times_every_precision_and_attention(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -276,30 +278,26 @@ def test_a_bench_times_every_precision_and_attention(
         assert main(["bench", *wrong.split()]) == 2
 
 
-def bench_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
-) -> str:
-    """What a bench of the nano model prints if every worker answers that a step takes a second."""
+def bench_rows(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    """The output of a bench of the nano model where every job answers that a step takes a second."""
     answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None}
     answer["shares"] = dict.fromkeys(StepPart, 1 / len(StepPart))
-    monkeypatch.setattr("storylab.planning.bench.ask", lambda *args, **options: (answer, ""))
-    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()]) == 0
+    executor = InProcess(lambda job: Outcome("done", answer=answer))
+    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()], executor) == 0
     return capsys.readouterr().out
 
 
-def test_what_a_bench_cannot_run_is_a_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_bench_cannot_run_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, why in (("--backend te", "needs an NVIDIA GPU"), ("--recipe history=9", "delayed")):
-        out = bench_rows(monkeypatch, capsys, f"--dtypes mxfp8 bfloat16 {flags}")
+        out = bench_rows(capsys, f"--dtypes mxfp8 bfloat16 {flags}")
         assert re.search(rf"mxfp8, full +cannot run here: .*{why}", out)
         assert re.search(r"bfloat16, full +1,024 ", out)
 
 
 def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = bench_rows(monkeypatch, capsys, "--recipe high_first=1 --attentions full")
+    out = bench_rows(capsys, "--recipe high_first=1 --attentions full")
     for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
         assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
 
@@ -318,15 +316,12 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
         def context(self) -> AbstractContextManager[None]:
             return nullcontext()
 
-    def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
-        return worker.bench(config, **options), ""
-
     monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
-    monkeypatch.setattr("storylab.planning.bench.ask", ask)
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
     )
-    assert main(["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]) == 0
+    args = ["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]
+    assert main(args, InProcess()) == 0
     row, parts_line = capsys.readouterr().out.splitlines()[-2:]
     assert row.startswith("fp8, full") and "%" not in parts_line and "te" in parts_line
 
@@ -355,6 +350,7 @@ def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.Mon
     assert len(done) == 20 and waits.call_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_says_so_in_one_line(number: int) -> None:
     command = [sys.executable, "-m", "storylab", "bench", "--preset", "nano", "--device", "cpu"]

@@ -30,7 +30,7 @@ from conformance import generator
 from conftest import TINY
 from storylab.compiler import missing_for_compiling
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
-from storylab.errors import UserError
+from storylab.errors import Interrupted, UserError
 from storylab.model.recompute import recompute
 from storylab.model.transformer import Transformer
 from storylab.precision import quantize as quantizers
@@ -64,15 +64,16 @@ from storylab.precision.rounding import round_nearest, stochastic_round
 from storylab.precision.scalings import SCALINGS, Scaling
 from storylab.precision.selftest import check_layer, check_model, summarize
 from storylab.precision.stats import QuantizationStatistics
-from storylab.training import progress
-from storylab.training.loop import TrainingInterrupted, train
+from storylab.training import run_progress
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
 from storylab.training.run_folder import Run
+from storylab.training.train import train
 
 LOW = tuple(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", conformance.CASES)
 def test_every_value_is_that_of_an_independent_implementation(case: str) -> None:
     """The table of docs/precision.md: formats, quantisers and products."""
@@ -373,6 +374,7 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
 # Fused passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantize",
     [
@@ -400,6 +402,7 @@ def test_fused_passes_give_the_same_bits(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
+@pytest.mark.slow
 def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the compiler makes of one function before it gives up."""
     if missing_for_compiling("cpu") is not None:
@@ -880,6 +883,7 @@ def test_share_of_the_work_in_low_precision() -> None:
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     dtype: Any, tiny_config: Callable[..., TrainConfig], tmp_path: Path
@@ -905,6 +909,7 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert losses(resumed) == losses(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [6, 7, 11])
 @pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
 def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
@@ -918,15 +923,15 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
     split = {"dtype": dtype, "batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 6}
     split["recipe"] = "low_forward_share=0.5" if dtype == "nvfp4" else "history=2"
     straight = train(tiny_config(out_dir=tmp_path / "straight", **split))
-    original, left = progress.StopSignal.check, iter(range(calls))
+    original, left = run_progress.StopSignal.check, iter(range(calls))
 
-    def check(self: progress.StopSignal) -> None:
+    def check(self: run_progress.StopSignal) -> None:
         if next(left, None) is None and self.number is None:
             self.number = signal.SIGTERM
         original(self)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        patch.setattr(progress.StopSignal, "check", check)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(run_progress.StopSignal, "check", check)
         train(tiny_config(out_dir=tmp_path / "stopped", **split))
     resumed = resume(tmp_path / "stopped")
 
@@ -940,6 +945,7 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
         assert resumed.summary[key] == straight.summary[key]
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_backends_was_emulated(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -964,6 +970,7 @@ def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
         resume(run.folder, dataclasses.replace(run.config, max_iters=4))
 
 
+@pytest.mark.slow
 def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -982,6 +989,7 @@ def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     assert "self-test passed" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_arms_of_other_precisions_share_initial_weights(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -24,26 +23,19 @@ import torch.nn.functional as F
 
 import storylab
 from conftest import TINY
+from stepping import FLOAT32, VOCAB, batch, new, step
 from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig
-from storylab.errors import UserError
+from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.optim.build import build_optimizers
-from storylab.optim.orthogonal import Muon, orthogonalize
-from storylab.training import checkpoint, loop, state
+from storylab.training import checkpoint, loop
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
-from storylab.training.loop import (
-    TrainingDiverged,
-    TrainingInterrupted,
-    train,
-)
 from storylab.training.observers import Observer
 from storylab.training.precision import (
-    Precision,
     choose_device,
     choose_precision,
 )
@@ -52,34 +44,12 @@ from storylab.training.run_folder import BESIDE_NUMBERS, Run, bare_source, open_
 from storylab.training.run_progress import StopRequested
 from storylab.training.sampling import load_story_model
 from storylab.training.setup import TrainingSetup, resolve_compile
-from storylab.training.step import NonFiniteError, StepMetrics, training_step
+from storylab.training.step import NonFiniteError, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
-FLOAT32 = Precision(CPU, torch.float32)
-VOCAB = 300
-
-
-def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(VOCAB, (sequences, time), generator=generator)
-
-
-def step(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any
-) -> StepMetrics:
-    values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
-    precision = changes.pop("precision", FLOAT32)
-    scaler = precision.grad_scaler()
-    return training_step(
-        model, optimizers, scaler, precision, changes.pop("batch", batch()), **(values | changes)
-    ).read()
-
-
-def new(**changes: Any) -> tuple[Transformer, list[torch.optim.Optimizer]]:
-    model = Transformer(TINY, VOCAB, seed=0)
-    return model, build_optimizers(model, TrainConfig(**changes))
 
 
 # --- the step
@@ -94,131 +64,6 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch: int) -> No
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for p, q in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_a_step_is_adamw_in_float64() -> None:
-    """Two steps against Loshchilov & Hutter's algorithm 2 written out, gradients from plain loss."""
-    model, optimizers = new(beta1=0.8, beta2=0.9, weight_decay=0.3)
-    reference = Transformer(TINY, VOCAB, seed=0).double()
-    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in
-               reference.named_parameters()}  # fmt: skip
-    for t in (1, 2):
-        step(model, optimizers, grad_clip=0.0)
-        logits = reference(batch()[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch()[:, 1:].flatten())
-        reference.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for name, p in reference.named_parameters():
-                assert p.grad is not None
-                m, v = moments[name]
-                m.mul_(0.8).add_(0.2 * p.grad)
-                v.mul_(0.9).add_(0.1 * p.grad**2)
-                update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
-                decay = 0.3 if p.dim() == 2 else 0.0  # norm gains are not decayed
-                p.sub_(1e-2 * (update + decay * p))
-    expected = dict(reference.named_parameters())
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=2e-5)
-
-
-def test_muon_is_that_of_torch_for_each_projection() -> None:
-    """Three steps against torch.optim.Muon, given the joined matrices in their parts."""
-    model, optimizers = new(optimizer="muon", matrix_lr=0.05, weight_decay=0.3)
-    reference = Transformer(TINY, VOCAB, seed=0)
-    parts = {
-        name: [torch.nn.Parameter(part.clone()) for part in p.detach().split(rows)]
-        for name, p in reference.named_parameters()
-        for matrix, rows in reference.block_matrices()
-        if matrix is p
-    }
-    theirs = torch.optim.Muon(
-        [p for group in parts.values() for p in group], lr=0.05, weight_decay=0.3
-    )
-    for _ in range(3):
-        step(model, optimizers, grad_clip=0.0)
-        for name, p in model.named_parameters():
-            if name in parts:
-                assert p.grad is not None
-                rows = [len(part) for part in parts[name]]
-                for part, grad in zip(parts[name], p.grad.split(rows), strict=True):
-                    part.grad = grad.clone()
-        theirs.param_groups[0]["lr"] = 1e-2 * 0.05 / 1e-4  # as the step's learning rate is
-        theirs.step()
-    for name, p in model.named_parameters():
-        if name in parts:
-            torch.testing.assert_close(p, torch.cat(parts[name]), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 12), (2, 12, 40)])
-def test_orthogonalized_matrices_have_singular_values_near_one(
-    shape: tuple[int, int, int],
-) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(matrices)
-    values = torch.linalg.svdvals(result.double())
-    assert values.min() > 0.5 and values.max() < 1.35
-    u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
-    cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).float().flatten(1))
-    assert cosine.min() > 0.95
-
-
-def test_normuon_is_muon_with_rows_alike() -> None:
-    """Four updates, from gradients whose rows change in size, against Li et al. 2025, algorithm 1, in
-    float64 for everything after the orthogonalization, with the norm of Muon's update."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(9, 6))
-    optimizer = Muon([(weight, (6, 3))], 1.0, 0.0, normalize_rows=True)
-    momentum = torch.zeros_like(weight)
-    squares = torch.zeros(9, 1, dtype=torch.float64)
-    for _ in range(4):
-        sizes = torch.rand(9, 1, generator=generator) ** 4
-        weight.grad = sizes * torch.randn(weight.shape, generator=generator)
-        before = weight.detach().clone()
-        optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * weight.grad
-        ahead = 0.95 * momentum + 0.05 * weight.grad
-        expected = []
-        for part, mean in zip(ahead.split((6, 3)), squares.split((6, 3)), strict=True):
-            update = orthogonalize(part.unsqueeze(0))[0].double()
-            mean.mul_(0.95).add_(0.05 * update.square().mean(1, keepdim=True))
-            alike = update / mean.sqrt()
-            expected.append(alike * update.norm() / alike.norm())
-        kept = optimizer.state[weight]["row_squares"].double()
-        torch.testing.assert_close(kept, squares, rtol=0.01, atol=0)
-        change = (before - weight.detach()).double()
-        torch.testing.assert_close(change, torch.cat(expected), rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
-def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> None:
-    """As most matrices' is where those that write to the residual stream begin at zero."""
-    config = TrainConfig(model=TINY, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
-    trained = state.TrainState(config, VOCAB, FLOAT32)
-    for block in trained.model.blocks:
-        block.attention.out.weight.data.zero_()
-        block.feed_forward.down.weight.data.zero_()
-    weight = trained.model.blocks[0].feed_forward.gate_up.weight
-    begun = weight.detach().clone()
-    losses = [trained.step(i, batch(), learning_rate=1e-3).read().loss for i in range(3)]
-    assert all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
-    assert not torch.equal(weight, begun)
-
-
-def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
-    """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
-    config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
-    trained = state.TrainState(config, VOCAB, FLOAT32)
-    weight = trained.model.embedding.weight
-    expected = torch.zeros_like(weight, dtype=torch.float64)
-    for number in range(1, 11):
-        trained.step(number - 1, batch(), learning_rate=1e-2)
-        newest = 1 / min(number, 4)
-        expected = (1 - newest) * expected + newest * weight.detach().double()
-        own = weight.detach().clone()
-        with trained.averaged():
-            torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
-        assert torch.equal(weight, own)
 
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:
@@ -455,6 +300,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Pa
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+@pytest.mark.slow
 def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
     def identity(**seeds: int) -> tuple[str, str]:
         config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
@@ -470,7 +316,7 @@ def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: P
 
 def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: MakeConfig) -> None:
     config = tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)
-    with pytest.raises(TrainingDiverged, match="learning_rate"):
+    with pytest.raises(Diverged, match="learning_rate"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -490,7 +336,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
     assert times[1] == times[2] == times[3] == times[4] != times[5]
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
     resumed = resume(tmp_path / "stopped")
     assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
@@ -510,7 +356,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
@@ -538,7 +384,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     calls = itertools.count()
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
-    with pytest.raises(TrainingDiverged, match="iteration 3"):
+    with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
     assert run.summary is not None and run.summary["status"] == "diverged"
@@ -578,7 +424,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
     )
     monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
-    with pytest.raises(TrainingDiverged, match="loss is nan"):
+    with pytest.raises(Diverged, match="loss is nan"):
         train(config)
     run = open_run(config.out_dir)
     assert run.checkpoint("best").exists() == (which == "evaluate_split")
@@ -593,9 +439,10 @@ class InterruptAt(Observer):
 
     def progress(self, name: str, done: int, total: int) -> None:
         if name == "training" and done == self.iteration:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
 def test_a_stopped_run_resumes_to_the_same_bits(
@@ -603,7 +450,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="storylab resume") as stop:
+    with pytest.raises(Interrupted, match="storylab resume") as stop:
         train(config, InterruptAt(at, number))
     assert stop.value.signal_number == number
     assert open_run(config.out_dir).summary is None
@@ -617,6 +464,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert run.environment["resumed"][0]["iteration"] == at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -632,7 +480,7 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
 ) -> None:
     whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
     config = tiny_config(**changes, out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(4, signal.SIGTERM))
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
@@ -674,11 +522,11 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     class StopAtBest(Observer):
         def line(self, text: str) -> None:
             if text.startswith("Saved new best"):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     whole = train(tiny_config(out_dir=tmp_path / "whole"))
     config = tiny_config(out_dir=tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted, match="before iteration 4"):
+    with pytest.raises(Interrupted, match="before iteration 4"):
         train(config, StopAtBest())
     run = resume(config.out_dir)
     assert metrics(run) == metrics(whole)
@@ -695,9 +543,9 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
             if (name, done) == ("training", 13):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         resume(run.folder, longer, StopAtTheEnd())
     assert run.summary is None
     assert not (run.folder / "story_losses.npy").exists()
@@ -719,7 +567,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
 
 def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     before = (config.out_dir / "metrics.jsonl").read_bytes()
     with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
@@ -732,7 +580,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_
     changes = {"dtype": "float16", "max_iters": 5}
     whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
     config = tiny_config(out_dir=tmp_path / "stopped", **changes)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(3, signal.SIGTERM))
     _, state = checkpoint.load(open_run(config.out_dir).checkpoint("last"))
     assert state["scaler"]["scale"] > 1
@@ -770,6 +618,7 @@ def test_one_validation_story_has_no_standard_error(
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, start-up and the writing of checkpoints among them."""
     changes = {"max_iters": 600, "eval_interval": 100, "checkpoint_minutes": 0.0}
@@ -779,7 +628,7 @@ def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Pat
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
         "from storylab.training.resume import resume; resume(Path(sys.argv[1]))"
     )
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(1, signal.SIGTERM))
     rng = random.Random(0)
     kills, reached = 0, []
@@ -808,7 +657,7 @@ def test_resuming_needs_the_same_config_and_data(
     tiny_config: MakeConfig, tmp_path: Path, dataset: Dataset
 ) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
     other = dataclasses.replace(config, beta1=0.5)
@@ -833,7 +682,7 @@ def test_a_run_goes_on_on_its_own_kind_of_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = config.out_dir / "config.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
@@ -903,7 +752,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> N
 
 def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     path = open_run(config.out_dir).checkpoint("last")
     data = path.read_bytes()
@@ -917,7 +766,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/last.safetensors"])
 def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, file: str) -> None:
     config = tiny_config()
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     (config.out_dir / file).unlink()
     with pytest.raises(UserError, match=file.split("/")[-1]):
@@ -1001,12 +850,13 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
     assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path: Path) -> None:
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
     script = (
         "import sys, json, torch; from storylab.config import from_dict\n"
-        "from storylab.training.loop import train\n"
+        "from storylab.training.train import train\n"
         "train(from_dict(json.loads(sys.argv[1])))"
     )
     eager, compiled = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from storylab.checked import check, shown
-from storylab.data.sources import SPLITS
+from storylab.data.layout import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.errors import UserError
 from storylab.files import exists, open_file, read_json

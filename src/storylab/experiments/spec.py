@@ -1,6 +1,6 @@
 """An experiment as data: a TOML file, read into resolved configs and checked before any time is spent.
 
-The README describes the keys. A scale (``[scales.NAME]``) overrides what the file says above it;
+docs/guide/experiments.md describes the keys. A scale (``[scales.NAME]``) overrides the keys above it;
 every cell of an experiment is an arm under a condition, and is trained once for each seed.
 """
 

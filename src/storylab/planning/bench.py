@@ -10,7 +10,7 @@ import torch
 
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
-from storylab.experiments.runner import ask
+from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.cost import StepPart, training_flops
 from storylab.planning.gpus import Gpu, known_gpu
 from storylab.planning.roofline import predicted_shares
@@ -43,9 +43,21 @@ def variants(
             yield timed(first, model)
 
 
-def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float) -> Iterator[str]:
-    """A header, then a line for each config as it is measured, in a process of its own; the shares of
-    its step's parts follow in a second line."""
+def bench_lines(
+    configs: Sequence[TrainConfig], vocab_size: int, seconds: float, executor: Executor
+) -> Iterator[str]:
+    """A header, then two lines for each config as soon as it is measured: speeds, and the shares of its
+    step's parts.
+
+    Args:
+        configs: see :func:`variants`.
+        vocab_size: number of token ids.
+        seconds: time for steps, shared by all configs.
+        executor: measures each config as a job of its own.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
     yield f"{'':<28}" + "".join(f"{name:>18}" for name in COLUMNS)
     for config in configs:
         name = _name(config)
@@ -54,11 +66,11 @@ def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float)
         except UserError as error:
             yield f"{name:<28}  cannot run here: {error}"
             continue
-        found, reason = ask(
-            "bench", resolved, vocab_size=vocab_size, seconds=seconds / len(configs)
-        )
+        options = {"vocab_size": vocab_size, "seconds": seconds / len(configs)}
+        outcome = run_interruptibly(executor, Job("bench", resolved, options))
+        found = outcome.answer
         if found is None:
-            yield f"{name:<28}  failed: {reason}"
+            yield f"{name:<28}  failed: {outcome.reason}"
             continue
         cells = _cells(resolved, vocab_size, found)
         yield f"{name:<28}" + "".join(f"{cell:>18}" for cell in cells)

@@ -12,12 +12,12 @@ from statistics import median
 import numpy as np
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
+from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.factors import patterns_in_effect, under
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import ENDED, Result
-from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
 from storylab.experiments.verdicts import nats
@@ -154,7 +154,11 @@ def _failures(outcome: Outcome) -> Iterable[str]:
             yield f"{cell.name}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
         for run in cell.arm.runs:
             if run.config.batch_size != cell.config.batch_size:
-                why = " after running out of memory" if (run.folder / SPLIT_NOTE).exists() else ""
+                why = (
+                    " after running out of memory"
+                    if (run.folder / MICROBATCH_NOTE).exists()
+                    else ""
+                )
                 yield (
                     f"{cell.name}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
                     f"sequences instead of {cell.config.batch_size}{why}; the same tokens an iteration."

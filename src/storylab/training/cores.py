@@ -280,7 +280,6 @@ def same_bits_with_one_thread(
     results = []
     for count in (threads, 1):
         torch.set_num_threads(count)
-        _begin(state, iteration)
         try:
             found = state.step(iteration, windows, learning_rate).read()
         except NonFiniteError:
@@ -294,13 +293,5 @@ def same_bits_with_one_thread(
             state.model.zero_grad(set_to_none=True)
             if scaler:
                 state.scaler.load_state_dict(scaler)
-            _begin(state, iteration)
         results.append((found, digest))
     return results[0] == results[1]
-
-
-def _begin(state: TrainState, iteration: int) -> None:
-    """Let quantised layers draw as they do at the start of ``iteration``."""
-    if state.quantization is not None:
-        state.quantization.advance(iteration)
-        state.quantization.weights_changed()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from storylab.data.sources import TRAIN, VALIDATION
+from storylab.data.layout import TRAIN, VALIDATION
 from storylab.training import lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from storylab.config import FULL, ModelConfig
+from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
+
+if TYPE_CHECKING:
+    # Loads torch, which a plan does without.
+    from storylab.data.batches import TrainingBatches
 
 UNKNOWN = "unknown on this device"
 
@@ -76,6 +80,13 @@ def unseen_lines(unseen: int, tokens: int, block_size: int) -> list[str]:
         f"they do not fill a window of {block_size:,}",
         "",
     ]
+
+
+def opening_lines(config: TrainConfig, batches: TrainingBatches, cuda: bool) -> list[str]:
+    """Lines for the start of a run: what its windows reach, and tokens that it never trains on."""
+    size, tokens = config.block_size, len(batches.split)
+    windows = attention_lines(config.model, size, cuda)
+    return [*windows, *unseen_lines(batches.unseen, tokens, size)]
 
 
 def duration(seconds: float) -> str:

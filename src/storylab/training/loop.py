@@ -8,67 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
-from storylab.config import TrainConfig
 from storylab.data.batches import Prefetcher
-from storylab.data.dataset import load_dataset
-from storylab.files import exclusive, write_json
+from storylab.errors import Diverged, Interrupted
+from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
 from storylab.precision.stats import QuantizationStatistics
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
-from storylab.training.evaluation import Evaluation
 from storylab.training.evaluator import Evaluator
-from storylab.training.observers import Observer, Observers
+from storylab.training.observers import Observers
 from storylab.training.recorder import Recorder
 from storylab.training.run_folder import (
     LOG,
-    POSITION_LOSSES,
     PRECISION,
-    STORY_LOSSES,
     Run,
-    create_run,
 )
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
-from storylab.training.setup import TrainingSetup, resolve
+from storylab.training.setup import TrainingSetup
 from storylab.training.signals import stop_signals
 from storylab.training.step import NonFiniteError
-from storylab.training.summary import evaluation_summary, summarize
-
-
-class TrainingInterrupted(Exception):  # noqa: N818 - asked for, so no error
-    """SIGTERM or Ctrl-C: the run is saved and can be resumed."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
-    """Loss or gradients became non-finite; the weights from before are saved."""
-
-
-def train(config: TrainConfig, *observers: Observer) -> Run:
-    """Train a model as ``config`` says, in a new run folder.
-
-    Raises:
-        UserError: data, device or folder cannot be used, or the disk is full.
-        TrainingInterrupted: a signal stopped it; the run can be resumed.
-        TrainingDiverged: loss or gradients are not finite.
-    """
-    watching = Observers(observers)
-    asked = config.compile is True
-    config, precision = resolve(config)
-    dataset = load_dataset(config.data_dir)
-    dataset.require_window(config.block_size)
-    setup = TrainingSetup(config, dataset, precision)
-    setup = checks.with_proven_compiler(setup, watching, asked=asked)
-    run = create_run(setup.config, dataset, setup.identity())
-    with exclusive(run.folder):
-        return fit(setup, run, watching)
+from storylab.training.summary import write_diverged, write_finished
 
 
 def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
@@ -77,7 +39,9 @@ def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
     The caller holds the run folder, so that no other process writes to it.
 
     Raises:
-        TrainingInterrupted, TrainingDiverged: see :func:`train`.
+        Interrupted: a signal stopped it; the run can be resumed.
+        Diverged: loss or gradients are not finite.
+        UserError: the disk is full, or a check of the model failed.
     """
     loop = Loop(setup, run, observers)
     with loop.running():
@@ -114,13 +78,13 @@ class Loop:
         self.prefetcher = Prefetcher(setup.batches, pin=device.type == "cuda")
         self.in_flight = StepsInFlight(runs_ahead(device))
         self.cores = CoreSharing(device.type == "cpu", self._thread_free, self.recorder.line)
-        self.evaluator = Evaluator(
-            setup, self.recorder, self.checkpoints, self.cores, self.stop.check
-        )
+        parts = self.recorder, self.checkpoints, self.cores
+        self.evaluator = Evaluator(setup, *parts, leave=self.stop.check)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure power, note signals, and turn a stop or numbers that are not finite into a saved end."""
+        self.observers.log = lambda line: self.run.append(LOG, line)
         self.observers.start(self.run.folder)
         try:
             with self.recorder.telemetry, stop_signals(self.stop.note):
@@ -130,7 +94,9 @@ class Loop:
                 except NonFiniteError as error:
                     self.read()  # float16 raises before the steps in flight are read
                     checks.require_blameless_compiler(self.setup, error)
-                    raise self._diverged(error) from error
+                    message, summary = write_diverged(self.run, self.setup, error, self._measured())
+                    self.observers.end(summary)
+                    raise Diverged(message) from error
         finally:
             self.checkpoints.saver.close()
             self.cores.close()
@@ -150,17 +116,13 @@ class Loop:
                 f"Stopped before iteration {self.progress.next_iteration}; continue with: "
                 f"storylab resume {self.run.folder}"
             )
-            raise TrainingInterrupted(message, self.stop.number or signal.SIGINT) from None
+            raise Interrupted(message, self.stop.number or signal.SIGINT) from None
 
     def start(self) -> None:
         """Save a first checkpoint, print what a person should know, and check quantized layers."""
         if self.checkpoints.save_first():
-            block_size, batches = self.config.block_size, self.setup.batches
             cuda = self.setup.precision.device.type == "cuda"
-            for line in (
-                *lines.attention_lines(self.config.model, block_size, cuda),
-                *lines.unseen_lines(batches.unseen, len(batches.split), block_size),
-            ):
+            for line in lines.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
         found = checks.check_precision(self.setup)
         if found is not None:
@@ -174,7 +136,7 @@ class Loop:
         batch = batch.to(self.setup.precision.device, non_blocking=True)
         waited = time.perf_counter() - started
         self.cores.begin()
-        with self._quantization_at(iteration):
+        with self._quantization_observed(iteration):
             rate = learning_rate(self.config, iteration)
             result = self.state.step(iteration, batch, rate, self._between)
         self.cores.end()
@@ -186,22 +148,18 @@ class Loop:
         self.cores.tick()
 
     @contextmanager
-    def _quantization_at(self, iteration: int) -> Iterator[None]:
-        """Tell quantized layers the iteration, and record statistics of them if the config asks for it."""
-        state = self.state.quantization
-        if state is None:
+    def _quantization_observed(self, iteration: int) -> Iterator[None]:
+        """Record statistics of the tensors that a step quantizes, where the config asks for it."""
+        quantization = self.state.quantization
+        due = self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration))
+        if quantization is None or not due:
             yield
             return
-        state.advance(iteration)
-        if self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration)):
-            statistics = QuantizationStatistics()
-            with state.observed(statistics):
-                yield
-            for row in statistics.rows():
-                self.recorder.row("quantization", iteration, **row)
-        else:
+        statistics = QuantizationStatistics()
+        with quantization.observed(statistics):
             yield
-        state.weights_changed()
+        for row in statistics.rows():
+            self.recorder.row("quantization", iteration, **row)
 
     def _thread_free(self) -> bool:
         """Whether the next micro-batch gives the same bits with one thread."""
@@ -241,33 +199,11 @@ class Loop:
             self.checkpoints.save_last()
         final = self.evaluator.final()
         self.checkpoints.saver.wait()
-        evaluation = final.evaluation
-        table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
-        self.run.write_table(STORY_LOSSES, table)
-        self.run.write_table(POSITION_LOSSES, evaluation.position_losses)
-        summary = self._summary("finished", evaluation, samples=final.samples)
-        if final.own_precision is not None:
-            summary["validation_own_precision"] = evaluation_summary(final.own_precision)
-        self.run.write_summary(summary)
+        summary = write_finished(self.run, self.setup, final, self._measured())
         for line in ("", *lines.summary_lines(summary)):
             self.recorder.line(line)
         self.observers.end(summary)
 
-    def _summary(self, status: str, evaluation: Evaluation | None, **more: Any) -> dict[str, Any]:
-        means, cores = self.recorder.telemetry.means(), self.cores.other_cores
-        return summarize(self.setup, status, evaluation, **means, other_cores=cores, **more)
-
-    def _diverged(self, error: NonFiniteError) -> TrainingDiverged:
-        """Write down that the run has diverged. The last checkpoint stays: it is from before."""
-        iteration = self.progress.next_iteration
-        rate = learning_rate(self.config, iteration)
-        message = (
-            f"iteration {iteration}: {error} at learning rate {rate:.2e}; training stopped, the "
-            f"last good weights are in {self.run.checkpoint('last')}. Try a lower "
-            "--learning_rate, a longer --warmup_iters, or --dtype float32"
-        )
-        self.run.append(LOG, message)  # the caller shows it
-        summary = self._summary("diverged", None, samples=[], reason=str(error))
-        self.run.write_summary(summary)
-        self.observers.end(summary)
-        return TrainingDiverged(message)
+    def _measured(self) -> dict[str, Any]:
+        """Power, energy, and cores that other programs used, for the summary."""
+        return self.recorder.telemetry.means() | {"other_cores": self.cores.other_cores}

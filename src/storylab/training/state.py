@@ -62,6 +62,8 @@ class TrainState:
         Raises:
             NonFiniteError: see :func:`training_step`.
         """
+        if self.quantization is not None:
+            self.quantization.advance(iteration)
         result = training_step(
             self.model,
             self.optimizers,
@@ -73,6 +75,8 @@ class TrainState:
             grad_clip=self.config.grad_clip,
             between=between,
         )
+        if self.quantization is not None:
+            self.quantization.weights_changed()
         self.ema.update(self.model, iteration)
         return result
 

@@ -1,13 +1,55 @@
-"""The summary of a run: what it reached, and what that took."""
+"""The end of a run: its summary, and the losses of stories and positions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from storylab.optim.schedule import learning_rate
 from storylab.precision.quantize import wrong_kernels
 from storylab.training.evaluation import Evaluation
+from storylab.training.evaluator import FinalEvaluation
+from storylab.training.run_folder import LOG, POSITION_LOSSES, STORY_LOSSES, Run
 from storylab.training.setup import TrainingSetup
+from storylab.training.step import NonFiniteError
+
+
+def write_finished(
+    run: Run, setup: TrainingSetup, final: FinalEvaluation, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the final losses and the summary of a run that reached its end; returns the summary."""
+    evaluation, own = final.evaluation, final.own_precision
+    table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
+    run.write_table(STORY_LOSSES, table)
+    run.write_table(POSITION_LOSSES, evaluation.position_losses)
+    summary = summarize(setup, "finished", evaluation, **measured, samples=final.samples)
+    if own is not None:
+        summary["validation_own_precision"] = evaluation_summary(own)
+    run.write_summary(summary)
+    return summary
+
+
+def write_diverged(
+    run: Run, setup: TrainingSetup, error: NonFiniteError, measured: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Write down that a run has diverged; returns a message and the summary.
+
+    The last checkpoint stays, as it is from before.
+    """
+    iteration = setup.progress.next_iteration
+    rate = learning_rate(setup.config, iteration)
+    message = (
+        f"iteration {iteration}: {error} at learning rate {rate:.2e}; training stopped, the "
+        f"last good weights are in {run.checkpoint('last')}. Try a lower "
+        "--learning_rate, a longer --warmup_iters, or --dtype float32"
+    )
+    run.append(LOG, message)  # the caller shows it
+    summary = summarize(setup, "diverged", None, **measured, samples=[], reason=str(error))
+    run.write_summary(summary)
+    return message, summary
 
 
 def summarize(

@@ -1,19 +1,19 @@
-"""The verbs about the cost of training: plan predicts, bench measures."""
+"""``storylab plan``."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from storylab.config import PRESETS, Dtype, TrainConfig
+from storylab.cli.registry import Call, Verb
+from storylab.config import PRESETS, TrainConfig
 from storylab.errors import UserError
-from storylab.flags import default_for, given_flags, parse, vocab_size_or
+from storylab.flags import default_for, given_flags, vocab_size_or
 from storylab.planning.gpus import GPUS, GpuName
 from storylab.planning.software import SOFTWARE, SoftwareName
 
@@ -43,33 +43,11 @@ class PlanCommand:
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
-@dataclass(frozen=True)
-class BenchCommand:
-    """Time training steps on this machine in every precision and attention pattern: tok/s, share of the
-    GPU's peak, memory, energy, and the share of each part of a step. Nothing is kept.
-
-    On a CPU a micro-batch is 8 sequences unless --batch_size says otherwise, and a low-precision dtype
-    takes the time of its emulation.
-
-    Examples: storylab bench --preset 10m | storylab bench --dtypes bfloat16 float32 --compile
-    """
-
-    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4")
-    """What to time."""
-    attentions: tuple[str, ...] = ("window:64",)
-    """Attention patterns to time in bfloat16, besides the model's own."""
-    seconds: float = 40.0
-    """Seconds of steps, shared by all; starting, warming up and profiling take more."""
-    vocab_size: int = 0
-    """Token ids; 0: as many as the preset is counted with."""
-    config: TrainConfig = field(default_factory=TrainConfig)
-
-
-def plan(args: list[str]) -> int:
-    """``storylab plan``."""
-    command = parse(PlanCommand, args, "storylab plan", PlanCommand(config=default_for(args)))
+def run(call: Call) -> int:
+    """Print the plan of a run, or of an experiment."""
+    command = call.parse(PlanCommand, PlanCommand(config=default_for(call.args)))
     of_plan = {f.name for f in dataclasses.fields(PlanCommand)}
-    given = given_flags(args)
+    given = given_flags(call.args)
     if command.file is None:
         if odd := [name for name in given if name in ("scale", "software")]:
             raise UserError(f"{_spelled(odd)}: for an experiment; give its FILE, or leave it out")
@@ -124,35 +102,10 @@ def _plan_experiment(command: PlanCommand, file: Path) -> None:
             print(arm_line(name, cell.config, vocab_size, GPUS[gpu], software))
 
 
-def bench(args: list[str]) -> int:
-    """``storylab bench``."""
-    command = parse(BenchCommand, args, "storylab bench", BenchCommand(config=default_for(args)))
-    from storylab.planning.bench import CPU_SEQUENCES, bench_lines, variants
-    from storylab.training.loop import TrainingInterrupted
-    from storylab.training.precision import choose_device
-
-    config = command.config
-    if not 0 < command.seconds < float("inf"):
-        raise UserError(f"seconds is {command.seconds}: it must be a finite number above 0")
-    if not command.dtypes:
-        raise UserError("give at least one of --dtypes")
-    given = given_flags(args)
-    if "dtype" in given:
-        raise UserError("a bench has --dtypes, one or more, instead of --dtype")
-    device = choose_device(config.device)
-    if device.type == "cpu" and "batch_size" not in given:
-        config = dataclasses.replace(config, batch_size=CPU_SEQUENCES)
-    config = dataclasses.replace(config, compile=bool(config.compile))
-    vocab_size = vocab_size_or(command.vocab_size, PRESETS[config.preset].vocab_size)
-    print(
-        f"{config.preset} on {device}: steps of one micro-batch, {config.batch_size} x "
-        f"{config.block_size} tokens, {vocab_size:,} ids, the update included"
-    )
-    configs = list(variants(config, command.dtypes, command.attentions))
-    try:
-        for line in bench_lines(configs, vocab_size, command.seconds):
-            print(line, flush=True)
-    except TrainingInterrupted as stop:  # raised where a worker was at it
-        print("storylab: interrupted", file=sys.stderr)
-        return 128 + stop.signal_number
-    return 0
+VERB = Verb(
+    "plan",
+    "predicted time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
+    "experiments",
+    run,
+    position=4,
+)

@@ -1,4 +1,4 @@
-"""What a person sees: log lines on standard output, a progress bar on a terminal."""
+"""The terminal: log lines on standard output, progress bars on standard error, tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ from storylab.training.observers import Observer
 
 
 class ConsoleReporter(Observer):
-    """Prints lines to standard output; under them a bar with ETA if standard error is a terminal."""
+    """Prints lines to standard output, and bars with an ETA below them if standard error is a terminal.
+
+    Args:
+        count: show numbers beside a bar rather than a percentage.
+    """
 
     def __init__(self, count: bool = True) -> None:
         # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
@@ -52,14 +56,14 @@ class ConsoleReporter(Observer):
         self._shown = ""
 
     def line(self, text: str) -> None:
-        """A line of the log."""
+        """Print a line."""
         if self._live and sys.stdout.isatty():
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def progress(self, name: str, done: int, total: int | None) -> None:
-        """How much of the work called ``name`` is done; a total of None shows a moving bar."""
+        """Show ``done`` of ``total`` parts of the work called ``name``; without a total, a moving bar."""
         if not self._live:
             return
         if name != self._shown:
@@ -74,7 +78,7 @@ class ConsoleReporter(Observer):
         self._bar.update(self._tasks[name], completed=done, total=total)
 
     def overall(self, name: str, done: float, total: float) -> None:
-        """How much of the whole work is done, on a bar above the others; in thousands of tokens."""
+        """Show ``done`` of ``total`` tokens of the whole work, in thousands, on a bar above the others."""
         if not self._live:
             return
         if self._overall is None:
@@ -100,14 +104,14 @@ class ConsoleReporter(Observer):
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on standard output, in full width where that is no terminal."""
+    """Print a table on standard output; 200 columns wide if that is no terminal."""
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 200, highlight=False, no_color=not terminal)
     console.print(make_table(title, columns, rows))
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table; a column holds figures, set to the right, if its heading ends with a space."""
+    """A table. A heading that ends with a space marks a column of numbers, which is aligned right."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         table.add_column(
