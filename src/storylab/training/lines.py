@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
 
-if TYPE_CHECKING:
-    # Loads torch, which a plan does without.
+if TYPE_CHECKING:  # a plan prints durations without loading torch
     from storylab.data.batches import TrainingBatches
 
 UNKNOWN = "unknown on this device"
