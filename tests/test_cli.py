@@ -23,9 +23,9 @@ from storylab.cli import TrainCommand, main, parse
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.console import print_table
 from storylab.data.dataset import Dataset
-from storylab.experiments.results import load_result
-from storylab.training import checkpoint
-from storylab.training.run_folder import open_run
+from storylab.record import checkpoint
+from storylab.record.folder import open_run
+from storylab.record.run import load_run
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6
@@ -363,7 +363,7 @@ def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) 
     assert f"storylab resume {tmp_path / 'a'}" in err and err.count("\n") == 1
     saved = open_run(tmp_path / "a")
     _, state = checkpoint.load(saved.checkpoint("last"))
-    assert state["next_iteration"] == len(saved.metrics) > 0
+    assert state["next_iteration"] == len(saved.read_rows()) > 0
 
 
 def limit_file_size(limit: int) -> None:
@@ -437,8 +437,8 @@ def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str
     command[-1] = str(tmp_path / "run")
     result = subprocess.run(f"{shlex.join(command)} {outputs}", shell=True, capture_output=True)
     assert result.returncode == 0 and result.stdout + result.stderr == b""
-    again = load_result(tmp_path / "run")
-    assert again.finished and again.loss == load_result(trained).loss
+    again = load_run(tmp_path / "run")
+    assert again.finished and again.loss == load_run(trained).loss
 
 
 def test_an_output_that_is_full_is_one_line(trained: Path) -> None:

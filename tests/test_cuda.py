@@ -28,7 +28,7 @@ from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint
+from storylab.record import checkpoint
 from storylab.training.learner import Learner
 from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
 from storylab.training.precision import Precision, choose_device, require_same_bits

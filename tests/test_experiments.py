@@ -37,8 +37,10 @@ from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_exp
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
 from storylab.lab_cli import plan_lines
 from storylab.model.flops import training_flops
+from storylab.record.folder import SUMMARY, RunFolder
+from storylab.record.run import run_state
+from storylab.record.schema import IterationRow, Row
 from storylab.training.measure import StepTimer
-from storylab.training.run_folder import SUMMARY, Run
 from storylab.training.schedule import learning_rate, telling_iterations
 
 ROOT = Path(__file__).parents[1]
@@ -548,9 +550,9 @@ def test_arms_share_initial_weights_and_data_order(
 ) -> None:
     in_process(monkeypatch)
     run_experiment(planned, Watcher())
-    a, b = (Run(run.folder).environment for run in planned)
-    assert a["initial_weights_sha256"] == b["initial_weights_sha256"]
-    assert a["first_batch_sha256"] == b["first_batch_sha256"]
+    a, b = (RunFolder(run.folder).read_environment() for run in planned)
+    assert a.initial_weights_sha256 == b.initial_weights_sha256
+    assert a.first_batch_sha256 == b.first_batch_sha256
 
 
 def test_runs_by_other_code_are_shown_and_trained_anew_on_demand(
@@ -588,9 +590,9 @@ def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     assert states == ["failed", "finished", "finished", "finished"]
     assert sizes == [4, 4, 2, 4, 4]
     assert "micro-batches of 2 sequences, 2 of them an iteration" in "".join(watcher.lines)
-    assert runner.run_state(planned[0].folder) == ("failed", "failed: a bug")
+    assert run_state(planned[0].folder) == ("failed", "failed: a bug")
     # The run that was cut finer is the run that was asked for, and says how it was cut.
-    assert Run(planned[1].folder).config.batch_size == 2
+    assert RunFolder(planned[1].folder).read_config().batch_size == 2
     assert run_experiment(planned, Watcher())[0] == "finished"  # what failed is tried again
 
 
@@ -637,9 +639,9 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
             text=True,
         )
 
-    def metrics(runs: str) -> list[dict[str, Any]]:
+    def metrics(runs: str) -> list[Row]:
         (folder,) = (tmp_path / runs).glob("nano-*")
-        return Run(folder).metrics
+        return RunFolder(folder).read_rows()
 
     first = start("stopped")
     deadline = time.time() + 120
@@ -661,7 +663,7 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
         assert again.returncode == 0, err
         assert "EXPERIMENTS.md" in out
     losses = [
-        [row["loss"] for row in metrics(runs) if row["kind"] == "iteration"]
+        [row.loss for row in metrics(runs) if isinstance(row, IterationRow)]
         for runs in ("stopped", "whole")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 401

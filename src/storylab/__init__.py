@@ -14,8 +14,8 @@ from storylab.errors import UserError
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.data.prepare import PrepareConfig
+    from storylab.record.run import Run
     from storylab.training.loop import Reporter
-    from storylab.training.run_folder import Run
     from storylab.training.sampling import StoryModel
 
 __version__ = "0.1.0"
@@ -43,25 +43,25 @@ def prepare(config: PrepareConfig) -> Dataset:
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
-    """Train a model in a new run folder; ``reporter`` is told its lines and progress.
+    """Train a model in a new run folder; ``reporter`` gets its lines and progress.
 
     Raises:
         UserError: data, device or folder cannot be used.
     """
     from storylab.training.loop import train as run_training
 
-    return run_training(config, reporter)
+    return load_run(run_training(config, reporter).folder)
 
 
 def load_run(folder: str | Path) -> Run:
-    """The run in ``folder``: its config, data, environment, metrics and summary.
+    """Read the run in ``folder``: its config, data, environment, metrics and summary.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or a file of it is damaged.
     """
-    from storylab.training.run_folder import open_run
+    from storylab.record.run import load_run as load
 
-    return open_run(Path(folder))
+    return load(Path(folder))
 
 
 def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> StoryModel:
@@ -70,6 +70,7 @@ def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto
     Raises:
         UserError: there is no run, or its checkpoint is missing or altered.
     """
+    from storylab.record.folder import open_run
     from storylab.training.sampling import load_story_model
 
-    return load_story_model(load_run(folder), checkpoint, device)
+    return load_story_model(open_run(Path(folder)), checkpoint, device)

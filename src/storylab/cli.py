@@ -372,10 +372,10 @@ def _watch(work: Callable[[Any], Any]) -> int:
 
 def _resume(args: list[str]) -> int:
     command = parse(ResumeCommand, args, "storylab resume")
+    from storylab.record.folder import open_run
     from storylab.training.resume import resume
-    from storylab.training.run_folder import open_run
 
-    config = open_run(command.run).config
+    config = open_run(command.run).read_config()
     changes: dict[str, Any] = {}
     if command.max_iters is not None:
         changes["max_iters"] = command.max_iters
@@ -415,8 +415,8 @@ def _sample(args: list[str]) -> int:
     if command.samples > MOST_SAMPLES:
         raise UserError(f"samples is {command.samples}: it must be at most {MOST_SAMPLES:,}")
     from storylab.model.generate import Sampling
+    from storylab.record.folder import open_run
     from storylab.training.lines import printable
-    from storylab.training.run_folder import open_run
     from storylab.training.sampling import as_in_stories, load_story_model
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from storylab.checked import check, shown
+from storylab.decode import convert, is_unicode, shown
 from storylab.errors import UserError
 
 Dtype = Literal[
@@ -424,7 +424,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         UserError: a field is unknown, missing or of another type, for instance in a run of another
             version.
     """
-    check(TrainConfig, values, "the run's config")
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+        raise UserError("the run's config is damaged: it or its model is not an object")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
     if "backend" not in given and values.get("dtype") not in WIDE_DTYPES:
@@ -440,10 +441,12 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         raise UserError(
             f"the run's config does not fit this version of storylab (fields: {', '.join(sorted(odd))})"
         )
-    values["model"] = ModelConfig(**model)
-    values["data_dir"] = Path(values["data_dir"])
-    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
-    return TrainConfig(**values)
+    for name, value in (values | model).items():
+        # Names of folders alone may have bytes that are not Unicode.
+        if name not in ("data_dir", "out_dir") and isinstance(value, str) and not is_unicode(value):
+            raise UserError(f"the run's config is damaged: {name}: is not Unicode text")
+    values["out_dir"] = values["out_dir"] or None
+    return convert(TrainConfig, values | {"model": model}, "the run's config")
 
 
 # Fields that say where and how often to look, not what is computed: a resumed run may change them.

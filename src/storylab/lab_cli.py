@@ -193,13 +193,14 @@ def _run(args: list[str]) -> int:
     from storylab.experiments.verdicts import verdict_line
     from storylab.reporting.report import write_report
 
-    outcome = load_outcome(record)
+    cache = planned[0].cache
+    outcome = load_outcome(record, cache)
     print()
     for comparison in outcome.comparisons:
         print(verdict_line(comparison))
     for problem in outcome.problems:
         print(f"not in the comparison: {problem}")
-    folder = write_report(command.runs, command.runs / "report")
+    folder = write_report(command.runs, command.runs / "report", cache, {record: outcome})
     print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
     return 0 if "finished" in states else 1
 
@@ -241,7 +242,7 @@ def _train(
 ) -> tuple[Path, list[str]]:
     """Show the plan, carry it out, and write which runs make up the experiment."""
     from storylab.experiments import runner
-    from storylab.experiments.results import ENDED
+    from storylab.record.run import ENDED
 
     with _interruptible(fresh), _reporter() as reporter:
         if fresh or any(run.state not in ENDED for run in planned):
@@ -277,8 +278,8 @@ def plan_lines(
     fresh: bool = False,
 ) -> Iterator[str]:
     """The plan of an experiment: its runs, with what they are expected to take."""
-    from storylab.experiments.results import ENDED
     from storylab.experiments.runner import estimates
+    from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
     from storylab.training.lines import duration
 
@@ -322,8 +323,8 @@ def compare(args: list[str]) -> int:
     """``storylab compare``."""
     command = parse(CompareCommand, args, "storylab compare")
     from storylab.experiments.comparison import compare_runs
-    from storylab.experiments.results import load_result
     from storylab.experiments.verdicts import detail_lines, verdict_line
+    from storylab.record.run import load_run
 
     if command.margin is not None and not 0 < command.margin < float("inf"):
         raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
@@ -334,10 +335,10 @@ def compare(args: list[str]) -> int:
     if len(folders) < 2:
         raise UserError("give two runs or more: storylab compare RUN RUN...")
     # Without the first there is no baseline.
-    results, faults = [load_result(command.runs[0])], []
+    results, faults = [load_run(command.runs[0])], []
     for folder in command.runs[1:]:
         try:
-            results.append(load_result(folder))
+            results.append(load_run(folder))
         except UserError as error:
             faults.append(str(error))
     if len(results) < 2:
@@ -360,22 +361,22 @@ def compare(args: list[str]) -> int:
 def noise(args: list[str]) -> int:
     """``storylab noise``."""
     command = parse(NoiseCommand, args, "storylab noise")
-    from storylab.experiments.comparison import alike_beside, noise_of
-    from storylab.experiments.results import load_result
+    from storylab.experiments.comparison import noise_of, other_seeds
     from storylab.experiments.spec import load_experiment
     from storylab.experiments.statistics import detectable_difference, deviation_interval
+    from storylab.record.run import load_run
 
     if command.target.suffix != ".toml":
-        found = {"": load_result(command.target)}
+        found = {"": load_run(command.target)}
     else:
         experiment = load_experiment(command.target, command.scale)
         seeds = experiment.first_seeds(max(command.seeds, 2))
         only = (experiment.baseline,)
         dataset, planned = _plan(experiment, command.data_dir, command.runs, seeds, only)
         _train(experiment, dataset, planned, command.runs)
-        found = {run.cell.condition: load_result(run.folder) for run in planned}
+        found = {run.cell.condition: load_run(run.folder) for run in planned}
     for condition, result in found.items():
-        alike, problems = alike_beside(result)
+        alike, problems = other_seeds(result)
         for problem in problems:
             print(f"left out: {problem}")
         floor = noise_of(alike)
@@ -402,12 +403,13 @@ def list_runs(args: list[str]) -> int:
     """``storylab list``."""
     command = parse(ListCommand, args, "storylab list")
     from storylab.console import print_table
-    from storylab.experiments.listing import list_rows
+    from storylab.experiments.listing import LIST_COLUMNS, list_cells
+    from storylab.record.index import list_runs as entries
 
     _require_folder(command.runs)
     rows = [
         row
-        for row in list_rows(command.runs)
+        for row in entries(command.runs)
         if command.status in ("any", row.state) and command.contains in row.name
     ]
     keys: dict[str, Any] = {
@@ -417,8 +419,7 @@ def list_runs(args: list[str]) -> int:
         "started": lambda row: row.started,
     }
     rows.sort(key=keys[command.sort])
-    columns = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
-    print_table(f"{len(rows)} runs in {command.runs}", columns, [row.cells() for row in rows])
+    print_table(f"{len(rows)} runs in {command.runs}", LIST_COLUMNS, list(map(list_cells, rows)))
     for row in rows:
         if row.fault:
             print(row.fault)
@@ -442,6 +443,7 @@ def watch(args: list[str]) -> int:
 
     from storylab.console import make_table, print_table
     from storylab.experiments.listing import WATCH_COLUMNS, watch_tables
+    from storylab.record.index import RunCache
 
     _require_folder(command.runs)
     if command.once or not sys.stdout.isatty():
@@ -449,11 +451,12 @@ def watch(args: list[str]) -> int:
             print_table(table.title, WATCH_COLUMNS, table.rows)
             print(*table.faults, sep="\n", end="\n" * bool(table.faults))
         return 0
+    cache = RunCache()
     with Live(auto_refresh=False) as live:
         while True:
             parts: list[Any] = [
                 part
-                for table in watch_tables(command.runs)
+                for table in watch_tables(command.runs, cache)
                 for part in (
                     make_table(table.title, WATCH_COLUMNS, table.rows),
                     *map(Text, table.faults),

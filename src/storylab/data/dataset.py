@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from storylab.checked import check, shown
+from storylab.data.manifest import Manifest
 from storylab.data.sources import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
+from storylab.decode import convert, shown
 from storylab.errors import UserError
 from storylab.files import exists, open_file, read_json
-from storylab.record import ManifestRecord
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -162,7 +162,7 @@ def load_dataset(folder: Path) -> Dataset:
     if found != FORMAT:
         raise UserError(f"{folder} has data of format {shown(found)}: {REPAIR}")
     try:
-        check(ManifestRecord, manifest, str(folder / MANIFEST))
+        convert(Manifest, manifest, str(folder / MANIFEST))
     except UserError as error:
         raise UserError(f"{error}; {REPAIR}") from error
     if manifest["fingerprint"] != fingerprint(manifest):

@@ -5,99 +5,57 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from storylab.errors import UserError
 from storylab.experiments.outcome import experiment_records, read_experiment
-from storylab.experiments.results import ENDED, load_result, run_folders, run_state
-from storylab.files import exists, held, open_file, reading
+from storylab.files import exists, held, open_file
+from storylab.record.folder import METRICS, RunFolder, parse_row
+from storylab.record.index import RunCache, RunEntry
+from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, run_state
+from storylab.record.schema import EvaluationRow, IterationRow
 from storylab.training.lines import duration
-from storylab.training.run_folder import METRICS, Run, parse_row
 
+LIST_COLUMNS = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
 WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
 # Enough of the end of a metrics file to hold its last rows.
 TAIL_BYTES = 16_384
 
 
-@dataclass(frozen=True)
-class ListRow:
-    """One run folder; None for what is not known."""
-
-    name: str
-    state: str
-    parameters: int | None
-    tokens: int | None
-    loss: float | None
-    speed: float | None
-    memory: int | None
-    started: str
-    fault: str = ""
-    """What is wrong with a damaged one."""
-
-    def cells(self) -> tuple[str, ...]:
-        """The row as text."""
-        return (
-            self.name,
-            self.state,
-            "" if self.parameters is None else f"{self.parameters:,}",
-            "" if self.tokens is None else f"{self.tokens:,}",
-            "" if self.loss is None else f"{self.loss:.4f}",
-            "" if self.speed is None else f"{self.speed:,.0f}",
-            "" if self.memory is None else f"{self.memory / 1e9:.2f}",
-            self.started[:16].replace("T", " "),
-        )
-
-
-def list_rows(runs: Path) -> Iterator[ListRow]:
-    """Every run folder in ``runs``, a damaged one with what is wrong with it.
-
-    Raises:
-        UserError: ``runs`` cannot be read.
-    """
-    for folder in run_folders(runs):
-        yield _list_row(folder)
-
-
-def _list_row(folder: Path) -> ListRow:
-    state, reason = run_state(folder)
-    if state == "failed":
-        return ListRow(folder.name, state, None, None, None, None, None, "")
-    try:
-        result = load_result(folder)
-    except UserError as error:
-        fault = reason if state == "damaged" else str(error)
-        return ListRow(folder.name, "damaged", None, None, None, None, None, "", fault)
-    ended = state in ENDED
-    return ListRow(
-        folder.name,
-        state,
-        result.summary.get("parameters"),
-        result.summary.get("tokens"),
-        result.loss if result.finished else None,
-        result.speed if ended else None,
-        result.summary.get("peak_memory_bytes"),
-        result.environment["started"],
+def list_cells(entry: RunEntry) -> tuple[str, ...]:
+    """A run as a row of text, in the columns of ``LIST_COLUMNS``."""
+    return (
+        entry.name,
+        entry.state,
+        "" if entry.parameters is None else f"{entry.parameters:,}",
+        "" if entry.tokens is None else f"{entry.tokens:,}",
+        "" if entry.loss is None else f"{entry.loss:.4f}",
+        "" if entry.speed is None else f"{entry.speed:,.0f}",
+        "" if entry.memory is None else f"{entry.memory / 1e9:.2f}",
+        entry.started[:16].replace("T", " "),
     )
 
 
 @dataclass(frozen=True)
 class WatchTable:
-    """How far an experiment is: a row for every run, and what is damaged."""
+    """Progress of an experiment: a row for every run, and the faults of damaged ones."""
 
     title: str
     rows: tuple[tuple[str, ...], ...]
     faults: tuple[str, ...]
 
 
-def watch_tables(runs: Path) -> Iterator[WatchTable]:
-    """A table for every experiment.
+def watch_tables(runs: Path, cache: RunCache | None = None) -> Iterator[WatchTable]:
+    """Yield a table for every experiment.
+
+    Args:
+        runs: the folder of runs.
+        cache: runs that an earlier call has read.
 
     Raises:
         UserError: there are no experiments, or ``runs`` cannot be read.
     """
-    records = experiment_records(runs)
+    records, cache = experiment_records(runs), cache or RunCache()
     if not records:
         raise UserError(
             f"{runs} has no experiments yet: `storylab list --runs {runs}` shows its runs"
@@ -109,83 +67,74 @@ def watch_tables(runs: Path) -> Iterator[WatchTable]:
             yield WatchTable(f"{path.stem}: its record is damaged", (), (str(error),))
             continue
         found = [
-            _watch_row(runs / name, f"{cell['arm']} {cell['condition']} s{seed}".replace("  ", " "))
-            for cell in record["cells"]
-            for seed, name in cell["runs"].items()
+            _watch_row(
+                runs / name, f"{cell.arm} {cell.condition} s{seed}".replace("  ", " "), cache
+            )
+            for cell in record.cells
+            for seed, name in cell.runs.items()
         ]
         rows = tuple(row for row, _ in found)
         done = sum(row[1] not in ("waiting", "training", "stopped") for row in rows)
         yield WatchTable(
-            f"{path.stem}: {record['title']}, {done} of {len(rows)} runs done",
+            f"{path.stem}: {record.title}, {done} of {len(rows)} runs done",
             rows,
             tuple(fault for _, fault in found if fault),
         )
 
 
-def _watch_row(folder: Path, label: str) -> tuple[tuple[str, ...], str]:
-    """A run's row, and what is wrong with a damaged one."""
+def _watch_row(folder: Path, label: str, cache: RunCache) -> tuple[tuple[str, ...], str]:
+    """A run's row, and the fault of a damaged one."""
     try:
         state, reason = run_state(folder)
-        if state == "damaged":
+        if state == DAMAGED:
             raise UserError(reason)
-        if state in ENDED and (fault := _fault(folder, _stamps(folder))):
-            raise UserError(fault)
-        return _known_row(folder, label, state), ""
+        if state in ENDED:
+            cache.load(folder)
+        return _known_row(folder, label, state, cache), ""
     except UserError as error:
-        return (label, "damaged", "", "", "", "", ""), str(error)
+        return (label, DAMAGED, "", "", "", "", ""), str(error)
 
 
-def _stamps(folder: Path) -> tuple[int, ...]:
-    """When the files in a folder were changed last."""
-    with reading(folder):
-        return tuple(path.lstat().st_mtime_ns for path in sorted(folder.iterdir()))
-
-
-@cache
-def _fault(folder: Path, stamps: tuple[int, ...]) -> str:
-    """What is wrong with a run that has ended; read once for as long as its files stay as they are."""
-    try:
-        load_result(folder)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _known_row(folder: Path, label: str, state: str) -> tuple[str, ...]:
-    if state == "new":
+def _known_row(folder: Path, label: str, state: str, cache: RunCache) -> tuple[str, ...]:
+    if state == NEW:
         return (label, "waiting", "", "", "", "", "")
-    run = Run(folder)
-    if state == "unfinished":
-        _ = run.data, run.environment
+    run, full = RunFolder(folder), None
+    if state == UNFINISHED:
+        run.read_data()
+        run.read_environment()
         state = "training" if held(folder) else "stopped"
+    if state in ENDED:
+        full = cache.load(folder).results.validation
     last, evaluation = _last_rows(folder / METRICS)
-    if state == "failed" or not last:
+    if state == FAILED or last is None:
         return (label, state, "", "", "", "", "")
-    total = run.config.max_iters
-    left = (total - last["iteration"]) * last["step_seconds"]
-    full = run.summary["validation"] if run.summary else None
-    val_loss = full["loss"] if full else evaluation.get("val_loss")
+    total = run.read_config().max_iters
+    left = (total - last.iteration) * last.step_seconds
+    val_loss = full.loss if full else evaluation.val_loss if evaluation else None
     return (
         label,
         state,
-        f"{last['iteration']:,}/{total:,}",
-        f"{last['loss']:.4f}",
+        f"{last.iteration:,}/{total:,}",
+        f"{last.loss:.4f}",
         "" if val_loss is None else f"{val_loss:.4f}",
-        f"{last['tokens_per_second']:,.0f}",
+        f"{last.tokens_per_second:,.0f}",
         duration(left) if state == "training" else "",
     )
 
 
-def _last_rows(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _last_rows(path: Path) -> tuple[IterationRow | None, EvaluationRow | None]:
     """The last whole iteration and evaluation rows of a metrics file that may be growing."""
-    found: dict[str, dict[str, Any]] = {}
+    iteration, evaluation = None, None
     if exists(path):
         with open_file(path) as file:
             start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
             file.seek(start)
-            # What the tail begins with is part of a row, and what it ends with may be.
+            # The tail begins with part of a row, and may end with one.
             lines = file.read().split(b"\n")[bool(start) : -1]
         for line in lines:
             row = parse_row(line, str(path))
-            found[row["kind"]] = row
-    return found.get("iteration", {}), found.get("evaluation", {})
+            if isinstance(row, IterationRow):
+                iteration = row
+            elif isinstance(row, EvaluationRow):
+                evaluation = row
+    return iteration, evaluation

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,6 @@ from storylab.experiments.factors import (
     SPLIT_FIELDS,
     under,
 )
-from storylab.experiments.results import ENDED, FAILURE, load_result, run_state
 from storylab.experiments.spec import Cell, Experiment
 from storylab.experiments.worker import (
     DIVERGED,
@@ -49,10 +48,13 @@ from storylab.files import (
     write_error,
     write_json,
 )
-from storylab.record import ExperimentRecord
+from storylab.record.folder import CONFIG, FAILURE, RunFolder
+from storylab.record.index import RunCache
+from storylab.record.provenance import code_sha256, representative
+from storylab.record.run import ENDED, FINISHED
+from storylab.record.schema import ExperimentRecord
 from storylab.training.loop import Reporter, TrainingInterrupted, resolve_device
 from storylab.training.measure import Measured
-from storylab.training.run_folder import CONFIG, Run, code_sha256
 from storylab.training.signals import stop_signals
 
 EXPERIMENTS = "experiments"
@@ -85,6 +87,8 @@ class PlannedRun:
     cell: Cell
     seed: int
     folder: Path
+    cache: RunCache = field(default_factory=RunCache, compare=False, repr=False)
+    """Runs that have been read; shared by the runs of a plan."""
 
     @property
     def config(self) -> TrainConfig:
@@ -104,23 +108,20 @@ class PlannedRun:
         return self.state_and_reason()[0]
 
     def state_and_reason(self) -> tuple[str, str]:
-        """The state, and why it failed, diverged or is damaged."""
-        state, reason = run_state(self.folder)
-        if state in ENDED:
-            # What ended is not trained again, so it must be all there.
-            try:
-                load_result(self.folder)
-            except UserError as error:
-                return "damaged", str(error)
-        return state, reason
+        """The state, and why it failed, diverged or is damaged.
+
+        A run that has ended is not trained again, so all of its record must be there.
+        """
+        return self.cache.state(self.folder)
 
     @property
     def other_code(self) -> bool:
         """Whether the run there is by another version of the code that decides its numbers."""
         try:
-            return Run(self.folder).environment["code_sha256"] != code_sha256()
+            stage = self.cache.load(self.folder).environment
         except UserError:
             return False
+        return representative(stage.code_sha256) != representative(code_sha256())
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,9 @@ def plan(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
     cells = resolved_cells(experiment, dataset, only)
+    cache = RunCache()
     return [
-        PlannedRun(cell, seed, runs / f"{name}-s{seed}")
+        PlannedRun(cell, seed, runs / f"{name}-s{seed}", cache)
         for seed in seeds or experiment.seeds
         for cell, name in cells
         if not only or cell.arm in only
@@ -252,9 +254,9 @@ def _recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
     """Folders by seed of every cell of an earlier record; nothing where there is none to be read."""
     found: dict[tuple[str, str], dict[int, str]] = {}
     with contextlib.suppress(UserError):
-        for cell in read_record(path, ExperimentRecord)["cells"]:
-            runs = {int(s): folder for s, folder in cell["runs"].items() if s.isdecimal()}
-            found[cell["condition"], cell["arm"]] = runs
+        for cell in read_record(path, ExperimentRecord).cells:
+            runs = {int(s): folder for s, folder in cell.runs.items() if s.isdecimal()}
+            found[cell.condition, cell.arm] = runs
     return found
 
 
@@ -288,10 +290,9 @@ def _timed(config: TrainConfig) -> str:
 
 def _finished_estimate(runs: Sequence[PlannedRun]) -> Estimate | None:
     for run in runs:
-        if run.state == "finished":
-            summary = Run(run.folder).summary
-            assert summary is not None
-            return Estimate(summary["seconds"], summary["peak_memory_bytes"], measured=True)
+        if run.state == FINISHED:
+            summary = run.cache.load(run.folder).results
+            return Estimate(summary.seconds, summary.peak_memory_bytes, measured=True)
     return None
 
 
@@ -439,13 +440,13 @@ def _train(run: PlannedRun, name: str, watcher: Watcher, done: float, total: flo
                 note = {"asked": run.config.batch_size, "trained": config.batch_size}
                 write_json(run.folder / SPLIT_NOTE, note)
             return
-        if outcome == KILLED and not killed and exists(Run(run.folder).checkpoint("last")):
+        if outcome == KILLED and not killed and exists(RunFolder(run.folder).checkpoint("last")):
             killed = True  # whoever did it may have meant the process, not the run
             watcher.line(f"{name}: {reason}; going on from its checkpoint")
             continue
         if outcome in (OUT_OF_MEMORY, KILLED) and config.batch_size % 2 == 0:
             if exists(run.folder / CONFIG):
-                config = Run(run.folder).config
+                config = RunFolder(run.folder).read_config()
                 set_aside(run.folder)
             config = dataclasses.replace(
                 config,
@@ -487,15 +488,14 @@ def set_aside(folder: Path) -> Path:
 
 def outcome_line(run: PlannedRun) -> str:
     """How a run ended, in a few words."""
-    state, reason = run_state(run.folder)
-    if state != "finished":
+    state, reason = run.state_and_reason()
+    if state != FINISHED:
         return f"{state} ({reason})" if reason else state
-    summary = Run(run.folder).summary
-    assert summary is not None and summary["validation"] is not None
+    found = run.cache.load(run.folder)
     return (
-        f"val loss {summary['validation']['loss']:.4f}, "
-        f"{summary['tokens_per_second']:,.0f} tok/s, "
-        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB, {summary['seconds']:,.0f} s"
+        f"val loss {found.loss:.4f}, "
+        f"{found.results.tokens_per_second:,.0f} tok/s, "
+        f"{found.results.peak_memory_bytes / 1e9:.2f} GB, {found.results.seconds:,.0f} s"
     )
 
 

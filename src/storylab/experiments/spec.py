@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.checked import is_unicode, shown
 from storylab.config import (
     GPT2_VOCAB_SIZE,
     WIDE_DTYPES,
@@ -28,6 +27,7 @@ from storylab.config import (
     check_seed,
 )
 from storylab.data.prepare import PrepareConfig
+from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
 from storylab.experiments.factors import (
     FACTORS,

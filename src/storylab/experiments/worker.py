@@ -20,6 +20,7 @@ from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
 from storylab.data.sources import VALIDATION
 from storylab.errors import UserError, out_of_memory
+from storylab.record.folder import CONFIG, open_run
 from storylab.training.cores import CoreUse
 from storylab.training.evaluation import EVAL_BATCH, window_losses
 from storylab.training.loop import (
@@ -29,7 +30,6 @@ from storylab.training.loop import (
 )
 from storylab.training.measure import StepTimer, products_seconds
 from storylab.training.resume import resume
-from storylab.training.run_folder import CONFIG, open_run
 from storylab.training.telemetry import PowerTotals, Telemetry
 
 # Outcomes of a request.
@@ -59,7 +59,7 @@ def work(action: str, config: TrainConfig, **options: Any) -> None:
         return
     assert config.out_dir is not None
     if (config.out_dir / CONFIG).exists():
-        stored = open_run(config.out_dir).config
+        stored = open_run(config.out_dir).read_config()
         wanted = dataclasses.replace(stored, data_dir=config.data_dir)
         resume(config.out_dir, wanted, _Events())
     else:

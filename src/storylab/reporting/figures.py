@@ -10,7 +10,7 @@ import altair as alt
 
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome
-from storylab.experiments.results import ENDED
+from storylab.record.run import ENDED
 from storylab.reporting.series import (
     Row,
     curve_rows,

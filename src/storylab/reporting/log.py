@@ -15,13 +15,13 @@ from storylab.errors import UserError
 from storylab.experiments.comparison import DIVERGED, Comparison
 from storylab.experiments.factors import SEED_FIELDS, under
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.results import Result
 from storylab.experiments.verdicts import detail_lines, nats, ratio_text, verdict_line
 from storylab.files import open_file
+from storylab.record.folder import LOG
+from storylab.record.run import Run
 from storylab.reporting.observations import expectation_text, observations
 from storylab.reporting.series import low_precision_share, mean_of, training_seconds
 from storylab.training.lines import duration, printable, summary_lines
-from storylab.training.run_folder import LOG
 
 BEGIN_REMARKS, END_REMARKS = "<!-- remarks: {} -->", "<!-- end of remarks -->"
 REMARKS_HINT = "*Write remarks here; they stay when this file is made again.*"
@@ -119,12 +119,12 @@ def repeat_command(outcome: Outcome) -> str:
     """The command that trains the same experiment again."""
     record = outcome.record
     seeds = {run.config.seed for run in outcome.runs}
-    scale = f" --scale {record['scale']}" if record["scale"] else ""
-    count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record["seeds"]) else ""
+    scale = f" --scale {record.scale}" if record.scale else ""
+    count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record.seeds) else ""
     planned = list(dict.fromkeys(cell.arm.name for cell in outcome.cells if cell.planned))
-    some = planned and len(planned) < len(record["arms"])
+    some = planned and len(planned) < len(record.arms)
     only = f" --only {shlex.join(planned)}" if some else ""
-    return f"storylab experiment run {shlex.quote(record['file'])}{scale}{count}{only}"
+    return f"storylab experiment run {shlex.quote(record.file)}{scale}{count}{only}"
 
 
 def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -166,7 +166,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     speed = mean_of(cell.arm, lambda run: run.speed)
     memory = mean_of(cell.arm, lambda run: run.training_memory)
     seconds = mean_of(cell.arm, training_seconds)
-    energy = mean_of(cell.arm, lambda run: run.summary["energy_joules"])
+    energy = mean_of(cell.arm, lambda run: run.results.energy_joules)
     losses = cell.arm.losses
     spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
     ratio = ""
@@ -177,13 +177,11 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     return [
         cell.name,
         f"{runs[0].parameters:,}",
-        f"{runs[0].summary['tokens']:,}",
-        f"{runs[0].summary['epochs']:.2f}",
+        f"{runs[0].results.tokens:,}",
+        f"{runs[0].results.epochs:.2f}",
         f"{float(np.mean(losses)):.4f}{spread}",
         _difference(c),
-        f"{speed:,.0f}{' (emulated)' if runs[0].summary.get('emulated') else ''}"
-        if speed
-        else MISSING,
+        f"{speed:,.0f}{' (emulated)' if runs[0].results.emulated else ''}" if speed else MISSING,
         ratio if c else "baseline",
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
         duration(seconds) if seconds else MISSING,
@@ -230,8 +228,8 @@ def _overview(sections: Sequence[Section]) -> Iterable[str]:
         losses = o.baseline_of(o.conditions[0]).arm.losses
         seeds = {run.config.seed for run in o.runs if run.finished}
         cells = [
-            f"[{_plain(o.record['title'])}](#{_anchor(o.label)})",
-            o.record["scale"] or "-",
+            f"[{_plain(o.record.title)}](#{_anchor(o.label)})",
+            o.record.scale or "-",
             f"{float(np.mean(losses)):.4f}" if losses else "none yet",
             str(len({cell.arm.name for cell in o.cells})),
             str(len(seeds)),
@@ -259,24 +257,23 @@ def _setup(sections: Sequence[Section]) -> Iterable[str]:
         yield _line([name, shown])
 
 
-def _facts(run: Result) -> Iterable[tuple[str, str]]:
+def _facts(run: Run) -> Iterable[tuple[str, str]]:
     e, c, data = run.environment, run.config, run.data
-    memory = f", {e['memory_bytes'] / 1e9:.0f} GB" if "memory_bytes" in e else ""
-    yield "machine", f"{e.get('processor')} ({e['cpu']}), {e['cores']} cores{memory}"
-    yield "device", e.get("gpu") or f"{e['device']}, {e['threads']} threads"
-    packages = e["packages"]
-    yield "software", f"storylab {e['storylab']}, torch {packages['torch']}, Python {e['python']}"
-    commits = sorted({str(stage["git_commit"])[:12] for stage in run.stages if stage["git_commit"]})
-    version = ", ".join(sorted(v[:12] for v in run.code_versions))
+    memory = f", {e.memory_bytes / 1e9:.0f} GB"
+    yield "machine", f"{e.processor} ({e.cpu}), {e.cores} cores{memory}"
+    yield "device", e.gpu or f"{e.device}, {e.threads} threads"
+    yield "software", f"storylab {e.storylab}, torch {e.packages.torch}, Python {e.python}"
+    commits = sorted({stage.git_commit[:12] for stage in run.stages if stage.git_commit})
+    version = ", ".join(sorted({stage.code_sha256[:12] for stage in run.stages}))
     yield "code", version + (f" (git {', '.join(commits)})" if commits else "")
-    tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data["tokens"].items())
+    tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data.tokens.items())
     yield (
         "data",
-        f"{tokens}, {data['tokenizer']['name']} tokenizer of {data['tokenizer']['vocab_size']:,} ids, "
-        f"fingerprint {data['fingerprint'][:12]}",
+        f"{tokens}, {data.tokenizer.name} tokenizer of {data.tokenizer.vocab_size:,} ids, "
+        f"fingerprint {data.fingerprint[:12]}",
     )
     m = c.model
-    parameters = m.parameter_count(data["tokenizer"]["vocab_size"])
+    parameters = m.parameter_count(data.tokenizer.vocab_size)
     yield (
         "models",
         f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
@@ -300,9 +297,9 @@ def _facts(run: Result) -> Iterable[tuple[str, str]]:
 
 def section_title(outcome: Outcome) -> str:
     """``Experiment 4: Sliding-window attention``, the number from the file's name."""
-    number = re.match(r"0*(\d+)-", outcome.record["name"])
+    number = re.match(r"0*(\d+)-", outcome.record.name)
     kind = f"Experiment {number[1]}" if number else "Experiment"
-    return f"{kind}: {outcome.record['title']}"
+    return f"{kind}: {outcome.record.title}"
 
 
 def _anchor(label: str) -> str:
@@ -313,7 +310,7 @@ def _anchor(label: str) -> str:
 def _section(section: Section) -> Iterable[str]:
     o, record = section.outcome, section.outcome.record
     runs = o.runs
-    dates = sorted(str(run.environment["started"])[:10] for run in runs)
+    dates = sorted(run.environment.started[:10] for run in runs)
     span = dates[0] if dates and dates[0] == dates[-1] else " to ".join(dates[:1] + dates[-1:])
     yield f'<a id="{_anchor(o.label)}"></a>'
     yield ""
@@ -322,12 +319,12 @@ def _section(section: Section) -> Iterable[str]:
     yield f"**{_plain(headline(o))}**"
     yield ""
     yield f"- Date: {span or 'not run yet'}"
-    yield f"- Purpose: {record['purpose']}"
-    if record["hypothesis"]:
-        yield f"- Hypothesis: {record['hypothesis']}"
-    if record["note"]:
-        yield f"- Scale: {record['scale'] or 'as in the file'}. {record['note']}"
-    yield f"- Factor: {record['factor'] or 'none'}; baseline: {o.baseline}"
+    yield f"- Purpose: {record.purpose}"
+    if record.hypothesis:
+        yield f"- Hypothesis: {record.hypothesis}"
+    if record.note:
+        yield f"- Scale: {record.scale or 'as in the file'}. {record.note}"
+    yield f"- Factor: {record.factor or 'none'}; baseline: {o.baseline}"
     yield f"- Config of the baseline: {_config_line(o.baseline_of(o.conditions[0]))}"
     yield f"- Repeat: `{repeat_command(o)}`"
     for problem in o.problems:
@@ -394,10 +391,10 @@ def _stories(o: Outcome) -> Iterable[str]:
     yield "**Generation sample**, the same prompt and sampling seed:"
     for arm in chosen:
         run = arm.finished[0]
-        sample = run.summary["samples"][0]
+        sample = run.results.samples[0]
         yield ""
         name = _plain(f"{under(arm.name, condition)}, seed {run.config.seed}")
-        yield f"> **{name}:** {_quoted(sample['text'])}"
+        yield f"> **{name}:** {_quoted(sample.text)}"
 
 
 def _quoted(text: str, most: int = 420) -> str:
@@ -431,7 +428,7 @@ def _training_lines(o: Outcome) -> list[str]:
         return [str(error).replace(f"{run.folder.parent}/", "")]
     lines = text.partition("\nResults\n")[0].strip().splitlines()
     if run.finished:
-        lines += ["", *(printable(line) for line in summary_lines(run.summary))]
+        lines += ["", *(printable(line) for line in summary_lines(run.results))]
     return lines
 
 
@@ -452,7 +449,7 @@ def _folded(summary: str, lines: Sequence[str], code: bool = True) -> Iterable[s
 def _conclusions(sections: Sequence[Section]) -> Iterable[str]:
     for section in sections:
         o = section.outcome
-        yield f"- **{o.record['title']}.** {_plain(headline(o))}"
+        yield f"- **{o.record.title}.** {_plain(headline(o))}"
         yield from (f"  - {_plain(expectation_text(check))}" for check in o.expectations)
 
 

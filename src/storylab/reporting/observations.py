@@ -16,7 +16,6 @@ from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
 from storylab.experiments.factors import under, windows
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
-from storylab.experiments.results import ENDED, Result
 from storylab.experiments.runner import SPLIT_NOTE
 from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
@@ -25,6 +24,7 @@ from storylab.planning.cards import CARDS
 from storylab.planning.roofline import SOFTWARE, gains
 from storylab.planning.words import can_run
 from storylab.precision.recipes import find_recipe
+from storylab.record.run import ENDED, Run
 from storylab.reporting.series import (
     low_precision_share,
     quantization_rows,
@@ -100,37 +100,35 @@ def spikes(values: Sequence[float]) -> list[int]:
     return found
 
 
-def _of_run(run: Result, name: str) -> Iterable[str]:
+def _of_run(run: Run, name: str) -> Iterable[str]:
     """Convergence, train/validation gap, throughput, spikes and clipping of one run."""
     evaluations, iterations = run.evaluations, run.iterations
     title = f"{name}, seed {run.config.seed}"
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         text = (
-            f"{title}: validation loss fell from {first['val_loss']:.3f} at iteration "
-            f"{first['iteration']} to {last['val_loss']:.3f} at {last['iteration']}"
+            f"{title}: validation loss fell from {first.val_loss:.3f} at iteration "
+            f"{first.iteration} to {last.val_loss:.3f} at {last.iteration}"
         )
         if len(evaluations) > 1:
             before = evaluations[-2]
-            rate = (before["val_loss"] - last["val_loss"]) / (
-                last["iteration"] - before["iteration"]
-            )
+            rate = (before.val_loss - last.val_loss) / (last.iteration - before.iteration)
             text += f", still by {100 * rate:.3f} nats per 100 iterations at the end"
-        gap = last["val_loss"] - last["train_loss"]
+        gap = last.val_loss - last.train_loss
         yield (
             f"{text}. Validation minus train loss is {gap:+.3f} nats at the end, after "
-            f"{run.summary['epochs']:.2f} epochs."
+            f"{run.results.epochs:.2f} epochs."
         )
-    speeds = [row["tokens_per_second"] for row in iterations[1:] or iterations]
+    speeds = [row.tokens_per_second for row in iterations[1:] or iterations]
     low, middle, high = np.percentile(speeds, [5, 50, 95])
     yield (
         f"{title}: throughput {middle:,.0f} tok/s (median; 90 % of iterations within {low:,.0f} to "
         f"{high:,.0f}, a spread of {(high - low) / middle:.0%})."
     )
-    losses = spikes([row["loss"] for row in iterations])
+    losses = spikes([row.loss for row in iterations])
     # A float16 step that was skipped has no gradient norm.
-    norms = spikes([row["grad_norm"] or 0.0 for row in iterations])
-    clipped = float(np.mean([row["clipped"] for row in iterations]))
+    norms = spikes([row.grad_norm or 0.0 for row in iterations])
+    clipped = float(np.mean([row.clipped for row in iterations]))
     yield (
         f"{title}: {_counted(losses, 'loss spike')} and {_counted(norms, 'gradient-norm spike')} in "
         f"{len(iterations):,} iterations; the gradient was clipped in {clipped:.0%} of them."
@@ -235,9 +233,7 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
         gains = [law.doubling_gain(run.config.max_iters) for law in fitted]
         plateaus = [law.plateau for law in fitted]
         gaps = [
-            e[-1]["val_loss"] - e[-1]["train_loss"]
-            for r in cell.arm.finished
-            if (e := r.evaluations)
+            e[-1].val_loss - e[-1].train_loss for r in cell.arm.finished if (e := r.evaluations)
         ]
         finite = [p for p in plateaus if math.isfinite(p)]
         plateau = (
@@ -253,7 +249,7 @@ def _of_length(outcome: Outcome) -> Iterable[str]:
             f"{float(np.mean([law.floor for law in fitted])):.3f}"
             f"{_span([law.floor for law in fitted], '.3f')} nats; another doubling is predicted to "
             f"bring {float(np.mean(gains)):.3f}{_span(gains, '.3f')} nats; {plateau}. "
-            f"{run.summary['epochs']:.2f} epochs were seen; validation minus train loss at the end "
+            f"{run.results.epochs:.2f} epochs were seen; validation minus train loss at the end "
             f"is {float(np.mean(gaps)):+.3f}{_span(gaps, '+.3f')} nats."
         )
 
@@ -318,9 +314,9 @@ def _of_precision(outcome: Outcome) -> Iterable[str]:
         )
     for cell in outcome.cells:
         pairs = [
-            (own["loss"], run.loss)
+            (own.loss, run.loss)
             for run in cell.arm.finished
-            if (own := run.summary.get("validation_own_precision"))
+            if (own := run.results.validation_own_precision)
         ]
         if pairs:
             change = float(np.mean([own - wide for own, wide in pairs]))
@@ -338,7 +334,7 @@ def _of_precision(outcome: Outcome) -> Iterable[str]:
 def _largest_gain(cell: CellResult) -> float | None:
     """By how much an emulated arm's recipe could speed up the record's model at most."""
     recipe = find_recipe(cell.config.dtype, cell.config.recipe)
-    emulated = any(run.summary.get("emulated") for run in cell.arm.finished)
+    emulated = any(run.results.emulated for run in cell.arm.finished)
     if recipe is None or not emulated or not can_run(PLANNED_CARD, recipe):
         return None
     software = SOFTWARE["compiled"]

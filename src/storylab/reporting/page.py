@@ -46,7 +46,7 @@ def _overview_row(outcome: Outcome) -> list[Any]:
     losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
     return [
         {"text": section_title(outcome), "href": f"#{outcome.label}"},
-        outcome.record["scale"] or "-",
+        outcome.record.scale or "-",
         f"{float(np.mean(losses)):.4f}" if losses else "",
         headline(outcome),
     ]
@@ -57,10 +57,10 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
     headings, rows = table_rows(outcome)
     arms = list(dict.fromkeys(cell.arm.name for cell in outcome.cells))
     facts = [
-        ["Purpose", record["purpose"]],
-        ["Hypothesis", record["hypothesis"]],
-        ["Scale", record["note"]],
-        ["Factor", f"{record['factor'] or 'none'}; baseline: {outcome.baseline}"],
+        ["Purpose", record.purpose],
+        ["Hypothesis", record.hypothesis],
+        ["Scale", record.note],
+        ["Factor", f"{record.factor or 'none'}; baseline: {outcome.baseline}"],
     ]
     return {
         "label": outcome.label,
@@ -94,8 +94,8 @@ def _samples(outcome: Outcome) -> list[dict[str, Any]]:
         {
             "name": f"{cell.name}, seed {cell.arm.finished[0].config.seed}",
             "samples": [
-                {"prompt": s["prompt"], "text": printable(s["text"])}
-                for s in cell.arm.finished[0].summary["samples"]
+                {"prompt": s.prompt, "text": printable(s.text)}
+                for s in cell.arm.finished[0].results.samples
             ],
         }
         for cell in outcome.cells

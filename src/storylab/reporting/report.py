@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import vl_convert
@@ -12,6 +12,7 @@ from storylab.errors import UserError
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
 from storylab.files import exists, make_folder, read_text, write_text
+from storylab.record.index import RunCache
 from storylab.reporting import figures
 from storylab.reporting.figures import Spec
 from storylab.reporting.log import Section, markdown, read_remarks
@@ -20,8 +21,19 @@ from storylab.reporting.page import html
 LOG_FILE, PAGE_FILE, PICTURES = "EXPERIMENTS.md", "index.html", "pictures"
 
 
-def write_report(runs: Path, out: Path) -> Path:
+def write_report(
+    runs: Path,
+    out: Path,
+    cache: RunCache | None = None,
+    known: Mapping[Path, Outcome] | None = None,
+) -> Path:
     """Write EXPERIMENTS.md, index.html and the pictures of every experiment in ``runs`` to ``out``.
+
+    Args:
+        runs: the folder of runs.
+        out: the folder to write.
+        cache: runs that have been read already.
+        known: outcomes that have been computed already, by the path of the experiment's record.
 
     Raises:
         UserError: there are no experiments, or the folder cannot be written.
@@ -32,9 +44,10 @@ def write_report(runs: Path, out: Path) -> Path:
             f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
         )
     outcomes, problems = [], []
+    cache, known = cache or RunCache(), known or {}
     for path in records:
         try:
-            outcomes.append(load_outcome(path))
+            outcomes.append(known.get(path) or load_outcome(path, cache))
         except UserError as error:
             problems.append(str(error))
     specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}

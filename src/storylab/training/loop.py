@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +26,26 @@ from storylab.precision.convert import low_share
 from storylab.precision.hardware import require_aligned
 from storylab.precision.observe import QuantizationStatistics
 from storylab.precision.quantize import wrong_kernels
-from storylab.training import checkpoint, lines
+from storylab.record import checkpoint
+from storylab.record.folder import (
+    LOG,
+    POSITION_LOSSES,
+    PRECISION,
+    STORY_LOSSES,
+    RunFolder,
+    create_run,
+    require_free,
+)
+from storylab.record.run import median_speed, training_memory
+from storylab.record.schema import (
+    EvaluationRow,
+    IterationRow,
+    QuantizationRow,
+    Sample,
+    SplitLoss,
+    Summary,
+)
+from storylab.training import lines
 from storylab.training.compile_check import CompileCheck, check_compiled, compiler_is_to_blame
 from storylab.training.cores import CoreSharing, considerate, same_bits_with_one_thread
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
@@ -39,16 +57,6 @@ from storylab.training.precision import (
     resolve_compile,
 )
 from storylab.training.progress import PendingIteration, Progress, StopRequested, StopSignal
-from storylab.training.run_folder import (
-    LOG,
-    METRICS,
-    POSITION_LOSSES,
-    PRECISION,
-    STORY_LOSSES,
-    Run,
-    create_run,
-    require_free,
-)
 from storylab.training.sampling import StoryModel
 from storylab.training.saving import Saver
 from storylab.training.schedule import learning_rate
@@ -96,7 +104,7 @@ class TrainingDiverged(Exception):  # noqa: N818 - a result rather than a fault
     """Loss or gradients became non-finite; the weights from before are saved."""
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
+def train(config: TrainConfig, reporter: Reporter | None = None) -> RunFolder:
     """Train a model as ``config`` says, in a new run folder.
 
     Raises:
@@ -115,7 +123,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
         return trainer.train(run)
 
 
-def checked(trainer: Trainer, run: Run | None = None, asked: bool = False) -> Trainer:
+def checked(trainer: Trainer, run: RunFolder | None = None, asked: bool = False) -> Trainer:
     """The trainer whose compiled code has been compared with uncompiled code, or one that does not compile
     where the two differ.
 
@@ -255,9 +263,9 @@ class Trainer:
             **self.compile_record(),
         }
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: RunFolder) -> None:
         """Go back to the run's last checkpoint, or stay at the start if it has none yet."""
-        if not run.checkpoint("last").exists() and not run.metrics:
+        if not run.checkpoint("last").exists() and not run.read_rows():
             return  # killed before it had trained
         tensors, state = checkpoint.load(run.checkpoint("last"))
         self.progress = Progress.from_dict(state)
@@ -267,7 +275,7 @@ class Trainer:
         if self.progress.scaler:
             self.learner.scaler.load_state_dict(self.progress.scaler)
 
-    def train(self, run: Run) -> Run:
+    def train(self, run: RunFolder) -> RunFolder:
         """Train from where the progress stands to ``max_iters``, evaluate, and sum up.
 
         The caller holds the run folder, so that no other process writes to it.
@@ -417,8 +425,8 @@ class Trainer:
             statistics = QuantizationStatistics()
             with state.watched(statistics):
                 yield
-            for row in statistics.rows():
-                self._metric("quantization", iteration, **row)
+            rows = [QuantizationRow(iteration=iteration, **row) for row in statistics.rows()]
+            self.run.append_rows(rows)
         else:
             yield
         state.weights_changed()
@@ -459,7 +467,10 @@ class Trainer:
             self._line(lines.best_line(val_loss))
         self._line("")
         state.train_loss, state.val_loss = train_loss, val_loss
-        self._metric("evaluation", iteration, train_loss=train_loss, val_loss=val_loss, best=best)
+        row = EvaluationRow(
+            iteration=iteration, train_loss=train_loss, val_loss=val_loss, best=best
+        )
+        self.run.append_rows([row])
 
     @contextmanager
     def _as_evaluated(self) -> Iterator[None]:
@@ -495,19 +506,21 @@ class Trainer:
         meters = self.telemetry.latest()
         rows = []
         for entry, report in done:
-            row = {
-                "loss": report.loss,
-                "learning_rate": learning_rate(config, entry.iteration),
-                "grad_norm": report.grad_norm,
-                "clipped": report.clipped,
-                "tokens": (entry.iteration + 1) * config.tokens_per_iteration,
-                "tokens_per_second": config.tokens_per_iteration / seconds,
-                "step_seconds": seconds,
-                "data_seconds": entry.waited,
-                "peak_memory_bytes": state.peak_memory_bytes,
-            }
-            rows.append(_row("iteration", entry.iteration, row | meters))
-        self.run.append(METRICS, "\n".join(rows))
+            row = IterationRow(
+                iteration=entry.iteration,
+                loss=report.loss,
+                learning_rate=learning_rate(config, entry.iteration),
+                grad_norm=report.grad_norm,
+                clipped=report.clipped,
+                tokens=(entry.iteration + 1) * config.tokens_per_iteration,
+                tokens_per_second=config.tokens_per_iteration / seconds,
+                step_seconds=seconds,
+                data_seconds=entry.waited,
+                peak_memory_bytes=state.peak_memory_bytes,
+                **meters,
+            )
+            rows.append(row)
+        self.run.append_rows(rows)
         last, report = done[-1]
         state.next_iteration = last.iteration + 1
         if last.iteration % config.log_interval == 0 or last.iteration == config.max_iters:
@@ -541,7 +554,7 @@ class Trainer:
             "--learning_rate, a longer --warmup_iters, or --dtype float32"
         )
         self.run.append(LOG, message)  # the caller shows it
-        self.run.write_summary(self._summary("diverged", None, []) | {"reason": str(error)})
+        self.run.write_summary(self._summary("diverged", None, [], reason=str(error)))
         return message
 
     def _finish(self) -> None:
@@ -553,14 +566,12 @@ class Trainer:
             # Without the recipe, so that arms of other precisions are evaluated alike.
             with self.quantization.disabled() if self.quantization else nullcontext():
                 evaluation = self._evaluate_whole()
-                samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
+                samples = [Sample(prompt=text, text=self._sample(text)) for text in SAMPLE_PROMPTS]
         self.saver.wait()
         table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
-        self.run.write_table(STORY_LOSSES, table)
-        self.run.write_table(POSITION_LOSSES, evaluation.position_losses)
-        summary = self._summary("finished", evaluation, samples)
-        if own is not None:
-            summary["validation_own_precision"] = _evaluation_summary(own)
+        self.run.write_array(STORY_LOSSES, table)
+        self.run.write_array(POSITION_LOSSES, evaluation.position_losses)
+        summary = self._summary("finished", evaluation, samples, own)
         self.run.write_summary(summary)
         for line in ("", *lines.summary_lines(summary)):
             self._line(line)
@@ -583,33 +594,44 @@ class Trainer:
         return writer.sample(prompt)[0]
 
     def _summary(
-        self, status: str, evaluation: Evaluation | None, samples: list[dict[str, str]]
-    ) -> dict[str, Any]:
+        self,
+        status: Literal["finished", "diverged"],
+        evaluation: Evaluation | None,
+        samples: list[Sample],
+        own: Evaluation | None = None,
+        reason: str = "",
+    ) -> Summary:
         state, device = self.progress, self.precision.device
         tokens = state.next_iteration * self.config.tokens_per_iteration
-        return {
-            "status": status,
-            "emulated": self.precision.backend == "emulated",
-            "wrong_kernels": wrong_kernels() if self.quantization is not None else [],
-            "iterations": state.next_iteration,
-            "tokens": tokens,
-            "epochs": self.batches.epochs(state.next_iteration),
-            "unseen_tokens": self.batches.unseen,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "final_train_loss": state.train_loss,
-            "final_val_loss": state.val_loss,
-            "best_val_loss": state.best_val_loss,
-            "best_iteration": state.best_iteration,
-            "validation": _evaluation_summary(evaluation),
-            "seconds": state.seconds,
-            "training_seconds": state.training_seconds,
-            "tokens_per_second": tokens / state.training_seconds if tokens else 0.0,
+        rows = self.run.read_rows()  # those of the stages before a resume included
+        return Summary(
+            status=status,
+            emulated=self.precision.backend == "emulated",
+            wrong_kernels=wrong_kernels() if self.quantization is not None else [],
+            started=self.run.read_environment().started,
+            iterations=state.next_iteration,
+            tokens=tokens,
+            epochs=self.batches.epochs(state.next_iteration),
+            unseen_tokens=self.batches.unseen,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            final_train_loss=state.train_loss,
+            final_val_loss=state.val_loss,
+            best_val_loss=state.best_val_loss,
+            best_iteration=state.best_iteration,
+            validation=_evaluation_summary(evaluation),
+            seconds=state.seconds,
+            training_seconds=state.training_seconds,
+            tokens_per_second=tokens / state.training_seconds if tokens else 0.0,
+            median_tokens_per_second=median_speed(rows, self.config.tokens_per_iteration),
             **self.telemetry.means(),
-            "peak_memory_bytes": state.peak_memory_bytes,
-            "memory_kind": "allocated on the GPU" if device.type == "cuda" else "resident",
-            "other_cores": self.cores.other_cores,
-            "samples": samples,
-        }
+            peak_memory_bytes=state.peak_memory_bytes,
+            training_memory_bytes=training_memory(rows),
+            memory_kind="allocated on the GPU" if device.type == "cuda" else "resident",
+            other_cores=self.cores.other_cores,
+            samples=samples,
+            validation_own_precision=_evaluation_summary(own),
+            reason=reason,
+        )
 
     def _save_last(self) -> None:
         state = dataclasses.replace(
@@ -626,25 +648,17 @@ class Trainer:
         self.run.append(LOG, text)
         self.reporter.line(text)
 
-    def _metric(self, kind: str, iteration: int, **values: Any) -> None:
-        self.run.append(METRICS, _row(kind, iteration, values))
 
-
-def _row(kind: str, iteration: int, values: dict[str, Any]) -> str:
-    """A row of the metrics as it is written."""
-    return json.dumps({"kind": kind, "iteration": iteration, **values}, allow_nan=False)
-
-
-def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
+def _evaluation_summary(evaluation: Evaluation | None) -> SplitLoss | None:
     if evaluation is None:
         return None
     error = evaluation.standard_error
-    return {
-        "loss": evaluation.loss,
-        "standard_error": None if math.isnan(error) else error,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "stories": len(evaluation.story_losses),
-        "tokens": int(evaluation.story_tokens.sum()),
-        "block_size": evaluation.block_size,
-    }
+    return SplitLoss(
+        loss=evaluation.loss,
+        standard_error=None if math.isnan(error) else error,
+        perplexity=evaluation.perplexity,
+        bits_per_byte=evaluation.bits_per_byte,
+        stories=len(evaluation.story_losses),
+        tokens=int(evaluation.story_tokens.sum()),
+        block_size=evaluation.block_size,
+    )

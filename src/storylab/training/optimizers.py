@@ -120,6 +120,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__([p for p, _ in joined], defaults)
         self.rows = {p: tuple(rows) for p, rows in joined}
 
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Names of the state that is kept for every matrix."""
+        squares = ["row_squares"] if self.defaults["normalize_rows"] else []
+        return frozenset(["momentum", *squares])
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update from the gradients at hand."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storylab.training import checkpoint
+from storylab.record import checkpoint
 
 
 class Saver:
