@@ -180,7 +180,7 @@ def test_every_field_is_read_somewhere() -> None:
 
 
 # A room may import those before it, never those after it (ARCHITECTURE.md).
-ROOMS = """errors compiler checked record files config flags data model precision training experiments
+ROOMS = """errors compiler decode files config flags data record model precision training experiments
 planning reporting console doctor lab_cli plan_cli cli""".split()
 
 

@@ -442,7 +442,7 @@ def watch(args: list[str]) -> int:
     from rich.text import Text
 
     from storylab.console import make_table, print_table
-    from storylab.experiments.listing import WATCH_COLUMNS, watch_tables
+    from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
     from storylab.record.index import RunCache
 
     _require_folder(command.runs)

@@ -15,10 +15,6 @@ import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy
-import psutil
-import torch
-
 import storylab
 from storylab.record.schema import CudaVersions, Packages, Stage
 
@@ -45,6 +41,11 @@ def representative(code: str, table: Mapping[str, str] = EQUIVALENT_CODE) -> str
 
 def current_stage() -> Stage:
     """Code version, packages and machine of this process."""
+    # Here, as reading a run needs none of them, and torch takes a second to load.
+    import numpy
+    import psutil
+    import torch
+
     return Stage(
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=list(sys.argv),
@@ -79,6 +80,8 @@ def _version(package: str) -> str | None:
 
 def cuda_versions() -> CudaVersions | None:
     """Versions of the CUDA libraries and the driver, and the GPU's memory; None without a CUDA device."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     return CudaVersions(
