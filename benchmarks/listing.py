@@ -2,10 +2,10 @@
 
     python benchmarks/listing.py [--runs 1000] [--rows 10000] [--commit COMMIT] [--old_summaries]
 
-One short run is trained; its record is stretched to the given number of rows and hard-linked into every other
-folder, so that the disk holds one of them and the page cache all. ``--commit`` times the code of a commit on
-the same folders as well; ``--old_summaries`` takes the keys that listings read out of the summaries, which
-then have to be derived from the rows.
+One short run is trained; its record is stretched to the given number of rows and hard-linked into every
+other folder, so the disk holds one copy and the page cache all of it. ``--commit`` also times the code of a
+commit on the same folders. ``--old_summaries`` removes the keys that listings read from the summaries;
+they are then computed from the rows.
 """
 
 from __future__ import annotations

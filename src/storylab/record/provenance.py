@@ -28,8 +28,14 @@ NON_NUMERIC_MODULES = ("training/lines.py", "training/measure.py", "training/tel
 EQUIVALENT_CODE: Mapping[str, str] = {}
 
 
-def representative(code: str, table: Mapping[str, str] = EQUIVALENT_CODE) -> str:
-    """The code version that stands for ``code`` in comparisons: itself, unless ``table`` has it."""
+def representative(code: str, table: Mapping[str, str] | None = None) -> str:
+    """The code version that stands for ``code`` in comparisons: itself, unless the table has it.
+
+    Args:
+        code: a code version, as :func:`code_sha256` gives it.
+        table: by default ``EQUIVALENT_CODE``.
+    """
+    table = EQUIVALENT_CODE if table is None else table
     seen = {code}
     while (after := table.get(code)) is not None:
         if after in seen:

@@ -11,7 +11,7 @@ import altair as alt
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome
 from storylab.record.run import ENDED
-from storylab.reporting.series import (
+from storylab.reporting.tables import (
     Row,
     curve_rows,
     difference_rows,

@@ -25,7 +25,7 @@ from storylab.planning.roofline import SOFTWARE, gains
 from storylab.planning.words import can_run
 from storylab.precision.recipes import find_recipe
 from storylab.record.run import ENDED, Run
-from storylab.reporting.series import (
+from storylab.reporting.tables import (
     low_precision_share,
     quantization_rows,
     time_and_loss_front,

@@ -15,8 +15,9 @@ from storylab.files import exists, make_folder, read_text, write_text
 from storylab.record.index import RunCache
 from storylab.reporting import figures
 from storylab.reporting.figures import Spec
-from storylab.reporting.log import Section, markdown, read_remarks
-from storylab.reporting.page import html
+from storylab.reporting.html import html
+from storylab.reporting.markdown import Section, markdown
+from storylab.reporting.remarks import read_remarks
 
 LOG_FILE, PAGE_FILE, PICTURES = "EXPERIMENTS.md", "index.html", "pictures"
 

@@ -12,10 +12,10 @@ import vl_convert
 
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
+from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
 from storylab.reporting.figures import AXES, COLOURS, Spec
-from storylab.reporting.log import headline, repeat_command, section_title, table_rows
 from storylab.reporting.observations import observations
-from storylab.reporting.series import curve_rows, flat_config
+from storylab.reporting.tables import curve_rows, flat_config
 from storylab.training.lines import printable
 
 
