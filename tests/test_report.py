@@ -19,7 +19,8 @@ from storylab.experiments.outcome import load_outcome
 from storylab.experiments.runner import plan, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
-from storylab.reporting.observations import observations, spikes
+from storylab.reporting.observations import observations
+from storylab.reporting.observations.run import spikes
 from storylab.reporting.remarks import read_remarks
 from storylab.reporting.report import write_report
 

@@ -8,9 +8,7 @@ the start, ``log.txt`` and ``metrics.jsonl`` grow a line at a time, ``checkpoint
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +35,7 @@ from storylab.files import (
     write_error,
     write_json,
 )
+from storylab.record.arrays import write_array
 from storylab.record.provenance import current_stage
 from storylab.record.schema import DataInfo, Environment, Resumption, Row, Summary
 
@@ -45,13 +44,6 @@ METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
 # Written by an experiment when a worker process ended without a summary.
 FAILURE = "failure.json"
-# No loss of a story or a position comes near it.
-LARGEST_LOSS = 1e40
-ARRAY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<f8', 'fortran_order': False, "
-    rb"'shape': \((\d{1,15}),(?: (\d{1,15}))?\), \} *\n",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -190,8 +182,7 @@ class RunFolder:
         """Replace ``story_losses.npy``, nats and predicted tokens of every validation story ``[stories,
         2]``, or ``position_losses.npy``, mean nats of the targets at each position of a window
         ``[block_size]``; both float64."""
-        with atomic_path(self.folder / name) as temporary, open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+        write_array(self.folder / name, array)
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``."""
@@ -284,27 +275,3 @@ def open_run(folder: Path) -> RunFolder:
     if not exists(folder / CONFIG):
         raise UserError(f"{folder} is not a run folder (it has no {CONFIG}): check the path")
     return RunFolder(folder)
-
-
-def read_array(path: Path, dimensions: int) -> np.ndarray:
-    """Read finite float64 numbers from a ``.npy`` file of one or two dimensions.
-
-    The header must be the one that :meth:`RunFolder.write_array` leaves: numpy's own reader evaluates it as
-    an expression of Python, and allocates any amount of memory that it names.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    with open_file(path) as file:
-        data = file.read()
-    header = ARRAY_HEADER.match(data)
-    shape = [int(size) for size in header.groups() if size] if header else []
-    values = data[header.end() :] if header else b""
-    if len(shape) != dimensions or len(values) != 8 * math.prod(shape):
-        raise UserError(
-            f"{path} is damaged: it is no whole array of float64 of {dimensions} dimensions"
-        )
-    array = np.frombuffer(values, "<f8").reshape(shape).astype(np.float64)
-    if not np.isfinite(array).all() or (array.size and np.abs(array).max() > LARGEST_LOSS):
-        raise UserError(f"{path} is damaged: it has numbers that are not finite, or far too large")
-    return array

@@ -13,6 +13,7 @@ import numpy as np
 from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.files import exists, read_record, reading
+from storylab.record.arrays import read_array
 from storylab.record.folder import (
     CONFIG,
     FAILURE,
@@ -22,7 +23,6 @@ from storylab.record.folder import (
     STORY_LOSSES,
     RunFolder,
     open_run,
-    read_array,
 )
 from storylab.record.provenance import representative
 from storylab.record.schema import (

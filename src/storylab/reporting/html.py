@@ -13,7 +13,7 @@ import vl_convert
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
-from storylab.reporting.figures import AXES, COLOURS, Spec
+from storylab.reporting.figures.style import AXES, COLORS, Spec
 from storylab.reporting.observations import observations
 from storylab.reporting.tables import curve_rows, flat_config
 from storylab.training.lines import printable
@@ -71,9 +71,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
         "problems": list(outcome.problems),
         "conditions": list(outcome.conditions),
         "axes": _measured_axes(outcome),
-        "arms": [
-            {"name": name, "colour": COLOURS[i % len(COLOURS)]} for i, name in enumerate(arms)
-        ],
+        "arms": [{"name": name, "colour": COLORS[i % len(COLORS)]} for i, name in enumerate(arms)],
         "figures": [[caption, spec] for caption, spec in figures.items()],
         "table": {"headings": headings, "rows": rows},
         "observations": observations(outcome),

@@ -21,7 +21,8 @@ from storylab.record.folder import LOG
 from storylab.record.run import Run
 from storylab.record.schema import ExperimentRecord
 from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
-from storylab.reporting.observations import expectation_text, observations
+from storylab.reporting.observations import observations
+from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
 from storylab.training.lines import printable, summary_lines
 

@@ -13,8 +13,8 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
 from storylab.files import exists, make_folder, read_text, write_text
 from storylab.record.index import RunCache
-from storylab.reporting import figures
-from storylab.reporting.figures import Spec
+from storylab.reporting.figures import cost, curves, precision
+from storylab.reporting.figures.style import Spec, condition_of, static
 from storylab.reporting.html import html
 from storylab.reporting.markdown import Section, markdown
 from storylab.reporting.remarks import read_remarks
@@ -60,7 +60,7 @@ def write_report(
         pictures = {}
         for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
             name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
-            svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
+            svg = vl_convert.vegalite_to_svg(static(spec, caption))
             write_text(out / name, _renumbered(svg))
             pictures[caption] = name
         sections.append(Section(outcome, pictures))
@@ -88,24 +88,24 @@ def _renumbered(svg: str) -> str:
 def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
     """Every figure that an experiment has the numbers for, by caption; the telling ones first."""
     made = [
-        ("Final loss against peak learning rate", figures.learning_rates(outcome)),
-        ("Final loss against training time and size", figures.pareto(outcome)),
+        ("Final loss against peak learning rate", curves.learning_rates(outcome)),
+        ("Final loss against training time and size", curves.pareto(outcome)),
         (
             "Final loss against the baseline: 95 % intervals over the band of seed noise",
-            figures.finals(outcome),
+            curves.finals(outcome),
         ),
-        ("Validation loss: mean and range over seeds", figures.curves(outcome)),
+        ("Validation loss: mean and range over seeds", curves.curves(outcome)),
         (
             "Difference to the baseline along the run: mean and 95 % band",
-            figures.differences(outcome),
+            curves.differences(outcome),
         ),
-        ("Loss by position in the window", figures.positions(outcome)),
-        *figures.quantization(outcome),
-        ("Speed", figures.speeds(outcome)),
-        ("Memory", figures.memories(outcome)),
+        ("Loss by position in the window", curves.positions(outcome)),
+        *precision.quantization(outcome),
+        ("Speed", cost.speeds(outcome)),
+        ("Memory", cost.memories(outcome)),
         *(
             (f"{name.capitalize()}, one seed of every arm", spec)
-            for name, spec in figures.steps(outcome)
+            for name, spec in curves.steps(outcome)
         ),
     ]
     for caption, spec in made:
@@ -123,4 +123,4 @@ def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, S
             yield caption, spec
             continue
         for condition in outcome.conditions:
-            yield under(caption, condition), figures.condition_of(spec, condition)
+            yield under(caption, condition), condition_of(spec, condition)
