@@ -1,13 +1,19 @@
 # make demo: train a small model on the built-in corpus and read its stories (about 3 minutes).
-# make test: lint, types and tests.
-# Both make a virtual environment in .venv first; PYTHON and VENV choose others.
+# make test: lint, types and all tests (about 9 minutes on two CPU cores).
+# make test-fast: the tests that need no compiler, no browser and few processes (under 2 minutes).
+# make lint: format, lint and types alone.
+# All make a virtual environment in .venv first; PYTHON and VENV choose others, WORKERS says how
+# many tests run at once (0: one, in this process).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo-run
 
-.PHONY: demo test clean
+WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+.PHONY: demo lint test test-fast clean
 
 demo: $(BIN)/.storylab
 	rm -rf $(DEMO)
@@ -18,11 +24,17 @@ demo: $(BIN)/.storylab
 	@echo && echo "More stories by the same model (storylab sample $(DEMO)/run --samples 2):" && echo
 	$(BIN)/storylab sample $(DEMO)/run --samples 2 --seed 1 --prompt "Once upon a time"
 
-test: $(BIN)/.storylab-test
+lint: $(BIN)/.storylab-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/lint-imports
+
+test: lint
+	$(PYTEST)
+
+test-fast: $(BIN)/.storylab-test
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) $(DEMO)

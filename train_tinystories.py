@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from storylab.cli import guarded, train_command
+    from storylab.cli import run_verb
 except ModuleNotFoundError as error:
     print(
         f"storylab: {error}: install first (make demo does), then: source .venv/bin/activate",
@@ -12,5 +12,4 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 if __name__ == "__main__":
-    prog = "python train_tinystories.py"
-    sys.exit(guarded(lambda: train_command(sys.argv[1:], prog)))
+    sys.exit(run_verb("train", sys.argv[1:], prog="python train_tinystories.py"))

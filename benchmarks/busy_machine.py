@@ -42,7 +42,7 @@ config = dataclasses.replace(
     preset_config(preset), batch_size=16, gradient_accumulation_steps=1, device="cpu",
     compile=compiled == "True",
 )
-learner = StepTimer(config, int(vocab)).learner
+learner = StepTimer(config, int(vocab)).state
 windows = torch.randint(int(vocab), (16, config.block_size + 1))
 cores = CoreSharing(
     name == "storylab", lambda: same_bits_with_one_thread(learner, 0, windows, 0.0)

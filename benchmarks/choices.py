@@ -36,9 +36,9 @@ def head(kind: str) -> Callable[[], float]:
 
     if kind == "ours padded":  # as on a GPU
         padded = dataclasses.replace(
-            module.CPU_CUTS, vocab_multiple=module.CUDA_CUTS.vocab_multiple
+            module.CPU_CHUNKS, vocab_multiple=module.CUDA_CHUNKS.vocab_multiple
         )
-        module.cuts = lambda device: padded
+        module.chunk_sizes = lambda device: padded
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(POSITIONS, WIDTH, generator=generator, requires_grad=True)
     weight = (torch.randn(VOCAB, WIDTH, generator=generator) * 0.02).requires_grad_()
@@ -104,12 +104,12 @@ def attention(kind: str, length: int) -> Callable[[], float]:
 def model(kind: str, sequences: int) -> Callable[[], float]:
     import torch
 
-    import storylab.model.transformer as transformer
     from storylab.config import preset_config
+    from storylab.model import recompute, transformer
     from storylab.training.precision import choose_precision
 
     if kind == "keep all":
-        transformer.lean = lambda function, x: function(x)
+        recompute.recomputes_activations = lambda x: False
     precision = choose_precision(torch.device("cpu"), "bfloat16")
     language_model = transformer.Transformer(preset_config("113m").model, VOCAB)
     if kind == "weights cast before":
@@ -120,7 +120,7 @@ def model(kind: str, sequences: int) -> Callable[[], float]:
     def run() -> float:
         language_model.zero_grad(set_to_none=True)
         with precision.autocast():
-            loss = language_model.loss(windows[:, :-1], windows[:, 1:])
+            loss = language_model(windows[:, :-1], windows[:, 1:])
         loss.backward()
         return loss.item()
 

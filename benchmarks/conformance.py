@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storylab.precision.formats import E2M1, E4M3, E5M2, FORMATS, Format, round_nearest
+from storylab.precision.formats import E2M1, E4M3, E5M2, FORMATS, Format
 from storylab.precision.linear import product
 from storylab.precision.quantize import (
     Quantized,
@@ -34,6 +34,7 @@ from storylab.precision.quantize import (
     per_row,
     per_tensor,
 )
+from storylab.precision.rounding import round_nearest
 
 
 class OracleMissingError(Exception):
@@ -108,7 +109,7 @@ def rounding(form: Format) -> Row:
     rng = np.random.default_rng(0)
     draws = rng.standard_normal(2_000_000) * 10.0 ** rng.uniform(-10, 5, 2_000_000)
     x = np.concatenate((values, middles, *around, draws)).astype(np.float32)
-    x = x.clip(-form.largest, form.largest)
+    x = x.clip(-form.max, form.max)
     theirs = x.astype(reference_type(form)).astype(np.float32)
     ours = round_nearest(torch.from_numpy(x), form).numpy()
     wrong = (ours != theirs) | (np.signbit(ours) != np.signbit(theirs))

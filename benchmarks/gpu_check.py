@@ -113,11 +113,11 @@ class Here:
         return load_dataset(self.data)
 
     def learner(self, method="record", vocab=None, **changes):
-        from storylab.training.learner import Learner
-        from storylab.training.loop import resolve_device
+        from storylab.training.setup import resolve_device
+        from storylab.training.state import TrainState
 
         config, precision = resolve_device(self.config(method, **changes))
-        return Learner(config, vocab or self.vocab(), precision)
+        return TrainState(config, vocab or self.vocab(), precision)
 
     def vocab(self):
         return json.loads((self.data / "manifest.json").read_text())["tokenizer"]["vocab_size"]
@@ -200,7 +200,7 @@ def relative(ours, right):
 
 
 FAMILY = (
-    ("embedding", r"embedding|bigrams|token_values"),
+    ("embedding", r"embedding"),
     ("qkv", r"qkv"),
     ("out", r"attention\.out"),
     ("gate_up", r"gate_up"),
@@ -389,7 +389,7 @@ def correct(here):
         if compiled:
             model.compile_blocks()
         with Precision(where, dtype).autocast():
-            loss = model.loss(tokens.to(where), targets.to(where))
+            loss = model(tokens.to(where), targets.to(where))
         loss.backward()
         found = {n: p.grad.detach().float().cpu() for n, p in model.named_parameters()}
         stance = torch.compiler.set_stance("force_eager")
@@ -473,10 +473,13 @@ def no_sync(here):
             free()
 
 
-def timed_methods(trainer_class, times):
-    """Let a trainer's slow methods say how long they took."""
-    for name in ("_save_last", "_evaluate", "_evaluate_whole"):
-        method = getattr(trainer_class, name)
+def timed_methods(times):
+    """Let the slow methods of a run say how long they took."""
+    from storylab.training.checkpointing import Checkpoints
+    from storylab.training.evaluator import Evaluator
+
+    for owner, name in ((Checkpoints, "save_last"), (Evaluator, "evaluate"), (Evaluator, "_whole")):
+        method = getattr(owner, name)
 
         def wrapped(self, *args, _method=method, _name=name, **kwargs):
             begin = time.perf_counter()
@@ -484,7 +487,7 @@ def timed_methods(trainer_class, times):
             times[_name].append(time.perf_counter() - begin)
             return result
 
-        setattr(trainer_class, name, wrapped)
+        setattr(owner, name, wrapped)
 
 
 class Quiet:
@@ -492,6 +495,15 @@ class Quiet:
 
     def __init__(self, stop_at=None):
         self.stop_at = stop_at
+
+    def start(self, folder):
+        pass
+
+    def row(self, row):
+        pass
+
+    def end(self, summary):
+        pass
 
     def line(self, text):
         print(text, flush=True)
@@ -503,12 +515,11 @@ class Quiet:
 
 def real_run(here, compiled, **changes):
     """The record's configuration through ``train()`` itself."""
-    from storylab.record.run import load_run
-    from storylab.training import loop
+    from storylab.training import evaluator, train
 
     times = defaultdict(list)
-    timed_methods(loop.Trainer, times)
-    loop.SAMPLE_PROMPTS = ()
+    timed_methods(times)
+    evaluator.SAMPLE_PROMPTS = evaluator.SAMPLE_PROMPTS[:1]
     iterations = 30 if here.cuda else 4
     config = here.config(
         out_dir=here.work / f"run-{here.step}",
@@ -520,8 +531,10 @@ def real_run(here, compiled, **changes):
     )
     shutil.rmtree(config.out_dir, ignore_errors=True)
     begin = time.perf_counter()
-    run = loop.train(config, Quiet())
+    run = train.train(config, Quiet())
     seconds = time.perf_counter() - begin
+    from storylab.record.run import load_run
+
     loaded = load_run(run.folder)
     rows, summary = loaded.iterations, loaded.results
     settled = [row.tokens_per_second for row in rows[len(rows) // 3 :]]
@@ -620,13 +633,14 @@ def deterministic(here):
 
 def hidden_run(here):
     """One small run in a process of its own, for :func:`bits`; told what by the environment."""
+    from storylab.errors import Interrupted
     from storylab.record import checkpoint
     from storylab.record.schema import IterationRow
-    from storylab.training import loop
+    from storylab.training import evaluator, train
     from storylab.training.resume import resume
 
     spec = json.loads(os.environ["GPU_CHECK_RUN"])
-    loop.SAMPLE_PROMPTS = ()
+    evaluator.SAMPLE_PROMPTS = evaluator.SAMPLE_PROMPTS[:1]
     folder = Path(spec["folder"])
     changes = dict(spec["changes"])
     reporter = Quiet(spec.get("stop_at"))
@@ -635,8 +649,8 @@ def hidden_run(here):
             run = resume(folder, None, reporter)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            run = loop.train(here.config(out_dir=folder, **changes), reporter)
-    except loop.TrainingInterrupted as stop:
+            run = train.train(here.config(out_dir=folder, **changes), reporter)
+    except Interrupted as stop:
         print("INTERRUPTED", stop, flush=True)
         return
     tensors, _ = checkpoint.load(run.checkpoint("last"))
@@ -831,7 +845,7 @@ KERNELS = (
 
 # Marks that the profiler shows on the card beside the kernels within them.
 ANNOTATION = re.compile(
-    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|_LinearCross|autograd::|Pregraph"
+    r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|LinearCross|autograd::|Pregraph"
 )
 
 
@@ -883,7 +897,7 @@ def profile(here):
 
                 if name != "fast compiled":
                     timer = StepTimer(learner.config, here.vocab())
-                    timer.learner, timer.model = learner, learner.model
+                    timer.state, timer.model = learner, learner.model
                     here.record(f"{name}: the project's own shares", **timer.shares(here.sequences))
             del learner
             free()
@@ -1396,7 +1410,7 @@ def small_models(here):
 
             def micro(model=model, precision=precision, tokens=tokens):
                 with precision.autocast():
-                    loss = model.loss(tokens, tokens)
+                    loss = model(tokens, tokens)
                 loss.backward()
                 return loss
 

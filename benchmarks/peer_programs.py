@@ -71,8 +71,8 @@ class Storylab:
         import torch
 
         from storylab.config import preset_config
-        from storylab.training.learner import Learner
         from storylab.training.precision import choose_precision
+        from storylab.training.state import TrainState
 
         config = preset_config(args.preset, method)
         self.warmup: float = args.warmup if config.warmup_iters else 0.0
@@ -83,7 +83,7 @@ class Storylab:
         config = dataclasses.replace(config, seed=0, **changes)
         self.peak = config.learning_rate
         self.precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]
-        self.learner = Learner(config, args.vocab_size, self.precision)
+        self.learner = TrainState(config, args.vocab_size, self.precision)
         self.model = self.learner.model
 
     def step(self, batch: Any, learning_rate: float) -> float:

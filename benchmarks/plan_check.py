@@ -12,9 +12,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from storylab.config import ModelConfig, TrainConfig
-from storylab.planning.cards import CARDS
-from storylab.planning.roofline import SOFTWARE, Software, Traffic, tokens_per_second
-from storylab.precision.recipes import find_recipe
+from storylab.planning.gpus import GPUS
+from storylab.planning.roofline import tokens_per_second
+from storylab.planning.software import SOFTWARE, Software, Traffic
+from storylab.precision.edit import find_recipe
 
 RECORD = TrainConfig()
 LONG = dataclasses.replace(RECORD, block_size=2048)
@@ -42,7 +43,7 @@ class Published:
     def predicted(self) -> float:
         """Thousands of tokens a second, as the plan has it."""
         recipe = find_recipe(self.dtype)
-        card = CARDS[self.card]
+        card = GPUS[self.card]
         return tokens_per_second(self.config, self.vocab_size, card, self.software, recipe) / 1e3
 
     @property
@@ -52,7 +53,7 @@ class Published:
 
 
 PUBLISHED = [
-    Published("the record", 116, 116, RECORD, 50257, "rtx5090", SOFTWARE["eager"]),
+    Published("the original log", 116, 116, RECORD, 50257, "rtx5090", SOFTWARE["eager"]),
     Published(
         "112M, same attention, length 2048, 49,152 ids, compiled",
         165,
@@ -110,7 +111,7 @@ def main() -> None:
     for row in PUBLISHED:
         span = f"{row.low:g}" + (f" to {row.high:g}" if row.high > row.low else "")
         print(
-            f"| {row.what} | {CARDS[row.card].name} | {span} | {row.predicted:.0f} | {row.ratio:.2f} |"
+            f"| {row.what} | {GPUS[row.card].name} | {span} | {row.predicted:.0f} | {row.ratio:.2f} |"
         )
 
 

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storylab.data.dataset import Dataset
+from storylab.data.layout import END_OF_TEXT
 from storylab.data.prepare import PrepareConfig, prepare
-from storylab.data.reading import END_OF_TEXT
 from storylab.data.tokenizer import Tokenizer, _gpt2_file, gpt2_tokenizer
 
 

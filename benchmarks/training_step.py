@@ -83,15 +83,15 @@ TABLES = {
 
 def measure(kind: Kind, steps: int, profile: bool) -> dict[str, Any]:
     from storylab.config import preset_config
-    from storylab.model import transformer
-    from storylab.model.flops import training_flops
-    from storylab.training import learner
+    from storylab.model import recompute
+    from storylab.model.cost import training_flops
     from storylab.training import measure as measuring
+    from storylab.training import state
 
     if not kind.keep_memory:
-        learner.keep_freed_memory = lambda: None  # type: ignore[attr-defined]
+        state.keep_freed_memory = lambda: None  # type: ignore[attr-defined]
     if not kind.redo:
-        transformer.redoing = lambda x: False
+        recompute.recomputes_activations = lambda x: False
     config = preset_config(PRESET)
     config = dataclasses.replace(
         config, batch_size=SEQUENCES, dtype=kind.dtype, compile=kind.compiled

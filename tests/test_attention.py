@@ -17,8 +17,10 @@ from storylab.config import ModelConfig, parse_attention
 from storylab.errors import UserError
 from storylab.model import attention
 from storylab.model.attention import causal_attention
+from storylab.model.cache import KVCache, SlidingWindowKVCache
 from storylab.model.generate import Sampling, generate
-from storylab.model.transformer import Block, KeyValueCache, Transformer, WindowCache, rotary_angles
+from storylab.model.layers import rope_cos_sin
+from storylab.model.transformer import Block, Transformer
 from storylab.training.lines import attention_lines
 
 
@@ -97,13 +99,14 @@ def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -
     assert attention.block_masks(windows, 128, cuda, 64) == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
     """One graph with FlexAttention in it, no warning, and no mask made inside."""
     config = dataclasses.replace(TINY, attention="window:20")
     block, x = Block(config, 0), torch.randn(2, 150, config.n_embd)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    rotary = rotary_angles(config, torch.arange(150))
+    rotary = rope_cos_sin(config, torch.arange(150))
     expected, _ = block(x, rotary)
     mask, graphs = flex_mask(150, 20), []
 
@@ -145,7 +148,7 @@ def test_nothing_beyond_the_receptive_field_influences_an_output(pattern: str, r
         return embedded[-1]
 
     model.embedding.register_forward_hook(keep)
-    hidden = model.hidden(torch.arange(80)[None] % 50)
+    hidden = model.hidden_states(torch.arange(80)[None] % 50)
     for position in (79, 64, 33, 7):
         (gradient,) = torch.autograd.grad(hidden[0, position].sum(), embedded[0], retain_graph=True)
         touched = gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist()
@@ -194,11 +197,11 @@ def test_generation_with_a_window_cache_is_that_without_one(pattern: str) -> Non
 def test_a_window_cache_holds_the_window_only() -> None:
     config = dataclasses.replace(TINY, attention="window:5,full")
     model = Transformer(config, 50, seed=2)
-    cache = KeyValueCache(config, 1, 64, torch.device("cpu"))
+    cache = KVCache(config, 1, 64, torch.device("cpu"))
     for start in range(0, 60, 20):
-        model.hidden(torch.arange(start, start + 20)[None] % 50, cache)
+        model.hidden_states(torch.arange(start, start + 20)[None] % 50, cache)
     windowed = cache.layers[0]
-    assert isinstance(windowed, WindowCache)
+    assert isinstance(windowed, SlidingWindowKVCache)
     assert windowed.keys is not None and windowed.keys.shape[2] == 4
     assert windowed.keys.untyped_storage().nbytes() == windowed.keys.numel() * 4
     assert cache.length == 60

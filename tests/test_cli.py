@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import os
-import pty
-import resource
+import re
 import shlex
 import shutil
 import signal
@@ -19,13 +20,23 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from storylab.cli import TrainCommand, main, parse
+from executors import InProcess
+from storylab.cli import main
+from storylab.cli.console import print_table
+from storylab.cli.exits import guarded
+from storylab.cli.registry import Call, all_verbs, find_verb, verb_names
+from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
-from storylab.console import print_table
 from storylab.data.dataset import Dataset
+from storylab.errors import Diverged, Interrupted, UserError
+from storylab.flags import default_for, parse
 from storylab.record import checkpoint
 from storylab.record.folder import open_run
 from storylab.record.run import load_run
+
+if sys.platform != "win32":
+    import pty
+    import resource
 
 ROOT = Path(__file__).parents[1]
 SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6
@@ -40,8 +51,6 @@ def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Completed
 
 
 def parsed(*args: str) -> TrainConfig:
-    from storylab.flags import default_for
-
     return parse(TrainCommand, args, "storylab train", TrainCommand(default_for(args))).config
 
 
@@ -218,14 +227,40 @@ def test_info_prints_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and main(["--help"]) == 0 and main([]) == 2
     assert "prepare" in capsys.readouterr().out
+    assert main(["experiment", "--help"]) == 0
+    assert "storylab experiment run|new|report" in capsys.readouterr().out
 
 
+def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = all_verbs()
+    assert sorted(verb.name for verb in verbs) == sorted(verb_names())
+    main(["--help"])
+    listed = capsys.readouterr().out.partition("examples:")[0]
+    for verb in verbs:
+        assert re.search(rf"^  {verb.name} .*{re.escape(verb.help)}$", listed, re.MULTILINE)
+    assert max(map(len, listed.splitlines())) <= 100
+
+
+def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "trian")
+    known = "prepare, train, resume, eval, sample, info, doctor, experiment, plan, bench, compare, "
+    assert line == f"storylab: unknown verb 'trian': use one of {known}noise, list, watch\n"
+    assert "there is no 'x': say what to do: storylab experiment run, new, report" in fails(
+        capsys, "experiment", "x"
+    )
+    assert fails(capsys, "experiment") == (
+        "storylab: say what to do: storylab experiment run, new, report\n"
+    )
+
+
+@pytest.mark.slow
 def test_doctor_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--presets", "nano", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "GFLOP/s" in out and "tok/s" in out and "CPU instructions" in out
 
 
+@pytest.mark.slow
 def test_from_stories_to_samples(tmp_path: Path) -> None:
     """The README's way through the verbs, each in its own process, in plain lines when piped."""
     made = run("prepare", "--source", "builtin", "--tokenizer", "bpe:300", cwd=tmp_path,
@@ -253,6 +288,7 @@ def test_from_stories_to_samples(tmp_path: Path) -> None:
     assert again.returncode == 2 and "not empty" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_script_is_a_door_to_the_same_code(tmp_path: Path, dataset: Dataset) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder)]
     script = [sys.executable, str(ROOT / "train_tinystories.py")]
@@ -264,6 +300,7 @@ def test_the_script_is_a_door_to_the_same_code(tmp_path: Path, dataset: Dataset)
     assert checkpoint.weights_sha256(a) == checkpoint.weights_sha256(b)
 
 
+@pytest.mark.slow
 def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) -> None:
     """The hub's address leads nowhere; nothing else is trained on instead."""
     script = [sys.executable, str(ROOT / "train_tinystories.py"), "--dtype", "bfloat16"]
@@ -281,7 +318,7 @@ def test_without_network_the_record_command_names_three_ways_on(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("verb", "work"),
     [
-        ("train --data_dir {}", "storylab.training.loop.train"),
+        ("train --data_dir {}", "storylab.training.train.train"),
         ("doctor", "storylab.doctor.examine"),
     ],
 )
@@ -310,7 +347,7 @@ def test_running_out_of_memory_says_what_to_halve(
 def test_another_fault_of_torch_is_not_hidden(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.training.loop.train", Mock(side_effect=RuntimeError("shapes")))
+    monkeypatch.setattr("storylab.training.train.train", Mock(side_effect=RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
         main(["train", "--data_dir", str(dataset.folder)])
 
@@ -323,6 +360,7 @@ def test_compiling_without_a_compiler_is_refused(
     assert "C++ compiler" in fails(capsys, "train", *args)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_under_the_lines(tmp_path: Path, dataset: Dataset) -> None:
     """Under a pseudo-terminal: the record's lines, and a bar with an ETA that leaves no trace."""
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
@@ -345,6 +383,7 @@ def test_a_terminal_gets_a_bar_under_the_lines(tmp_path: Path, dataset: Dataset)
     assert "iter 300:  loss " in text
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
     args += ["--max_iters", "100000", "--eval_interval", "100000", "--log_interval", "100000"]
@@ -372,6 +411,7 @@ def limit_file_size(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 60_000])
 def test_a_full_disk_loses_nothing(tmp_path: Path, dataset: Dataset, limit: int) -> None:
     args = [*SMALL, "--data_dir", str(dataset.folder), "--out_dir", str(tmp_path / "a")]
@@ -410,6 +450,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "prompt", "printed"),
     [
@@ -428,6 +469,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str) -> None:
     """Files that are opened later must not get what is printed either."""
@@ -441,6 +483,7 @@ def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str
     assert again.finished and again.loss == load_run(trained).loss
 
 
+@pytest.mark.slow
 def test_an_output_that_is_full_is_one_line(trained: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
@@ -462,19 +505,34 @@ def test_a_title_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     [("sample", "fewer --samples"), ("eval", "--block_size"), ("list", "machine with more memory")],
 )
 def test_out_of_memory_names_a_flag_that_the_verb_has(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, remedy: str
+    capsys: pytest.CaptureFixture[str], verb: str, remedy: str
 ) -> None:
-    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=MemoryError))
-    line = fails(capsys, verb)
+    failing = dataclasses.replace(find_verb(verb), run=Mock(side_effect=MemoryError))
+    assert guarded(lambda: failing(Call(f"storylab {verb}", [], InProcess()))) == 2
+    line = capsys.readouterr().err
     assert "out of memory" in line and remedy in line and "--batch_size" not in line
 
 
-def test_a_fault_of_the_system_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), 2, "cannot use a/b: Permission denied"),
+        (UserError("wrong\nflag"), 2, "wrong\\nflag"),
+        (Diverged("loss is nan"), 1, "loss is nan"),
+        (Interrupted("stopped", signal.SIGTERM), 143, "stopped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+    ],
+    ids=repr,
+)
+def test_every_end_is_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
-    error = PermissionError(13, "Permission denied", "a/b")
-    monkeypatch.setattr("storylab.cli._run_verb", Mock(side_effect=error))
-    assert fails(capsys, "list") == "storylab: cannot use a/b: Permission denied\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storylab.cli.exits._discard_output", Mock())  # pytest's own output
+        assert guarded(Mock(side_effect=error)) == code
+    err = capsys.readouterr().err
+    assert err.startswith("storylab: ") and err.endswith(f"{line}\n") and err.count("\n") == 1
 
 
 # Prompts

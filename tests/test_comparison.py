@@ -40,7 +40,7 @@ from storylab.experiments.comparison import (
 )
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
 from storylab.record.run import Run, load_run
-from storylab.training.loop import train
+from storylab.training.train import train
 
 RATES = frozenset({"learning_rate"})
 
@@ -302,7 +302,11 @@ def test_hashes_that_should_be_shared_are_compared(runs: Path, key: str, message
 
 @pytest.mark.parametrize(
     ("field", "value", "explained"),
-    [("zero_init", True, True), ("value_residual", "first_layer", True), ("qk_norm", True, False)],
+    [
+        ("embedding_residual", True, True),
+        ("value_residual", "first_layer", True),
+        ("qk_norm", True, False),
+    ],
 )
 def test_other_initial_weights_are_explained_by_fields_that_make_them(
     runs: Path, field: str, value: Any, explained: bool

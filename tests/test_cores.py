@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from storylab.config import TrainConfig
+from storylab.record import checkpoint
 from storylab.record.schema import IterationRow
-from storylab.training import cores, loop
+from storylab.training import cores
 from storylab.training.cores import (
     ONE_THREAD,
     SLEEPING,
@@ -25,8 +26,9 @@ from storylab.training.cores import (
     SleepingWaits,
     same_bits_with_one_thread,
 )
-from storylab.training.learner import Learner
-from storylab.training.loop import resolve_device, train
+from storylab.training.setup import resolve_device
+from storylab.training.state import TrainState
+from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -117,6 +119,7 @@ def test_on_one_thread_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPa
     assert sharing.other_cores is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -151,7 +154,7 @@ def test_a_run_that_tries_all_ways_has_the_bits_of_one_that_tries_none(
     monkeypatch.setattr(CoreSharing, "begin", with_work)
     run = train(tiny_config(out_dir=tmp_path / "busy", max_iters=12, **changes))
     assert {SPINNING, SLEEPING, ONE_THREAD} <= seen
-    hashes = [loop.checkpoint.load(r.checkpoint("last"))[0] for r in (plain, run)]
+    hashes = [checkpoint.load(r.checkpoint("last"))[0] for r in (plain, run)]
     assert hashes[0].keys() == hashes[1].keys()
     assert all(torch.equal(hashes[0][name], hashes[1][name]) for name in hashes[0])
     losses = [
@@ -165,18 +168,18 @@ def test_a_sum_that_is_cut_up_between_threads_is_noticed(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     config, precision = resolve_device(tiny_config())
-    learner = Learner(config, 300, precision)
+    learner = TrainState(config, 300, precision)
     windows = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
     assert same_bits_with_one_thread(learner, 0, windows, 1e-3)
-    step = Learner.step
+    step = TrainState.step
 
-    def by_threads(self: Learner, *args: Any, **options: Any) -> Any:
+    def by_threads(self: TrainState, *args: Any, **options: Any) -> Any:
         result = step(self, *args, **options)
         with torch.no_grad():
             self.model.norm.weight[0] += torch.get_num_threads() * 1e-6
         return result
 
-    monkeypatch.setattr(Learner, "step", by_threads)
+    monkeypatch.setattr(TrainState, "step", by_threads)
     before = [p.detach().clone() for p in learner.model.parameters()]
     assert not same_bits_with_one_thread(learner, 0, windows, 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))

@@ -28,12 +28,12 @@ from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
+from storylab.optim.build import build_optimizers, require_skipping, skip_where
 from storylab.record import checkpoint
-from storylab.training.learner import Learner
-from storylab.training.optimizers import build_optimizers, require_skipping, skip_where
+from storylab.training.checkpointing import Saver
 from storylab.training.precision import Precision, choose_device, require_same_bits
-from storylab.training.saving import Saver
-from storylab.training.step import StepResult
+from storylab.training.state import TrainState
+from storylab.training.step import DeviceStepMetrics
 
 CUDA = torch.device("cuda")
 BFLOAT16 = Precision(CUDA, torch.bfloat16)
@@ -41,13 +41,9 @@ VOCAB = 300
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
 FAST = dataclasses.replace(
     MODEL,
-    zero_init=True,
     qk_norm=True,
-    softcap=15.0,
-    embedding_norm=True,
     embedding_residual=True,
-    value_residual="token_table",
-    bigram_rows=64,
+    value_residual="first_layer",
 )
 
 
@@ -94,7 +90,7 @@ def test_a_forward_pass_stays_on_the_card(
     model = on_the_card(Transformer(model_config, VOCAB))
     tokens = torch.zeros(4, 128, dtype=torch.int64, device=CUDA)
     with torch.no_grad(), BFLOAT16.autocast():
-        hidden = model.hidden(tokens)
+        hidden = model.hidden_states(tokens)
     assert hidden.device.type == "cuda"
     # torch's own kernel, one a layer, which a card runs without making the scores.
     assert attention.call_count == model_config.n_layer
@@ -112,7 +108,7 @@ def test_attention_is_given_one_dtype(
     monkeypatch.setattr("storylab.model.transformer.causal_attention", attention)
     model = on_the_card(Transformer(model_config, VOCAB))
     with torch.no_grad(), BFLOAT16.autocast():
-        model.hidden(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
+        model.hidden_states(torch.zeros(4, 128, dtype=torch.int64, device=CUDA))
     assert attention.call_count == model_config.n_layer
     for each in attention.call_args_list:
         assert [x.dtype for x in each.args[:3]] == [torch.bfloat16] * 3
@@ -123,7 +119,7 @@ def test_all_logits_are_never_in_memory() -> None:
     model = Transformer(MODEL, vocab)
     tokens = torch.zeros(2, time, dtype=torch.int64)
     with Operations() as seen:
-        model.loss(tokens, tokens).backward()
+        model(tokens, tokens).backward()
     assert 512 * vocab <= seen.largest < 2 * time * vocab / 2
 
 
@@ -138,7 +134,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         batch_size=4,
         average_share=0.1,
     )
-    learner = Learner(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
+    learner = TrainState(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
     batch = torch.zeros(8, 33, dtype=torch.int64)
 
     def step() -> Counter[str]:
@@ -157,7 +153,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         monkeypatch.setattr(torch.Tensor, method, refuse)
     with pytest.raises(AssertionError, match="waits"):
         step()  # on a CPU it reads its result
-    monkeypatch.setattr(StepResult, "read", lambda self: None)
+    monkeypatch.setattr(DeviceStepMetrics, "read", lambda self: None)
     names = step()
     waits = ("_local_scalar_dense", "nonzero", "masked_select")
     assert not any(wait in name for name in names for wait in waits)
@@ -181,7 +177,7 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
         block.compile(backend=backend, fullgraph=True)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     for _ in range(3):
-        network.loss(tokens, tokens).backward()
+        network(tokens, tokens).backward()
     # The layers differ in what they are given only where values are handed on.
     assert len(graphs) <= 2
     torch._dynamo.reset()

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from executors import InProcess, perform_quietly, train_here
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.decode import convert, decode
 from storylab.errors import UserError
-from storylab.experiments import runner, worker
+from storylab.execution.job import Job, Outcome
 from storylab.experiments.outcome import read_experiment
-from storylab.experiments.runner import plan, write_record
+from storylab.experiments.plan import plan_runs, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.files import atomic_path, exists, held, open_file, read_json
 from storylab.record.folder import RunFolder, open_run
@@ -30,6 +31,7 @@ from storylab.record.run import load_run
 from storylab.record.schema import DataInfo, Summary
 from storylab.reporting import report as reporting
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 title = "Two rates"
 purpose = "Something to break."
@@ -151,36 +153,17 @@ def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Place:
     shutil.copytree(dataset.folder, place.data)
     place.file.write_text(EXPERIMENT)
     experiment = load_experiment(place.file)
-    planned = plan(experiment, dataset, place.runs)
-    silent = pytest.MonkeyPatch()
-    silent.setattr(worker, "send", lambda event, **values: None)
+    planned = plan_runs(experiment, dataset, place.runs)
     for run in planned:
-        worker.work("train", run.config)
-    silent.undo()
+        assert train_here(run.config).status == "done"
     shutil.copy(write_record(experiment, dataset, planned, place.runs), place.root)
     return place
 
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """Workers that serve in this process, and no figures: both are tested elsewhere."""
-
-    class Child:
-        def __init__(self, action: str, config: Any, **options: Any) -> None:
-            self.request = action, config, options
-
-        def serve(self, tell: Any) -> tuple[str, str]:
-            action, config, options = self.request
-            if action == "train":
-                try:
-                    worker.work(action, config, **options)
-                except UserError as error:
-                    return worker.FAILED, str(error)
-            return worker.DONE, ""
-
+    """No figures: they are tested elsewhere."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(runner, "_Child", Child)
-    patch.setattr(worker, "send", lambda event, **values: None)
     patch.setattr(reporting, "_figures", lambda outcome: ())
     yield
     patch.undo()
@@ -202,10 +185,15 @@ def no_longer_than(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def only_train(job: Job) -> Outcome:
+    """Training in this process, and no calibrations."""
+    return perform_quietly(job) if job.action == "train" else Outcome("done")
+
+
 def told(capsys: pytest.CaptureFixture[str], args: list[str]) -> tuple[int, str]:
     """Exit code and everything printed; standard error has at most one line that is the program's own."""
     with no_longer_than(900):
-        code = main(args)
+        code = main(args, InProcess(only_train))
     out, err = capsys.readouterr()
     assert code in (0, 1, 2), args
     assert err.count("storylab: ") <= 1 and "Traceback" not in out + err

@@ -382,6 +382,7 @@ def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, file: str, ho
         load_dataset(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     out = tmp_path / "data"
     command = [sys.executable, "-m", "storylab", "prepare", "--source", "builtin"]

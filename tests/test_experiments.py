@@ -14,34 +14,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executors import InProcess, Unused, perform_quietly
 from storylab.cli import main
-from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.console import ConsoleReporter
+from storylab.cli.console import ConsoleReporter
+from storylab.cli.experiments import plan_lines
+from storylab.config import ModelConfig, TrainConfig, preset_config, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
-from storylab.experiments import factors, runner, worker
+from storylab.execution.job import Job, Outcome
+from storylab.execution.local import LocalExecutor
+from storylab.experiments import factors
+from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.factors import (
     changed_fields,
     factor_fields,
     infer_factor,
     same_learning_rates,
 )
+from storylab.experiments.leases import lease_folder
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.runner import PlannedRun, plan, recipe_digest, run_experiment
+from storylab.experiments.plan import PlannedRun, plan_runs, write_record
+from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import Experiment, load_experiment, skeleton
-from storylab.lab_cli import plan_lines
-from storylab.model.flops import training_flops
+from storylab.model.cost import training_flops
+from storylab.optim.schedule import learning_rate, telling_iterations
+from storylab.planning.estimate import estimate_runs
 from storylab.record.folder import SUMMARY, RunFolder
 from storylab.record.run import run_state
 from storylab.record.schema import IterationRow, Row
 from storylab.training.measure import StepTimer
-from storylab.training.schedule import learning_rate, telling_iterations
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
@@ -264,6 +270,7 @@ def test_a_file_of_ten_lines_is_enough(tmp_path: Path) -> None:
             "lr = 1e-2 }",
             "unknown key 'lr'; perhaps you meant --learning_rate",
         ),
+        ("1e-2 }", "1e-2, softcap = 15.0 }", r"softcap is 15\.0, .*e30b07b .*; in arm 'high'"),
         ("learning_rate = 1e-2 }", "learning_rate = true }", "must be a number, not 'True'"),
         ('device = "cpu"', 'device = "a\\u0000b"', "device cannot be"),
         (
@@ -292,6 +299,13 @@ def test_hyphens_are_read_as_underscores_are(tmp_path: Path) -> None:
     hyphens = text.replace("learning_rate = ", "learning-rate = ").replace("max_iters", "max-iters")
     plain = load_experiment(write(tmp_path / "a.toml", text))
     assert load_experiment(write(tmp_path / "a.toml", hyphens)) == plain
+
+
+def test_removed_fields_are_read_where_they_did_nothing(tmp_path: Path) -> None:
+    text = TEN_LINES.format(config=TINY_CONFIG)
+    plain = load_experiment(write(tmp_path / "a.toml", text))
+    old = text.replace("max_iters =", "zero-init = false\nsoftcap = 0\nmax_iters =")
+    assert load_experiment(write(tmp_path / "a.toml", old)) == plain
 
 
 def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> None:
@@ -495,117 +509,78 @@ def experiment(tmp_path: Path) -> Experiment:
 
 @pytest.fixture
 def planned(experiment: Experiment, dataset: Dataset, tmp_path: Path) -> list[PlannedRun]:
-    return plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
+    return plan_runs(experiment, dataset, tmp_path / "runs", seeds=(1,))
 
 
-def answer_with(
-    monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, TrainConfig], tuple[str, str]]
-) -> None:
-    """Let ``answer`` serve what a worker process would: its outcome and the reason."""
-
-    class Child:
-        def __init__(self, action: str, config: TrainConfig) -> None:
-            self.request = action, config
-
-        def serve(self, tell: Any) -> tuple[str, str]:
-            return answer(*self.request)
-
-    monkeypatch.setattr(runner, "_Child", Child)
-    monkeypatch.setattr(worker, "send", lambda event, **values: None)
-
-
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Serve requests in this process, which is quicker; returns the actions as they come."""
-    actions: list[str] = []
-
-    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
-        actions.append(action)
-        return serve(action, config)
-
-    answer_with(monkeypatch, answer)
-    return actions
-
-
-def serve(action: str, config: TrainConfig) -> tuple[str, str]:
-    worker.work(action, config)
-    return worker.DONE, ""
-
-
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 2])
 def test_an_experiment_runs_once_in_processes_of_its_own(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+    planned: list[PlannedRun], slots: int
 ) -> None:
     watcher = Watcher()
-    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert run_experiment(planned, LocalExecutor(slots), watcher) == ["finished", "finished"]
     assert "val loss" in watcher.lines[0]
     before = {run.folder: (run.folder / "metrics.jsonl").read_bytes() for run in planned}
-    monkeypatch.setattr(runner, "_Child", None)  # nothing may be trained again
     watcher = Watcher()
-    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert run_experiment(planned, Unused(), watcher) == ["finished", "finished"]
     assert all("trained before" in line for line in watcher.lines)
     assert {run.folder: (run.folder / "metrics.jsonl").read_bytes() for run in planned} == before
 
 
-def test_arms_share_initial_weights_and_data_order(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_process(monkeypatch)
-    run_experiment(planned, Watcher())
+def test_arms_share_initial_weights_and_data_order(planned: list[PlannedRun]) -> None:
+    run_experiment(planned, InProcess(), Watcher())
     a, b = (RunFolder(run.folder).read_environment() for run in planned)
     assert a.initial_weights_sha256 == b.initial_weights_sha256
     assert a.first_batch_sha256 == b.first_batch_sha256
 
 
-def test_runs_by_other_code_are_shown_and_trained_anew_on_demand(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_runs_by_other_code_are_shown_and_trained_again_on_demand(
+    planned: list[PlannedRun],
 ) -> None:
-    actions = in_process(monkeypatch)
-    run_experiment(planned, Watcher())
+    executor = InProcess()
+    run_experiment(planned, executor, Watcher())
     environment = planned[0].folder / "environment.json"
     values = json.loads(environment.read_text()) | {"code_sha256": "other"}
     environment.write_text(json.dumps(values))
     watcher = Watcher()
-    run_experiment(planned, watcher)
+    run_experiment(planned, executor, watcher)
     assert "by another version of the code" in watcher.lines[0]
-    assert len(actions) == 2
-    run_experiment(planned, Watcher(), fresh=True)
-    assert len(actions) == 4
+    assert len(executor.jobs) == 2
+    run_experiment(planned, executor, Watcher(), fresh=True)
+    assert len(executor.jobs) == 4
     aside = planned[0].folder.with_name(planned[0].folder.name + ".old1")
     assert (aside / "summary.json").exists()  # set aside, not deleted
 
 
+@pytest.mark.slow
 def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
-    experiment: Experiment, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, dataset: Dataset, tmp_path: Path
 ) -> None:
-    planned = plan(experiment, dataset, tmp_path / "runs")
-    outcomes = iter([(worker.FAILED, "a bug"), (worker.OUT_OF_MEMORY, "no room")])
-    sizes: list[int] = []
-
-    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
-        sizes.append(config.batch_size)
-        return next(outcomes, None) or serve(action, config)
-
-    answer_with(monkeypatch, answer)
+    planned = plan_runs(experiment, dataset, tmp_path / "runs")
+    outcomes = iter([Outcome("failed", "a bug"), Outcome("out of memory", "no room")])
+    executor = InProcess(lambda job: next(outcomes, None) or perform_quietly(job))
     watcher = Watcher()
-    states = run_experiment(planned, watcher)
+    states = run_experiment(planned, executor, watcher)
     assert states == ["failed", "finished", "finished", "finished"]
-    assert sizes == [4, 4, 2, 4, 4]
+    assert [job.config.batch_size for job in executor.jobs] == [4, 4, 2, 4, 4]
     assert "micro-batches of 2 sequences, 2 of them an iteration" in "".join(watcher.lines)
     assert run_state(planned[0].folder) == ("failed", "failed: a bug")
     # The run that was cut finer is the run that was asked for, and says how it was cut.
     assert RunFolder(planned[1].folder).read_config().batch_size == 2
-    assert run_experiment(planned, Watcher())[0] == "finished"  # what failed is tried again
+    # What failed is tried again.
+    assert run_experiment(planned, InProcess(), Watcher())[0] == "finished"
 
 
-def test_a_learning_rate_that_explodes_is_a_result(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_learning_rate_that_explodes_is_a_result(dataset: Dataset, tmp_path: Path) -> None:
     text = TEN_LINES.format(config=TINY_CONFIG + "grad_clip = 0.0\n")
     text = text.replace("learning_rate = 1e-2", "learning_rate = 1e30")
     experiment = load_experiment(write(tmp_path / "wild.toml", text))
-    planned = plan(experiment, dataset, tmp_path / "runs", seeds=(1,))
-    states = run_experiment(planned, Watcher())
+    planned = plan_runs(experiment, dataset, tmp_path / "runs", seeds=(1,))
+    states = run_experiment(planned, LocalExecutor(), Watcher())
     assert states == ["finished", "diverged"]
-    record = runner.write_record(experiment, dataset, planned, tmp_path / "runs")
+    record = write_record(experiment, dataset, planned, tmp_path / "runs")
     (comparison,) = load_outcome(record).comparisons
     assert comparison.verdict == "diverged"
     assert "high, seed 1: diverged" in comparison.failures[0]
@@ -619,6 +594,7 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert not out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.slow
 def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
     dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -669,6 +645,14 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
     assert losses[0] == losses[1] and len(losses[0]) == 401
 
 
+def calibrate(config: TrainConfig) -> dict[str, Any]:
+    """The answer of a calibration in this process."""
+    answer = perform_quietly(Job("measure", config)).answer
+    assert answer is not None
+    return answer
+
+
+@pytest.mark.slow
 def test_the_plan_is_shown_without_training(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -684,7 +668,7 @@ def test_the_plan_is_shown_without_training(
 def test_a_calibration_foretells_memory_and_time(
     planned: list[PlannedRun], tiny_config: Callable[..., TrainConfig]
 ) -> None:
-    measured = worker.measure(planned[0].config)
+    measured = calibrate(planned[0].config)
     assert measured["micro_batch_seconds"] > 0 and measured["peak_memory_bytes"] > 1e7
 
 
@@ -700,8 +684,7 @@ def test_an_update_is_charged_once_an_iteration(
         return 100.0 * sequences / self.config.batch_size + 300.0
 
     monkeypatch.setattr(StepTimer, "step", step)
-    monkeypatch.setattr(runner, "ask", lambda action, config: (worker.measure(config), ""))
-    ((_, estimate),) = runner.estimates([run])
+    ((_, estimate),) = estimate_runs([run], InProcess())
     assert estimate is not None
     # Beside it there are some real evaluation batches.
     expected = (config.max_iters + 1) * (accumulation * 100.0 + 300.0)
@@ -723,44 +706,32 @@ def test_an_update_is_charged_once_an_iteration(
     ids=str,
 )
 def test_only_runs_of_like_steps_share_a_calibration(
-    planned: list[PlannedRun],
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
-    alike: bool,
+    planned: list[PlannedRun], change: dict[str, Any], alike: bool
 ) -> None:
-    calibrated: list[TrainConfig] = []
-
-    def ask(action: str, config: TrainConfig) -> tuple[None, str]:
-        calibrated.append(config)
-        return None, ""
-
-    monkeypatch.setattr(runner, "ask", ask)
+    executor = InProcess(lambda job: Outcome("failed"))
     cell = planned[0].cell
     other = dataclasses.replace(cell, config=dataclasses.replace(cell.config, **change))
     runs = [planned[0], dataclasses.replace(planned[0], cell=other, seed=2)]
-    assert len(list(runner.estimates(runs))) == 2
-    assert len(calibrated) == (1 if alike else 2)
+    assert len(list(estimate_runs(runs, executor))) == 2
+    assert executor.actions == ["measure"] * (1 if alike else 2)
 
 
 def test_a_calibration_that_fails_stops_nothing(
-    experiment: Experiment, planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, planned: list[PlannedRun]
 ) -> None:
-    answer_with(monkeypatch, lambda action, config: (worker.OUT_OF_MEMORY, "no room"))
-    assert [estimate for _, estimate in runner.estimates(planned)] == [None, None]
-    lines = list(plan_lines(experiment, planned, ConsoleReporter()))
+    executor = InProcess(lambda job: Outcome("out of memory", "no room"))
+    assert [estimate for _, estimate in estimate_runs(planned, executor)] == [None, None]
+    lines = list(plan_lines(experiment, planned, executor, ConsoleReporter()))
     assert "cannot be calibrated" in lines[1]
 
 
 @pytest.mark.parametrize("others", [0.0, 1.5])
 def test_a_plan_tells_of_programs_beside_its_calibrations(
-    experiment: Experiment,
-    planned: list[PlannedRun],
-    monkeypatch: pytest.MonkeyPatch,
-    others: float,
+    experiment: Experiment, planned: list[PlannedRun], others: float
 ) -> None:
-    measured = dict.fromkeys(worker.measure(planned[0].config), 1.0) | {"other_cores": others}
-    monkeypatch.setattr(runner, "ask", lambda action, config: (measured, ""))
-    told = list(plan_lines(experiment, planned, ConsoleReporter()))[-1]
+    measured = dict.fromkeys(calibrate(planned[0].config), 1.0) | {"other_cores": others}
+    executor = InProcess(lambda job: Outcome("done", answer=measured))
+    told = list(plan_lines(experiment, planned, executor, ConsoleReporter()))[-1]
     assert ("Other programs used up to 1.5 of" in told) == (others > 0)
 
 
@@ -770,8 +741,8 @@ def test_what_a_call_leaves_out_stays_in_the_record(
     runs = tmp_path / "runs"
 
     def record(**options: Any) -> list[list[str]]:
-        planned = plan(experiment, dataset, runs, **options)
-        path = runner.write_record(experiment, dataset, planned, runs)
+        planned = plan_runs(experiment, dataset, runs, **options)
+        path = write_record(experiment, dataset, planned, runs)
         assert load_outcome(path).comparisons  # it can be read, whatever it has
         return [sorted(cell["runs"]) for cell in json.loads(path.read_text())["cells"]]
 
@@ -797,88 +768,68 @@ emulated = {{ dtype = "nvfp4", backend = "emulated" }}
 """
     experiment = load_experiment(write(tmp_path / "a.toml", text))
     with pytest.raises(UserError, match=r"arm 'hardware': --backend te needs.*--only"):
-        plan(experiment, dataset, tmp_path / "runs")
-    planned = plan(experiment, dataset, tmp_path / "runs", only=("bfloat16", "emulated"))
+        plan_runs(experiment, dataset, tmp_path / "runs")
+    planned = plan_runs(experiment, dataset, tmp_path / "runs", only=("bfloat16", "emulated"))
     assert {run.cell.arm for run in planned} == {"bfloat16", "emulated"}
-    path = runner.write_record(experiment, dataset, planned, tmp_path / "runs")
+    path = write_record(experiment, dataset, planned, tmp_path / "runs")
     runs = [len(cell["runs"]) for cell in json.loads(path.read_text())["cells"]]
     assert runs == [3, 0, 3]
 
 
-def test_a_damaged_run_is_set_aside_and_trained_anew(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_process(monkeypatch)
-    run_experiment(planned, Watcher())
+def test_a_damaged_run_is_set_aside_and_trained_again(planned: list[PlannedRun]) -> None:
+    run_experiment(planned, InProcess(), Watcher())
     (planned[0].folder / "metrics.jsonl").write_text("")
-    assert planned[0].state == "damaged"
+    assert planned[0].read_state() == "damaged"
     watcher = Watcher()
-    assert run_experiment(planned, watcher) == ["finished", "finished"]
+    assert run_experiment(planned, InProcess(), watcher) == ["finished", "finished"]
     assert "metrics.jsonl has 0 of its 7 iterations), set aside as" in watcher.lines[0]
 
 
 def test_a_run_that_is_closed_to_us_is_left_where_it_is(
     planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be whole, so it is not trained anew, and the other run goes on."""
-    actions = in_process(monkeypatch)
-    run_experiment(planned[:1], Watcher())
+    """It may be whole, so it is not trained again, and the other run goes on."""
+    executor = InProcess()
+    run_experiment(planned[:1], executor, Watcher())
     closed = planned[0].folder / "metrics.jsonl"
     closed.write_text("")
     monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
     watcher = Watcher()
-    assert run_experiment(planned, watcher) == ["failed", "finished"]
+    assert run_experiment(planned, executor, watcher) == ["failed", "finished"]
     assert watcher.lines[0].endswith(f"failed: cannot read {closed}: Permission denied")
-    assert actions == ["train", "train"] and closed.exists()
+    assert executor.actions == ["train", "train"] and closed.exists()
 
 
-def test_a_run_that_is_no_folder_is_set_aside(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_process(monkeypatch)
+def test_a_run_that_is_no_folder_is_set_aside(planned: list[PlannedRun]) -> None:
     planned[0].folder.parent.mkdir()
     planned[0].folder.write_text("mine")
-    assert planned[0].state == "damaged"
-    assert run_experiment(planned[:1], Watcher()) == ["finished"]
+    assert planned[0].read_state() == "damaged"
+    assert run_experiment(planned[:1], InProcess(), Watcher()) == ["finished"]
     aside = planned[0].folder.with_name(planned[0].folder.name + ".old1")
     assert aside.read_text() == "mine"
 
 
-def test_a_killed_run_goes_on_once_before_it_is_cut_finer(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-
-    def answer(action: str, config: TrainConfig) -> tuple[str, str]:
-        sizes.append(config.batch_size)
-        result = serve(action, config)
-        if len(sizes) < 3:
-            (planned[0].folder / SUMMARY).unlink()
-            return worker.KILLED, "killed"
-        return result
-
-    answer_with(monkeypatch, answer)
-    run_experiment(planned[:1], Watcher())
-    assert sizes == [4, 4, 2]
-    assert (planned[0].folder / runner.SPLIT_NOTE).exists()
-
-
-def test_a_worker_that_is_killed_is_told_from_one_out_of_memory(
+@pytest.mark.slow
+def test_a_killed_run_goes_on_once_before_its_micro_batch_is_halved(
     planned: list[PlannedRun],
 ) -> None:
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "progress":
-            # The worker leads a session of its own, so its parent is this process.
-            os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+    def answer(job: Job) -> Outcome:
+        outcome = perform_quietly(job)
+        if len(executor.jobs) < 3:
+            (planned[0].folder / SUMMARY).unlink()
+            return Outcome("killed", "killed")
+        return outcome
 
-    outcome, reason = runner._Child("train", planned[0].config).serve(kill)
-    assert outcome == worker.KILLED and "SIGKILL" in reason
+    executor = InProcess(answer)
+    run_experiment(planned[:1], executor, Watcher())
+    assert [job.config.batch_size for job in executor.jobs] == [4, 4, 2]
+    assert (planned[0].folder / MICROBATCH_NOTE).exists()
 
 
 @contextmanager
 def elsewhere(run: PlannedRun) -> Iterator[None]:
     """Another process holds the run's name for three seconds."""
-    lock = run.folder.parent / runner.LOCKS / run.folder.name
+    lock = lease_folder(run.folder)
     lock.mkdir(parents=True, exist_ok=True)
     script = (
         "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); "
@@ -892,26 +843,23 @@ def elsewhere(run: PlannedRun) -> Iterator[None]:
         yield
 
 
-def test_two_experiments_do_not_train_a_run_twice(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_two_experiments_do_not_train_a_run_twice(planned: list[PlannedRun]) -> None:
     """While another process holds the run's name, this one waits, then takes what came of it."""
-    actions = in_process(monkeypatch)
-    run_experiment(planned[:1], Watcher())
+    executor = InProcess()
+    run_experiment(planned[:1], executor, Watcher())
     with elsewhere(planned[0]):
         watcher = Watcher()
-        assert run_experiment(planned[:1], watcher) == ["finished"]
+        assert run_experiment(planned[:1], executor, watcher) == ["finished"]
     assert "waiting for that" in watcher.lines[0] and "trained before" in watcher.lines[1]
-    assert actions == ["train"]
+    assert executor.actions == ["train"]
 
 
-def test_what_another_process_trains_comes_last(
-    planned: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_what_another_process_trains_comes_last(planned: list[PlannedRun]) -> None:
     """So that two processes on one experiment share its runs instead of waiting in step."""
-    in_process(monkeypatch)
     with elsewhere(planned[0]):
         watcher = Watcher()
-        assert run_experiment(planned, watcher) == ["finished", "finished"]
+        assert run_experiment(planned, InProcess(), watcher) == ["finished", "finished"]
     told = [line.partition("]")[0] for line in watcher.lines]
     assert told[0] == "[2/2" and told[-1] == "[1/2"

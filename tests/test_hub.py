@@ -18,8 +18,10 @@ import pytest
 
 from storylab.data import builtin
 from storylab.data.dataset import load_dataset
-from storylab.data.sources import HUB_DATASETS, TRAIN, VALIDATION
+from storylab.data.layout import TRAIN, VALIDATION
+from storylab.data.sources import HUB_DATASETS
 
+pytestmark = pytest.mark.slow
 COMMIT = HUB_DATASETS["tinystories"].revision
 CUT = 11_000_000  # the client counts what it has in blocks of 10 MiB
 

@@ -12,10 +12,10 @@ import torch
 from storylab.config import PRESETS, TrainConfig
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.model.transformer import Transformer
+from storylab.optim.schedule import learning_rate
 from storylab.training import lines
 from storylab.training.evaluation import window_losses
 from storylab.training.precision import choose_device, choose_precision
-from storylab.training.schedule import learning_rate
 
 TOKENS = 131_072
 

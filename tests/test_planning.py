@@ -21,32 +21,32 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan_check
+from executors import InProcess
 from storylab.cli import main
 from storylab.config import ModelConfig, TrainConfig, preset_config
-from storylab.experiments import worker
-from storylab.model.flops import attention_flops, training_flops
+from storylab.execution.job import Outcome
+from storylab.model.cost import StepPart, attention_flops, training_flops
 from storylab.model.transformer import Transformer
-from storylab.plan_cli import GpuName, SoftwareName
-from storylab.planning.bench import known_card
-from storylab.planning.cards import CARDS, Card
+from storylab.optim import OPTIMIZERS
+from storylab.optim.build import build_optimizers, skip_where
+from storylab.planning.bench import shares_line
+from storylab.planning.gpus import GPUS, Gpu, GpuName, known_gpu
+from storylab.planning.plan_text import can_run
 from storylab.planning.roofline import (
-    ATTENTION,
-    LIMIT,
-    ORTHOGONALISING,
-    SOFTWARE,
-    UPDATE,
-    Part,
+    Work,
     gains,
     memory_bytes,
-    parts,
+    micro_batch_work,
+    predicted_shares,
     tokens_per_second,
 )
-from storylab.planning.words import can_run
-from storylab.precision.recipes import RECIPES, find_recipe
-from storylab.training.learner import Learner
-from storylab.training.measure import ELEMENTWISE, PARTS, Measured, StepTimer, _card_seconds, _part
-from storylab.training.optimizers import build_optimizers, skip_where
+from storylab.planning.software import LIMIT, SOFTWARE, SoftwareName
+from storylab.precision.edit import find_recipe
+from storylab.precision.formats import FORMATS
+from storylab.precision.recipes import RECIPES
+from storylab.training.measure import Measured, StepTimer, _device_seconds, part_of
 from storylab.training.precision import Precision
+from storylab.training.state import TrainState
 
 RECORD = TrainConfig()
 VOCAB = 50257
@@ -74,10 +74,10 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def part(config: TrainConfig, name: str, vocab_size: int = 300) -> Part:
-    """One part of a plan with eager PyTorch."""
-    work = parts(config, vocab_size, SOFTWARE["eager"])
-    return next(part for part in work if part.name == name)
+def work_named(config: TrainConfig, name: str, vocab_size: int = 300) -> Work:
+    """One line of a plan with eager PyTorch."""
+    work = micro_batch_work(config, vocab_size, SOFTWARE["eager"])
+    return next(each for each in work if each.name == name)
 
 
 @pytest.mark.parametrize("row", plan_check.PUBLISHED, ids=lambda row: f"{row.what} {row.dtype}")
@@ -89,7 +89,7 @@ def test_published_speeds_come_out(row: plan_check.Published) -> None:
 
 def test_products_are_those_of_the_model() -> None:
     for recipe in (None, *RECIPES.values()):
-        work = parts(RECORD, VOCAB, LIMIT, recipe)
+        work = micro_batch_work(RECORD, VOCAB, LIMIT, recipe)
         tokens = RECORD.batch_size * RECORD.block_size
         # The backward pass of attention makes its scores again.
         again = 0.5 * attention_flops(RECORD.model, RECORD.block_size)
@@ -107,7 +107,8 @@ def test_the_products_of_a_muon_update_are_counted() -> None:
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:
         muon.step()
-    assert part(config, ORTHOGONALISING).flops == counter.get_total_flops() > 0
+    products = work_named(config, f"update, products of {OPTIMIZERS['muon'].label}")
+    assert products.flops == counter.get_total_flops() > 0
 
 
 def passes(model: ModelConfig) -> Traffic:
@@ -116,7 +117,7 @@ def passes(model: ModelConfig) -> Traffic:
     network = Transformer(model, 300).to("meta")
     tokens = torch.zeros(8, 128, dtype=torch.int64, device="meta")
     with Traffic() as seen, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        network.hidden(tokens).float().sum().backward()
+        network.hidden_states(tokens).float().sum().backward()
     return seen
 
 
@@ -126,8 +127,6 @@ def passes(model: ModelConfig) -> Traffic:
         {"qk_norm": True},
         {"embedding_residual": True},
         {"value_residual": "first_layer"},
-        {"value_residual": "token_table"},
-        {"embedding_norm": True},
     ],
     ids=str,
 )
@@ -135,7 +134,7 @@ def test_the_elementwise_work_of_a_models_options_is_counted(option: dict[str, A
     """Against what PyTorch does, within what its copies on the way come to."""
     model = dataclasses.replace(SHAPE, **option)
     with_option, without = (
-        part(dataclasses.replace(RECORD, batch_size=8, model=m), ELEMENTWISE)
+        work_named(dataclasses.replace(RECORD, batch_size=8, model=m), StepPart.ELEMENTWISE)
         for m in (model, SHAPE)
     )
     seen, seen_without = passes(model), passes(SHAPE)
@@ -161,7 +160,7 @@ def test_the_elementwise_work_of_a_muon_update_is_counted(optimizer: str) -> Non
         optimizers[0].step()
     matrices = sum(p.numel() for p, _ in model.block_matrices())
     rest = 28 * (SHAPE.parameter_count(300) - matrices)  # by AdamW
-    update = part(config, UPDATE)
+    update = work_named(config, "update")
     assert update.bytes - rest == pytest.approx(seen.bytes, rel=0.1)
     assert update.kernels - 10 == pytest.approx(seen.kernels, rel=0.1)
 
@@ -169,16 +168,16 @@ def test_the_elementwise_work_of_a_muon_update_is_counted(optimizer: str) -> Non
 def test_an_update_costs_the_same_kernels_compiled_or_not() -> None:
     """On a card without limits there is nothing but kernels to wait for. By hand: 10 of AdamW and clipping,
     5 of the average, 15 products and 28 others for each of four shapes, 4 for each of 16 weights."""
-    card = Card("card", (8, 9), 1e9, None, None, 1e9, 24, 300)
+    gpu = Gpu("card", (8, 9), {"bfloat16": 1e9}, 1e9, 24, 300)
     config = dataclasses.replace(RECORD, model=SHAPE, optimizer="normuon", average_share=0.1)
     for kind in ("eager", "compiled"):
-        work = parts(config, 300, SOFTWARE[kind])
-        update = sum(p.seconds(card, SOFTWARE[kind]) for p in work if p.name.startswith(UPDATE))
+        work = micro_batch_work(config, 300, SOFTWARE[kind])
+        update = sum(w.seconds(gpu, SOFTWARE[kind]) for w in work if w.part is StepPart.UPDATE)
         assert update * 16 == pytest.approx((10 + 5 + 4 * 43 + 16 * 4) * 8e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize("average_share", [0.0, 0.1])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: float) -> None:
     """Against the tensors that a learner has after a step; what its passes keep is the same for all."""
     config = TrainConfig(
@@ -189,11 +188,11 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
     )
 
     def kept(config: TrainConfig) -> int:
-        learner = Learner(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner = TrainState(config, 300, Precision(torch.device("cpu"), torch.float32))
         learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
         states = [s for o in learner.optimizers for s in o.state.values()]
         tensors = [t for state in states for t in state.values()]
-        tensors += [*learner.model.parameters(), *learner.average.values()]
+        tensors += [*learner.model.parameters(), *learner.ema.tensors.values()]
         tensors += [p.grad for p in learner.model.parameters() if p.grad is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -203,31 +202,30 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
 
 
 def test_no_software_is_faster_than_the_limit() -> None:
-    for card in CARDS.values():
+    for gpu in GPUS.values():
         for dtype in ("bfloat16", "fp8", "nvfp4"):
             recipe = find_recipe(dtype)
-            if can_run(card, recipe):
-                limit = tokens_per_second(RECORD, VOCAB, card, LIMIT, recipe)
+            if can_run(gpu, recipe):
+                limit = tokens_per_second(RECORD, VOCAB, gpu, LIMIT, recipe)
                 for software in SOFTWARE.values():
-                    assert tokens_per_second(RECORD, VOCAB, card, software, recipe) < limit
+                    assert tokens_per_second(RECORD, VOCAB, gpu, software, recipe) < limit
 
 
 def test_amdahls_law() -> None:
     """On a card whose memory costs nothing, by hand: what converts goes twice as fast."""
-    card = Card("card", (8, 9), 100.0, 200.0, None, 1e9, 24, 300)
-    work = parts(RECORD, VOCAB, LIMIT)
+    gpu = Gpu("card", (8, 9), {"bfloat16": 100.0, "fp8": 200.0}, 1e9, 24, 300)
+    work = micro_batch_work(RECORD, VOCAB, LIMIT)
     whole = sum(part.flops for part in work)
     linear = next(part.flops for part in work if part.name == "linear layers")
-    _, most = gains(RECORD, VOCAB, card, LIMIT, RECIPES["fp8"])
+    _, most = gains(RECORD, VOCAB, gpu, LIMIT, RECIPES["fp8"])
     assert most == pytest.approx(whole / (whole - linear / 2), rel=1e-4)
-    assert ATTENTION in {part.name for part in work}
 
 
 def test_the_hoped_for_gains_are_out_of_reach() -> None:
     """The record hoped for 2x from FP8 and 4x from NVFP4 on one RTX 5090."""
     for kind in (*SOFTWARE.values(), LIMIT):
         for dtype, hoped in (("fp8", 2.0), ("nvfp4", 4.0)):
-            brings, most = gains(RECORD, VOCAB, CARDS["rtx5090"], kind, RECIPES[dtype])
+            brings, most = gains(RECORD, VOCAB, GPUS["rtx5090"], kind, RECIPES[dtype])
             assert 1.0 < brings < most < hoped
 
 
@@ -252,7 +250,7 @@ def test_a_plan_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_this_machine_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.plan_cli.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("storylab.cli.verbs.plan.CALIBRATION_SECONDS", 0.0)
     flags = "--gpu this --preset nano --batch_size 2 --block_size 16 --dtype nvfp4 --device cpu"
     assert main(["plan", *flags.split()]) == 0
     assert "this machine, from" in capsys.readouterr().out
@@ -260,6 +258,7 @@ def test_this_machine_is_measured(
     assert Measured(0.5, 1.0, 0.0).seconds(config) == pytest.approx(10 * (4 * 0.5 + 1.0))
 
 
+@pytest.mark.slow
 def test_a_bench_times_every_precision_and_attention(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -274,35 +273,31 @@ def test_a_bench_times_every_precision_and_attention(
     names = ["bfloat16, full", "nvfp4, full", "bfloat16, window:8"]
     assert [re.split(r"\s{2,}", row)[0] for row in rows] == names
     assert all("GB" in row and "unknown" in row and "not available" in row for row in rows)
-    assert "quantising" in out and "linear layers" in out
+    assert "quantizing" in out and "linear layers" in out
     for wrong in ("--seconds 0", "--dtype fp8", "--dtypes", "--attentions x", "--vocab_size -1"):
         assert main(["bench", *wrong.split()]) == 2
 
 
-def bench_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
-) -> str:
-    """What a bench of the nano model prints if every worker answers that a step takes a second."""
+def bench_rows(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    """The output of a bench of the nano model where every job answers that a step takes a second."""
     answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None}
-    answer["shares"] = dict.fromkeys(PARTS, 1 / len(PARTS))
-    monkeypatch.setattr("storylab.planning.bench.ask", lambda *args, **options: (answer, ""))
-    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()]) == 0
+    answer["shares"] = dict.fromkeys(StepPart, 1 / len(StepPart))
+    executor = InProcess(lambda job: Outcome("done", answer=answer))
+    assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()], executor) == 0
     return capsys.readouterr().out
 
 
-def test_what_a_bench_cannot_run_is_a_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_bench_cannot_run_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, why in (("--backend te", "needs an NVIDIA GPU"), ("--recipe history=9", "delayed")):
-        out = bench_rows(monkeypatch, capsys, f"--dtypes mxfp8 bfloat16 {flags}")
+        out = bench_rows(capsys, f"--dtypes mxfp8 bfloat16 {flags}")
         assert re.search(rf"mxfp8, full +cannot run here: .*{why}", out)
         assert re.search(r"bfloat16, full +1,024 ", out)
 
 
 def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = bench_rows(monkeypatch, capsys, "--recipe high_first=1 --attentions full")
+    out = bench_rows(capsys, "--recipe high_first=1 --attentions full")
     for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
         assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
 
@@ -321,15 +316,12 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
         def context(self) -> AbstractContextManager[None]:
             return nullcontext()
 
-    def ask(action: str, config: TrainConfig, **options: Any) -> tuple[dict[str, Any], str]:
-        return worker.bench(config, **options), ""
-
-    monkeypatch.setattr("storylab.training.precision.choose_hardware", lambda *args: Library())
-    monkeypatch.setattr("storylab.planning.bench.ask", ask)
+    monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
     )
-    assert main(["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]) == 0
+    args = ["bench", *flags.split(), "--dtypes", "fp8", "--attentions", "full"]
+    assert main(args, InProcess()) == 0
     row, parts_line = capsys.readouterr().out.splitlines()[-2:]
     assert row.startswith("fp8, full") and "%" not in parts_line and "te" in parts_line
 
@@ -354,10 +346,11 @@ def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
-    assert _card_seconds(lambda: done.append(None), torch.device("cuda")) == pytest.approx(3e-3)
+    assert _device_seconds(lambda: done.append(None), torch.device("cuda")) == pytest.approx(3e-3)
     assert len(done) == 20 and waits.call_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_says_so_in_one_line(number: int) -> None:
     command = [sys.executable, "-m", "storylab", "bench", "--preset", "nano", "--device", "cpu"]
@@ -389,7 +382,7 @@ def test_a_bench_takes_small_micro_batches_on_a_cpu_unless_told(
 def test_a_kernel_belongs_to_the_operation_that_started_it() -> None:
     above = SimpleNamespace(name="aten::_scaled_dot_product_flash_attention", cpu_parent=None)
     event = SimpleNamespace(name="aten::_flash_attention_forward", cpu_parent=above)
-    assert _part(event) == "attention"
+    assert part_of(event) is StepPart.ATTENTION
 
 
 def test_the_parts_of_a_step_are_its_whole() -> None:
@@ -397,9 +390,44 @@ def test_the_parts_of_a_step_are_its_whole() -> None:
     config = dataclasses.replace(config, batch_size=2, block_size=32, device="cpu", dtype="mxfp8")
     shares = StepTimer(config, 300).shares(2)
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert set(shares) == set(PARTS) and all(share >= 0 for share in shares.values())
-    for part in ("linear layers", "quantising", "head and loss", "optimizer"):
-        assert shares[part] > 0
+    assert set(shares) == set(StepPart) and all(share >= 0 for share in shares.values())
+    for part in StepPart:
+        assert shares[part] > 0, part
+
+
+def test_predicted_parts_are_those_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand from the plan's lines; and both are in the line of a bench on a GPU that is listed."""
+    gpu, software, recipe = GPUS["h100"], SOFTWARE["compiled"], RECIPES["fp8"]
+    predicted = predicted_shares(RECORD, VOCAB, gpu, software, recipe)
+    assert list(predicted) == list(StepPart) and all(predicted.values())
+    work = micro_batch_work(RECORD, VOCAB, software, recipe)
+    times = {each.name: each.seconds(gpu, software) for each in work}
+    head = times["output head"] + times["logits and loss"]
+    assert predicted[StepPart.HEAD] == pytest.approx(head / sum(times.values()))
+    measured = dict.fromkeys(map(str, StepPart), 1 / 7)  # as they come from a worker, by JSON
+    config = dataclasses.replace(RECORD, compile=True, dtype="fp8", backend="te")
+    line = shares_line(measured, config, VOCAB, gpu)
+    assert f"head and loss 14% (predicted {predicted[StepPart.HEAD]:.0%})" in line
+    assert "predicted" not in shares_line(measured, config, VOCAB, None)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import storylab.planning.roofline, storylab.planning.plan_text, storylab.plan_cli",
+        "from storylab.cli import main; main(['plan', '--gpu', 'rtx5090', '--dtype', 'nvfp4'])",
+    ],
+)
+def test_a_plan_does_not_load_torch(code: str) -> None:
+    code += "; import sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_number_of_a_gpu_has_a_source() -> None:
+    for gpu in GPUS.values():
+        assert "NVIDIA" in gpu.source and gpu.source.endswith("."), gpu.name
+        units = {form.matrix_unit for form in FORMATS.values()} | {"bfloat16"}
+        assert "bfloat16" in gpu.tflops and gpu.tflops.keys() <= units
 
 
 @pytest.mark.parametrize(
@@ -419,8 +447,8 @@ def test_the_parts_of_a_step_are_its_whole() -> None:
 )
 def test_a_card_is_known_by_the_name_its_driver_gives(driver: str, card: str | None) -> None:
     """Names as nvidia-smi prints them; a peak that is another card's would be worse than none."""
-    found = known_card(driver)
-    assert found == (CARDS[card] if card else None)
+    found = known_gpu(driver)
+    assert found == (GPUS[card] if card else None)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +482,7 @@ def test_flags_of_its_own_are_read_with_an_experiment(capsys: pytest.CaptureFixt
 
 
 def test_every_card_and_kind_of_software_has_a_flag() -> None:
-    assert {*CARDS, "this"} == set(get_args(GpuName))
+    assert {*GPUS, "this"} == set(get_args(GpuName))
     assert set(SOFTWARE) == set(get_args(SoftwareName))
 
 

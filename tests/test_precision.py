@@ -30,50 +30,51 @@ from conformance import generator
 from conftest import TINY
 from storylab.compiler import missing_for_compiling
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
-from storylab.errors import UserError
-from storylab.model import transformer
-from storylab.model.transformer import Transformer, lean
+from storylab.errors import Interrupted, UserError
+from storylab.model.recompute import recompute
+from storylab.model.transformer import Transformer
 from storylab.precision import quantize as quantizers
-from storylab.precision.convert import low_share, quantize_blocks
-from storylab.precision.formats import (
-    E4M3,
-    E5M2,
-    FORMATS,
-    Format,
-    round_nearest,
-    round_stochastic,
-)
-from storylab.precision.hardware import (
-    Torchao,
-    require_aligned,
-    require_te_version,
-    te_arguments,
-    te_hardware,
-    torchao_hardware,
-)
+from storylab.precision.backends import te, torchao
+from storylab.precision.backends.protocol import require_aligned
+from storylab.precision.backends.te import require_te_version, te_arguments
+from storylab.precision.backends.torchao import Torchao
+from storylab.precision.convert import quantize_blocks
+from storylab.precision.edit import find_recipe
+from storylab.precision.formats import E4M3, E5M2, FORMATS, Format
 from storylab.precision.linear import QuantizationState, QuantizedLinear, product
-from storylab.precision.observe import QuantizationStatistics
 from storylab.precision.quantize import (
     hadamard,
-    largest_magnitude,
     mxfp8,
     nvfp4,
     per_row,
     per_tensor,
     random_bytes,
+    tensor_amax,
 )
-from storylab.precision.recipes import ALIASES, RECIPES, Recipe, find_recipe
+from storylab.precision.recipes import (
+    ALIASES,
+    RECIPES,
+    Operand,
+    Recipe,
+    block_of,
+    layer_name,
+    quantized_flops_fraction,
+)
+from storylab.precision.rounding import round_nearest, stochastic_round
+from storylab.precision.scalings import SCALINGS, Scaling
 from storylab.precision.selftest import check_layer, check_model, summarize
+from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import RunFolder
 from storylab.record.schema import EvaluationRow, IterationRow, QuantizationRow
-from storylab.training import progress
-from storylab.training.loop import TrainingInterrupted, train
+from storylab.training import run_progress
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
+from storylab.training.train import train
 
 LOW = tuple(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", conformance.CASES)
 def test_every_value_is_that_of_an_independent_implementation(case: str) -> None:
     """The table of docs/precision.md: formats, quantisers and products."""
@@ -91,7 +92,7 @@ def test_every_value_is_that_of_an_independent_implementation(case: str) -> None
 def test_what_is_too_large_saturates_and_a_nan_stays(form: Format) -> None:
     x = torch.tensor([math.inf, -math.inf, 1e30, math.nan])
     rounded = round_nearest(x, form)
-    assert rounded[:3].tolist() == [form.largest, -form.largest, form.largest]
+    assert rounded[:3].tolist() == [form.max, -form.max, form.max]
     assert rounded[3].isnan()
 
 
@@ -101,18 +102,18 @@ def test_stochastic_rounding_gives_neighbours_and_keeps_the_mean(form: Format) -
         values = torch.from_numpy(conformance.values_of(form))
     except conformance.OracleMissingError as missing:
         pytest.skip(f"{missing} is not installed")
-    x = torch.empty(500).uniform_(-1, 1, generator=generator(0)) * form.largest
+    x = torch.empty(500).uniform_(-1, 1, generator=generator(0)) * form.max
     below = values[torch.searchsorted(values, x, right=True) - 1]
     above = values[torch.searchsorted(values, x).clamp(max=len(values) - 1)]
     draws = 4000
     random = random_bytes(torch.Size((draws, 500)), generator(1))
-    rounded = round_stochastic(x.expand(draws, -1), form, random)
+    rounded = stochastic_round(x.expand(draws, -1), form, random)
     assert ((rounded == below) | (rounded == above)).all()
     step = (above - below).clamp(min=1e-30)
     error = (rounded.mean(dim=0) - x) / step
     # Toward zero by at most 1/256 of a step, and five standard errors of a coin's mean.
     assert error.abs().max() < 1 / 256 + 5 * 0.5 / math.sqrt(draws)
-    assert torch.equal(rounded, round_stochastic(x.expand(draws, -1), form, random))
+    assert torch.equal(rounded, stochastic_round(x.expand(draws, -1), form, random))
 
 
 def test_random_bytes_are_uniform_and_reproducible() -> None:
@@ -271,14 +272,57 @@ def test_delayed_scales_come_from_the_steps_before_and_not_from_evaluation() -> 
     assert quantized.amax_history[0, :3].tolist() == [3.0, 2.0, 0.0]
 
 
+# Scalings
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_every_scaling_keeps_its_word(scaling: Scaling) -> None:
+    """Values are elements of the format times the unit that the scaling states, within its range."""
+    quantized = layer(RECIPES["fp8"])
+    x = torch.randn(40, 70, generator=generator(3)) * 10.0 ** torch.arange(-2, 3).repeat(14)
+    for form in scaling.formats:
+        operand = Operand(form, scaling)
+        found = quantized.quantize(x, operand, "input", "any")
+        assert len(found.operand) == 40 and not found.operand[:, 70:].any()
+        assert torch.equal(found.operand.bfloat16().float(), found.operand)
+        value = found.value[:, :70]
+        units = scaling.units(x, operand, found.scale)[:40, :70]
+        elements = value / units
+        torch.testing.assert_close(elements, round_nearest(elements, form), rtol=1e-6, atol=0)
+        assert (value - x).norm() < 1.1 * form.rel_error_bound * x.norm()
+        assert scaling.bytes_per_element(form) >= form.bits / 8
+        assert set(scaling.options) <= {f.name for f in dataclasses.fields(Operand)}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_a_transposable_tensor_is_quantized_as_its_transpose(scaling: Scaling) -> None:
+    quantized = layer(RECIPES["fp8"])
+    x = torch.randn(64, 64, generator=generator(3)) * 10.0 ** torch.arange(-1, 1).repeat(32)
+    for square in {False, "square" in scaling.options}:
+        operand = Operand(scaling.formats[0], scaling, square=square)
+        straight = quantized.quantize(x, operand, "input", "any").value
+        turned = quantized.quantize(x.T.contiguous(), operand, "input", "any").value
+        assert torch.equal(straight.T, turned) == operand.transposable
+
+
+def test_bytes_of_an_element_count_its_share_of_the_scale() -> None:
+    found = {name: recipe.bytes_per_element for name, recipe in RECIPES.items()}
+    assert found["fp8"] == found["fp8-current"] == found["fp8-rowwise"] == 1.0
+    assert found["mxfp8"] == 1 + 1 / 32 and found["nvfp4"] == 0.5 + 1 / 16
+
+
+def test_a_layers_name_says_its_block() -> None:
+    assert block_of(layer_name(11, "feed_forward.down")) == 11
+
+
 # Recipes
 
 
 def test_the_last_share_of_blocks_stays_high() -> None:
-    assert RECIPES["nvfp4"].low_blocks(12) == range(10)
-    assert RECIPES["fp8"].low_blocks(12) == range(12)
+    assert RECIPES["nvfp4"].quantized_blocks(12) == range(10)
+    assert RECIPES["fp8"].quantized_blocks(12) == range(12)
     first = dataclasses.replace(RECIPES["nvfp4"], high_first=1)
-    assert first.low_blocks(12) == range(1, 10)
+    assert first.quantized_blocks(12) == range(1, 10)
 
 
 def test_a_recipe_is_changed_by_words() -> None:
@@ -290,7 +334,7 @@ def test_a_recipe_is_changed_by_words() -> None:
     assert find_recipe("fp4") == RECIPES["nvfp4"] and find_recipe("bfloat16") is None
     flat = find_recipe("nvfp4", "*.weight.square=false high_last_share=0.5")
     assert flat is not None and flat.forward is not None and not flat.forward[1].square
-    assert flat.low_blocks(4) == range(2)
+    assert flat.quantized_blocks(4) == range(2)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +375,7 @@ def test_a_model_keeps_its_weights_and_their_names() -> None:
 # Fused passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantize",
     [
@@ -358,6 +403,7 @@ def test_fused_passes_give_the_same_bits(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
+@pytest.mark.slow
 def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the compiler makes of one function before it gives up."""
     if missing_for_compiling("cpu") is not None:
@@ -366,7 +412,7 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     x = torch.randn(64, 64, generator=generator(1)) * 1e-6
-    forms = [dataclasses.replace(E4M3, largest=float(2**power)) for power in range(10)]
+    forms = [dataclasses.replace(E4M3, max=float(2**power)) for power in range(10)]
     for form in (E4M3, E5M2, *forms):
         for quantize in (per_tensor, mxfp8):
             monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
@@ -410,10 +456,10 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_largest_magnitude_is_found_in_one_pass(dtype: torch.dtype) -> None:
+def test_the_tensor_amax_is_found_in_one_pass(dtype: torch.dtype) -> None:
     for x in conformance.tensors(128, 256):
-        assert largest_magnitude(x.to(dtype)) == x.to(dtype).abs().max().float()
-    assert largest_magnitude(torch.tensor([1.0, math.nan])).isnan()
+        assert tensor_amax(x.to(dtype)) == x.to(dtype).abs().max().float()
+    assert tensor_amax(torch.tensor([1.0, math.nan])).isnan()
 
 
 def test_under_autocast_a_product_is_rounded_once() -> None:
@@ -443,7 +489,7 @@ def test_a_forward_pass_redone_for_its_gradient_stops_before_the_product(
 
     monkeypatch.setattr(QuantizedLinear, "product", counted)
     x = torch.randn(32, 64, generator=generator(1), requires_grad=True)
-    lean(lambda x: quantized(torch.nn.functional.silu(x)), x).sum().backward()
+    recompute(lambda x: quantized(torch.nn.functional.silu(x)), x).sum().backward()
     assert len(calls) == 1
     redone, weight_gradient = x.grad, quantized.weight.grad
     x.grad = quantized.weight.grad = None
@@ -470,7 +516,7 @@ def test_what_happens_to_a_tensor_is_measured() -> None:
     x = torch.randn(64, 64, generator=generator(1))
     x[:, 16:32] *= 1e-6  # blocks that the tensor's and the block's scale cannot both reach
     x.requires_grad_()
-    with quantized.state.watched(statistics):
+    with quantized.state.observed(statistics):
         quantized(x).backward(torch.randn(64, 96, generator=generator(2)))
         with torch.no_grad():
             quantized(x)  # evaluation is not training
@@ -646,7 +692,7 @@ def test_what_transformer_engine_lacks_is_refused(
     assert recipe is not None
     stand_in(monkeypatch, recipe)
     with pytest.raises(UserError, match=r"no such recipe.*--backend emulated"):
-        te_hardware(recipe, "card", B200)
+        te.load(recipe, "card", B200)
 
 
 def test_transformer_engine_is_called_as_it_is_documented(
@@ -655,21 +701,21 @@ def test_transformer_engine_is_called_as_it_is_documented(
     recipe = RECIPES["nvfp4"]
     engine = stand_in(monkeypatch, recipe)
     # On a CPU blocks redo their forward pass; on a GPU they do not.
-    monkeypatch.setattr(transformer, "lean", lambda function, x: function(x))
-    hardware = te_hardware(recipe, "card", B200)
+    monkeypatch.setattr("storylab.model.recompute.recomputes_activations", lambda x: False)
+    backend = te.load(recipe, "card", B200)
     model = Transformer(TINY, 50, seed=1)
     reference = Transformer(TINY, 50, seed=1)
-    state = quantize_blocks(model.blocks, recipe, 1, 8, hardware)
+    state = quantize_blocks(model.blocks, recipe, 1, 8, backend)
     quantize_blocks(reference.blocks, recipe, 1, 8)
     assert list(model.state_dict()) == list(Transformer(TINY, 50).state_dict())
     assert len(list(model.parameters())) == len(list(reference.parameters()))
     tokens = torch.randint(50, (2, 17), generator=generator(1))
-    with torch.autocast("cpu", torch.bfloat16), hardware.context():
-        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16), backend.context():
+        loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     assert loss > 0 and all(p.grad is not None for p in model.parameters())
     with state.disabled(), torch.no_grad():  # high precision needs no context
-        model.loss(tokens[:, :-1], tokens[:, 1:])
+        model(tokens[:, :-1], tokens[:, 1:])
     names = arguments_of(te_source("pytorch/module/linear.py"), "Linear")
     assert all(arguments.keys() <= names for arguments in engine.layers)
     first = reference.blocks[0].attention.qkv
@@ -694,9 +740,9 @@ def test_transformer_engine_is_called_as_it_is_documented(
 def test_what_a_card_cannot_do_is_said_before_the_run(
     dtype: str, capability: tuple[int, int], message: str
 ) -> None:
-    for hardware in (te_hardware, torchao_hardware):
+    for backend in (te, torchao):
         with pytest.raises(UserError, match=f"{message}.*emulated"):
-            hardware(RECIPES[dtype], "card", capability)
+            backend.load(RECIPES[dtype], "card", capability)
 
 
 def test_old_versions_that_train_nvfp4_wrongly_on_geforce_are_refused() -> None:
@@ -711,9 +757,9 @@ def test_old_versions_that_train_nvfp4_wrongly_on_geforce_are_refused() -> None:
 def test_a_missing_library_is_no_reason_to_emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("transformer_engine.pytorch", "torchao.float8"):
         monkeypatch.setitem(sys.modules, name, None)
-    for hardware in (te_hardware, torchao_hardware):
+    for backend in (te, torchao):
         with pytest.raises(UserError, match=r"pip install.*--backend emulated"):
-            hardware(RECIPES["fp8-current"], "card", RTX_4090)
+            backend.load(RECIPES["fp8-current"], "card", RTX_4090)
 
 
 def test_a_backend_needs_a_gpu_and_a_recipe() -> None:
@@ -728,26 +774,26 @@ def test_a_backend_needs_a_gpu_and_a_recipe() -> None:
 
 def test_shapes_that_hardware_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, RECIPES["mxfp8"])
-    hardware = te_hardware(RECIPES["mxfp8"], "card", B200)
-    require_aligned(hardware, ModelConfig(), 128)
+    backend = te.load(RECIPES["mxfp8"], "card", B200)
+    require_aligned(backend, ModelConfig(), 128)
     with pytest.raises(UserError, match="48 is not a multiple of 32"):
-        require_aligned(hardware, ModelConfig(), 48)
+        require_aligned(backend, ModelConfig(), 48)
     with pytest.raises(UserError, match="n_hidden: 48"):
-        require_aligned(hardware, TINY, 128)
+        require_aligned(backend, TINY, 128)
 
 
 @pytest.mark.parametrize("dtype", ["fp8-current", "fp8-rowwise"])
 def test_torchao_through_its_door_is_the_emulation(dtype: str) -> None:
     """torchao's own layer, its products emulated as there is no GPU, against ours."""
     float8 = pytest.importorskip("torchao.float8", reason="no torchao")
-    hardware = torchao_hardware(RECIPES[dtype], "card", RTX_4090)
-    assert isinstance(hardware, Torchao)
-    config = dataclasses.replace(hardware.config, emulate=True)
-    hardware = Torchao(float8.convert_to_float8_training, config)
+    backend = torchao.load(RECIPES[dtype], "card", RTX_4090)
+    assert isinstance(backend, Torchao)
+    config = dataclasses.replace(backend.config, emulate=True)
+    backend = Torchao(float8.convert_to_float8_training, config)
     weight = torch.randn(96, 64, generator=generator(1))
-    for check in check_layer("layer", weight, RECIPES[dtype], hardware):
-        assert check.low and check.fault is None
-        assert check.apart is not None and check.apart < 0.002  # its output is bfloat16
+    for check in check_layer("layer", weight, RECIPES[dtype], backend):
+        assert check.low and check.failure is None
+        assert check.deviation is not None and check.deviation < 0.002  # its output is bfloat16
 
 
 # Self-test
@@ -760,7 +806,7 @@ def test_the_self_test_counts_what_runs_low(dtype: str) -> None:
     quantize_blocks(model.blocks, recipe, seed=1, max_iters=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = summarize(check_model(model.blocks, recipe, None))
-    blocks = len(recipe.low_blocks(TINY.n_layer))
+    blocks = len(recipe.quantized_blocks(TINY.n_layer))
     assert found["products"] == found["low"] == blocks * 4 * 3
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -770,7 +816,7 @@ def test_a_product_left_in_bfloat16_is_not_counted() -> None:
     assert recipe is not None
     checks = list(check_layer("layer", torch.randn(96, 64), recipe, None))
     assert [check.low for check in checks] == [True, True, False]
-    assert not any(check.fault for check in checks)
+    assert not any(check.failure for check in checks)
 
 
 @pytest.mark.parametrize(
@@ -794,11 +840,11 @@ def test_the_self_test_stops_what_does_not_do_as_it_says(
             return broken(super().forward(input))
 
     engine.Linear = lambda i, o, **_: Kernel(i, o, bias=False)
-    hardware = dataclasses.replace(te_hardware(recipe, "card", B200), library=engine)  # type: ignore[type-var]
+    backend = dataclasses.replace(te.load(recipe, "card", B200), library=engine)  # type: ignore[type-var]
     model = Transformer(TINY, 50, seed=1)
-    quantize_blocks(model.blocks, recipe, 1, 8, hardware)
+    quantize_blocks(model.blocks, recipe, 1, 8, backend)
     with pytest.raises(UserError, match=f"self-test failed: block 0.*{message}"):
-        check_model(model.blocks, recipe, hardware)
+        check_model(model.blocks, recipe, backend)
 
 
 def test_an_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,9 +856,9 @@ def test_an_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long tail")
 
     engine.Linear = lambda i, o, **_: Kernel(i, o, bias=False)
-    hardware = dataclasses.replace(te_hardware(recipe, "card", B200), library=engine)  # type: ignore[type-var]
+    backend = dataclasses.replace(te.load(recipe, "card", B200), library=engine)  # type: ignore[type-var]
     with pytest.raises(UserError, match=r"te says: CUBLAS_STATUS_NOT_SUPPORTED; try"):
-        list(check_layer("layer", torch.randn(64, 64), recipe, hardware))
+        list(check_layer("layer", torch.randn(64, 64), recipe, backend))
 
 
 def test_share_of_the_work_in_low_precision() -> None:
@@ -822,7 +868,7 @@ def test_share_of_the_work_in_low_precision() -> None:
     head, attention = 2 * 768 * 50257 / 1e6, 12 * 4 * 768 * 64.5 / 1e6
     whole = 3 * (12 * block + head + attention)
     for name, blocks in (("fp8", 12), ("nvfp4", 10)):
-        share = low_share(RECIPES[name], model, 50257, 128)
+        share = quantized_flops_fraction(RECIPES[name], model, 50257, 128)
         assert share == pytest.approx(3 * blocks * block / whole)
     for changes, products in (
         ("forward=bfloat16", 2),
@@ -831,13 +877,14 @@ def test_share_of_the_work_in_low_precision() -> None:
     ):
         recipe = find_recipe("nvfp4", changes)
         assert recipe is not None
-        share = low_share(recipe, model, 50257, 128)
+        share = quantized_flops_fraction(recipe, model, 50257, 128)
         assert share == pytest.approx(products * 10 * block / whole)
 
 
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     dtype: Any, tiny_config: Callable[..., TrainConfig], tmp_path: Path
@@ -863,6 +910,7 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert losses(resumed) == losses(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [6, 7, 11])
 @pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
 def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
@@ -876,15 +924,15 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
     split = {"dtype": dtype, "batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 6}
     split["recipe"] = "low_forward_share=0.5" if dtype == "nvfp4" else "history=2"
     straight = train(tiny_config(out_dir=tmp_path / "straight", **split))
-    original, left = progress.StopSignal.check, iter(range(calls))
+    original, left = run_progress.StopSignal.check, iter(range(calls))
 
-    def check(self: progress.StopSignal) -> None:
+    def check(self: run_progress.StopSignal) -> None:
         if next(left, None) is None and self.number is None:
             self.number = signal.SIGTERM
         original(self)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        patch.setattr(progress.StopSignal, "check", check)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(run_progress.StopSignal, "check", check)
         train(tiny_config(out_dir=tmp_path / "stopped", **split))
     resumed = resume(tmp_path / "stopped")
 
@@ -899,6 +947,7 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
         assert getattr(resumed_summary, key) == getattr(straight_summary, key)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_backends_was_emulated(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -923,6 +972,7 @@ def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
         resume(run.folder, dataclasses.replace(run.read_config(), max_iters=4))
 
 
+@pytest.mark.slow
 def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -941,6 +991,7 @@ def test_what_was_asked_of_every_tensor_is_in_the_metrics(
     assert "self-test passed" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_arms_of_other_precisions_share_initial_weights(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -23,7 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storylab.cli import describe_dataset, main
+from storylab.cli import main
+from storylab.cli.datasets import describe_dataset
 from storylab.config import TrainConfig
 from storylab.data import builtin
 from storylab.data import tokenizer as tokenizers_here
@@ -222,7 +223,7 @@ def test_bad_bytes_are_named_by_file_and_place(
         (tmp_path / name).write_bytes(content)
         message = refusal(tmp_path, tmp_path / name)
         assert message.startswith(f"{tmp_path / name}, {place}"), message
-        assert "save it as UTF-8" in message and "anew" not in message
+        assert "save it as UTF-8" in message and "get the file again" not in message
 
 
 def test_bad_bytes_in_parquet_are_named_by_row(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_bad_bytes_in_parquet_are_named_by_row(tmp_path: Path) -> None:
     words = pa.DictionaryArray.from_arrays([0, 5000], mislabelled)
     pq.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
     message = refusal(tmp_path, tmp_path / "a.parquet")
-    assert "not UTF-8; save it as UTF-8" in message and "anew" not in message
+    assert "not UTF-8; save it as UTF-8" in message and "get the file again" not in message
 
 
 def test_byte_order_marks_are_removed_wherever_they_are(tmp_path: Path) -> None:
@@ -374,6 +375,7 @@ KNOWN = "b847d56ef670afe1d7753111e2171fc976583eb2e580b4a216e4c5250ad5bcf7"
 # --- folders
 
 
+@pytest.mark.posix
 def test_folders_are_read_whole_and_what_is_skipped_is_told(tmp_path: Path) -> None:
     contents = {
         "in/B.TXT": "Two.",
@@ -439,6 +441,7 @@ def make(folder: Path, what: str) -> Path:
     return path
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(
     ("what", "says"),
     [
@@ -503,6 +506,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert "No such file" in refusal(tmp_path, tmp_path / "a.txt")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("out", ["file.txt", "link", "file.txt/x", "x" * 300, "/proc/x"])
 def test_places_that_cannot_be_written_are_named(tmp_path: Path, out: str) -> None:
     (tmp_path / "file.txt").write_text("A story.")
@@ -532,6 +536,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert (tmp_path / ".out.partial/mine").is_dir()
 
 
+@pytest.mark.posix
 def test_a_hub_cache_that_cannot_be_read_names_the_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", "/cache")
@@ -541,6 +546,7 @@ def test_a_hub_cache_that_cannot_be_read_names_the_ways_on(monkeypatch: pytest.M
         download("a/b", "c.txt", "main", "dataset")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("file", ["train-00000.bin", "tokenizer.tiktoken", "manifest.json"])
 def test_a_pipe_in_a_data_set_does_not_hang(tmp_path: Path, dataset: Dataset, file: str) -> None:
     folder = tmp_path / "copy"
@@ -792,6 +798,7 @@ def plainly_trained(texts: list[str], size: int) -> tuple[bytes, ...]:
     return (*train_tokenizer(iter(["abab"]), 258).tokens[:256], *(t.encode() for t in learned))
 
 
+@pytest.mark.slow
 def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     """Work that grew with the square of a word would keep this for hours."""
     stories = list(builtin.stories(0, 0, 60))
@@ -801,6 +808,7 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     assert stories_of(data) == [*stories, *words]
 
 
+@pytest.mark.posix
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
     started, given_up = threading.Event(), time.monotonic() + 120

@@ -1,41 +1,65 @@
-"""Every command in the README runs as it stands there, on a scale that a test can afford."""
+"""Every command in the README and the guide runs as it is printed, on a scale that a test can afford."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from storylab.cli import TrainCommand
+from storylab.cli import main
+from storylab.cli.verbs.train import TrainCommand
 from storylab.data import builtin
 from storylab.data.sources import HUB_DATASETS
 from storylab.experiments.spec import KEYS, load_experiment
 from storylab.flags import default_for, parse
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = ROOT / "docs" / "guide"
+# A page may use what the README and the training page made, so these two come first.
+FIRST = [ROOT / "README.md", GUIDE / "training.md"]
+PAGES = [*FIRST, *sorted(set(GUIDE.glob("*.md")) - set(FIRST))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
 COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    (page.stem, line)
+    for page in PAGES
+    for block in blocks(page, "bash")
     for line in block.splitlines()
 ]
-# .ci/run calls these two; the hub's verbs run against a local server in test_hub.py; the record's
-# own command takes a GPU 19 minutes.
+ORIGINAL = "python train_tinystories.py --dtype bfloat16 --max_iters 1000"
+# .ci/run calls the first two, and make installs with pip; the hub's verbs run against a local server in
+# test_hub.py; the original log's command takes a GPU 19 minutes.
 ELSEWHERE = {
     "make demo",
     "make test",
+    "pip install --constraint constraints.txt .",
     "storylab prepare",
     "storylab prepare --source tinystories-v2 --tokenizer bpe:4096",
-    "python train_tinystories.py --dtype bfloat16 --max_iters 1000",
+    ORIGINAL,
     # Half an hour; test_experiments.py loads the file and runs smaller ones.
     "storylab experiment run experiments/04-sliding-window.toml --scale laptop",
 }
 SHORTER = {"--max_iters": "20", "--eval_interval": "10"}
+
+
+def in_order(test: Callable[..., None]) -> Callable[..., None]:
+    """Commands that use what earlier ones made: they run in one process, in their order."""
+    return pytest.mark.slow(pytest.mark.xdist_group("readme")(test))
 
 
 def shortened(command: str) -> list[str]:
@@ -50,16 +74,10 @@ def shortened(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README's examples name: the experiment files and some stories."""
+    """A folder with the files that the examples name: the experiment files and some stories."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "stories").mkdir()
     (folder / "experiments").symlink_to(ROOT / "experiments")
-    import gzip
-    import json
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     stories = list(builtin.stories(0, 0, 30))
     pq.write_table(pa.table({"text": stories[:10]}), folder / "stories/a.parquet")
     (folder / "stories/b.txt").write_text("<|endoftext|>".join(stories[10:20]))
@@ -68,9 +86,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
-def test_readme_command(command: str, place: Path) -> None:
-    """In the README's order: later commands use what earlier ones made."""
+@in_order
+@pytest.mark.parametrize(("page", "command"), [c for c in COMMANDS if c[1] not in ELSEWHERE])
+def test_command(page: str, command: str, place: Path) -> None:
+    """In the order of the pages: later commands use what earlier ones made."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if command.startswith("storylab experiment run"):
         small = (place / "mine.toml").read_text().replace("max_iters = 300", "max_iters = 20")
@@ -79,30 +98,59 @@ def test_readme_command(command: str, place: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_readme_python(place: Path) -> None:
-    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+@in_order
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python(page: Path, place: Path) -> None:
+    for code in blocks(page, "python"):
         subprocess.run([sys.executable, "-c", code], cwd=place, check=True)
 
 
-def test_the_readmes_experiment_loads(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [*PAGES, ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_experiment_of_the_guide_loads(tmp_path: Path) -> None:
+    page = GUIDE / "experiments.md"
+    (text,) = blocks(page, "toml")
     (tmp_path / "a.toml").write_text(text)
     assert load_experiment(tmp_path / "a.toml").arms == ("0.1", "0")
-    keys = re.findall(r"^\| `(?:\[+)?(\w+)", TEXT.partition("| key | meaning |")[2], re.MULTILINE)
+    table = page.read_text(encoding="utf-8").partition("| key | meaning |")[2]
+    keys = re.findall(r"^\| `(?:\[+)?(\w+)", table, re.MULTILINE)
     for key in KEYS - {"config", "hypothesis", "purpose", "note", "waits_for"}:
         assert key in keys, key
 
 
-def test_the_commands_that_run_elsewhere_are_in_the_readme() -> None:
-    assert set(COMMANDS) >= ELSEWHERE
-    record = parse(TrainCommand, shlex.split(COMMANDS[2])[2:], "x", TrainCommand(default_for([])))
-    assert record.config.max_iters == 1000
+def test_the_commands_that_run_elsewhere_are_printed() -> None:
+    assert {command for _, command in COMMANDS} >= ELSEWHERE
+    flags = shlex.split(ORIGINAL)[2:]
+    original = parse(TrainCommand, flags, "x", TrainCommand(default_for([])))
+    assert original.config.max_iters == 1000
     for name in HUB_DATASETS:
-        assert f"`{name}`" in TEXT
+        assert f"`{name}`" in (GUIDE / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    listed = capsys.readouterr().out.partition("examples:")[0]
+    verbs = re.findall(r"^  (?:experiment )?([a-z]+) ", listed, re.MULTILINE)
+    text = (GUIDE / "command-line.md").read_text(encoding="utf-8")
+    assert len(verbs) > 10
+    for verb in verbs:
+        assert f"`{verb}`" in text or f"`experiment {verb}`" in text, verb
 
 
 def test_every_source_file_is_on_the_map() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     for path in (ROOT / "src/storylab").rglob("*.py"):
-        if not path.name.startswith("__"):
+        # A verb's file has the name of the verb.
+        if not path.name.startswith("__") and path.parent.name != "verbs":
             assert f"`{path.name}`" in text, path

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import storylab
+from executors import Unused, train_here
 from storylab.cli import main
 from storylab.config import TrainConfig, to_dict
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import runner, worker
 from storylab.experiments.comparison import Arm, compare_arms
-from storylab.experiments.runner import plan
+from storylab.experiments.plan import plan_runs
 from storylab.experiments.spec import load_experiment
 from storylab.record import provenance
 from storylab.record.folder import RunFolder
@@ -69,10 +69,8 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("record")
     shutil.copytree(dataset.folder, root / "data")
     (root / "rates.toml").write_text(EXPERIMENT.format(seeds="1, 2"))
-    with pytest.MonkeyPatch.context() as silent:
-        silent.setattr(worker, "send", lambda event, **values: None)
-        for run in plan(load_experiment(root / "rates.toml"), dataset, root / "runs"):
-            worker.work("train", run.config)
+    for run in plan_runs(load_experiment(root / "rates.toml"), dataset, root / "runs"):
+        assert train_here(run.config).status == "done"
     return root
 
 
@@ -125,12 +123,11 @@ def test_a_finished_experiment_reads_no_file_twice(
     """With one seed, the noise of the other one in the folder is read too."""
     file = place / "rates.toml"
     file.write_text(EXPERIMENT.format(seeds=seeds))
-    monkeypatch.setattr(runner, "_Child", None)  # nothing may be trained again
     monkeypatch.setattr(reporting, "_figures", lambda outcome: ())
     args = ["--runs", str(place / "runs"), "--data_dir", str(place / "data")]
-    assert main(["experiment", "run", str(file), *args]) == 0
+    assert main(["experiment", "run", str(file), *args], Unused()) == 0
     with opened.under(place) as count:
-        assert main(["experiment", "run", str(file), *args]) == 0
+        assert main(["experiment", "run", str(file), *args], Unused()) == 0
     run = folders(place)[0]
     for name in ("config.json", "summary.json", "metrics.jsonl", "story_losses.npy"):
         assert count[str(run / name)] == 1

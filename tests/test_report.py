@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from executors import train_here
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import worker
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.runner import plan, write_record
+from storylab.experiments.plan import plan_runs, write_record
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
 from storylab.reporting.observations import observations
@@ -24,6 +24,7 @@ from storylab.reporting.observations.run import spikes
 from storylab.reporting.remarks import read_remarks
 from storylab.reporting.report import write_report
 
+pytestmark = pytest.mark.slow
 HEAD = """
 purpose = "To test the report."
 hypothesis = "None | of <b>note</b>."
@@ -93,22 +94,17 @@ long = {{ max_iters = 30 }}
 def pool(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four small experiments, trained in this process."""
     root = tmp_path_factory.mktemp("report")
-    silent = pytest.MonkeyPatch()
-    silent.setattr(worker, "send", lambda event, **values: None)
     texts = {"04-windows": WINDOWS, "05-sizes": SIZES, "06-lengths": LENGTHS, "07-rates": RATES}
     for name, text in texts.items():
         path = root / f"{name}.toml"
         path.write_text(text)
         experiment = load_experiment(path)
-        planned = plan(experiment, dataset, root / "runs")
+        planned = plan_runs(experiment, dataset, root / "runs")
         for run in planned:
-            if run.state == "new":
-                try:
-                    worker.work("train", run.config)
-                except worker.TrainingDiverged:
-                    assert run.state == "diverged"
+            if run.read_state() == "new":
+                outcome = train_here(run.config)
+                assert outcome.status == "done" or run.read_state() == "diverged"
         write_record(experiment, dataset, planned, root / "runs")
-    silent.undo()
     return root / "runs"
 
 

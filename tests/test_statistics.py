@@ -23,11 +23,15 @@ from storylab.experiments.statistics import (
     unpaired_interval,
 )
 
-RNG = np.random.default_rng(7)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator of its own for every test, so that its draws depend on no other test."""
+    return np.random.default_rng(7)
 
 
-def test_the_paired_interval_is_that_of_the_t_test() -> None:
-    a, b = RNG.normal(3.0, 0.01, 6), RNG.normal(3.01, 0.01, 6)
+def test_the_paired_interval_is_that_of_the_t_test(rng: np.random.Generator) -> None:
+    a, b = rng.normal(3.0, 0.01, 6), rng.normal(3.01, 0.01, 6)
     interval = mean_interval(list(a - b))
     reference = stats.ttest_rel(a, b)
     assert interval is not None
@@ -36,8 +40,8 @@ def test_the_paired_interval_is_that_of_the_t_test() -> None:
     assert (interval.low, interval.high) == pytest.approx((low, high))
 
 
-def test_the_unpaired_interval_is_welchs() -> None:
-    a, b = RNG.normal(3.0, 0.01, 4), RNG.normal(3.01, 0.03, 7)
+def test_the_unpaired_interval_is_welchs(rng: np.random.Generator) -> None:
+    a, b = rng.normal(3.0, 0.01, 4), rng.normal(3.01, 0.03, 7)
     interval = unpaired_interval(list(a), list(b))
     reference = stats.ttest_ind(a, b, equal_var=False)
     assert interval is not None
@@ -46,8 +50,8 @@ def test_the_unpaired_interval_is_welchs() -> None:
     assert (interval.low, interval.high) == pytest.approx((low, high))
 
 
-def test_equivalence_is_the_larger_of_two_one_sided_tests() -> None:
-    values = RNG.normal(0.004, 0.01, 8)
+def test_equivalence_is_the_larger_of_two_one_sided_tests(rng: np.random.Generator) -> None:
+    values = rng.normal(0.004, 0.01, 8)
     interval = mean_interval(list(values))
     assert interval is not None
     margin = 0.02
@@ -81,9 +85,9 @@ def test_ratios_are_those_of_logarithms() -> None:
     assert value == pytest.approx(2.0) and low * high == pytest.approx(4.0)
 
 
-def test_power_is_that_of_simulated_experiments() -> None:
+def test_power_is_that_of_simulated_experiments(rng: np.random.Generator) -> None:
     n, spread, difference = 4, 0.003, 0.006
-    draws = RNG.normal(difference, spread, (20_000, n))
+    draws = rng.normal(difference, spread, (20_000, n))
     found = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
     assert power(difference, spread, n) == pytest.approx(found, abs=0.015)
 
@@ -100,77 +104,85 @@ def test_the_seeds_needed_are_the_fewest() -> None:
     assert seeds_needed(1e-6, 1.0) is None
 
 
-def simulated_ps(difference: float, pairs: int, trials: int = 4000) -> np.ndarray:
+def simulated_ps(
+    rng: np.random.Generator, difference: float, pairs: int, trials: int = 4000
+) -> np.ndarray:
     """p-values of simulated paired experiments, with noise that the two arms share and noise of
     their own, drawn from a heavy-tailed distribution rather than the one the test assumes."""
-    shared = RNG.standard_t(5, (trials, pairs)) * 0.004
-    own = RNG.standard_t(5, (2, trials, pairs)) * 0.002
+    shared = rng.standard_t(5, (trials, pairs)) * 0.004
+    own = rng.standard_t(5, (2, trials, pairs)) * 0.002
     differences = (shared + own[0] + difference) - (shared + own[1])
     intervals = [mean_interval(list(row)) for row in differences]
     return np.array([interval.p for interval in intervals if interval])
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5])
-def test_equal_recipes_are_called_different_at_most_one_time_in_twenty(pairs: int) -> None:
-    rate = (simulated_ps(0.0, pairs) < statistics.ALPHA).mean()
+def test_equal_recipes_are_called_different_at_most_one_time_in_twenty(
+    rng: np.random.Generator, pairs: int
+) -> None:
+    rate = (simulated_ps(rng, 0.0, pairs) < statistics.ALPHA).mean()
     assert rate < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
 
 
-def test_a_true_difference_is_found_at_the_stated_power() -> None:
+def test_a_true_difference_is_found_at_the_stated_power(rng: np.random.Generator) -> None:
     spread = math.sqrt(2 * 5 / 3) * 0.002
-    rate = (simulated_ps(detectable_difference(spread, 4), 4) < statistics.ALPHA).mean()
+    rate = (simulated_ps(rng, detectable_difference(spread, 4), 4) < statistics.ALPHA).mean()
     assert rate == pytest.approx(0.8, abs=0.05)
 
 
-def test_a_family_of_equal_arms_has_one_wrong_finding_at_most_one_time_in_twenty() -> None:
-    ps = simulated_ps(0.0, 3, 6000).reshape(1000, 6)
+def test_a_family_of_equal_arms_has_one_wrong_finding_at_most_one_time_in_twenty(
+    rng: np.random.Generator,
+) -> None:
+    ps = simulated_ps(rng, 0.0, 3, 6000).reshape(1000, 6)
     wrong = sum(min(holm(list(row))) < statistics.ALPHA for row in ps)
     assert wrong / 1000 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
 
 
-def test_one_pair_with_a_noise_floor_is_not_overconfident() -> None:
+def test_one_pair_with_a_noise_floor_is_not_overconfident(rng: np.random.Generator) -> None:
     """Seed noise estimated from five other seeds; both runs of the pair drawn afresh."""
     wrong, trials = 0, 4000
     for _ in range(trials):
-        floor = float(np.std(RNG.normal(0, 0.003, 5), ddof=1))
-        a, b = RNG.normal(0, 0.003, 2)
+        floor = float(np.std(rng.normal(0, 0.003, 5), ddof=1))
+        a, b = rng.normal(0, 0.003, 2)
         wrong += noise_interval(a - b, floor, 4).p < statistics.ALPHA
     assert wrong / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
 
 
-def test_the_story_interval_covers_the_difference_of_the_population() -> None:
+def test_the_story_interval_covers_the_difference_of_the_population(
+    rng: np.random.Generator,
+) -> None:
     """Stories with lengths, difficulties and gains of their own; the truth is known."""
     population = 200_000
-    tokens = RNG.integers(50, 400, population).astype(float)
-    baseline = tokens * RNG.gamma(9.0, 0.2, population)
-    arm = baseline + tokens * RNG.normal(0.01, 0.05, population) + RNG.normal(0, 1, population)
+    tokens = rng.integers(50, 400, population).astype(float)
+    baseline = tokens * rng.gamma(9.0, 0.2, population)
+    arm = baseline + tokens * rng.normal(0.01, 0.05, population) + rng.normal(0, 1, population)
     truth = (arm - baseline).sum() / tokens.sum()
     covered, trials = 0, 1000
     for _ in range(trials):
-        chosen = RNG.integers(0, population, 300)
+        chosen = rng.integers(0, population, 300)
         interval = story_interval(arm[chosen], baseline[chosen], tokens[chosen])
         assert interval is not None
         covered += interval.low <= truth <= interval.high
     assert covered / trials == pytest.approx(0.95, abs=0.025)
 
 
-def test_pairing_by_story_narrows_the_interval() -> None:
-    tokens = RNG.integers(50, 400, 2000).astype(float)
-    baseline = tokens * RNG.gamma(9.0, 0.2, 2000)
-    arm = baseline + tokens * RNG.normal(0.01, 0.02, 2000)
+def test_pairing_by_story_narrows_the_interval(rng: np.random.Generator) -> None:
+    tokens = rng.integers(50, 400, 2000).astype(float)
+    baseline = tokens * rng.gamma(9.0, 0.2, 2000)
+    arm = baseline + tokens * rng.normal(0.01, 0.02, 2000)
     paired = story_interval(arm, baseline, tokens)
     assert paired is not None
     unpaired = math.sqrt(np.var(arm / tokens) / 2000 + np.var(baseline / tokens) / 2000)
     assert paired.standard_error < unpaired / 10
 
 
-def test_a_power_law_is_recovered_from_its_points() -> None:
+def test_a_power_law_is_recovered_from_its_points(rng: np.random.Generator) -> None:
     x = np.arange(50, 2000, 50)
     law = fit_power_law(list(x), list(1.3 + 20 * x**-0.6))
     assert law is not None
     assert (law.floor, law.scale, law.exponent) == pytest.approx((1.3, 20, 0.6), rel=1e-3)
     assert law.doubling_gain(law.plateau) == pytest.approx(0.01)
-    noisy = fit_power_law(list(x), list(1.3 + 20 * x**-0.6 + RNG.normal(0, 0.003, len(x))))
+    noisy = fit_power_law(list(x), list(1.3 + 20 * x**-0.6 + rng.normal(0, 0.003, len(x))))
     assert noisy is not None and noisy(4000) == pytest.approx(1.3 + 20 * 4000**-0.6, abs=0.02)
 
 

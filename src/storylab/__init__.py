@@ -1,6 +1,6 @@
 """storylab: language-model training experiments that one person can run, trust and compare.
 
-The functions below are the public API. They print nothing; modules are imported when first used.
+The functions below are the public API. They print nothing, and import their modules when first called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.data.prepare import PrepareConfig
     from storylab.record.run import Run
-    from storylab.training.loop import Reporter
+    from storylab.training.observers import Observer
     from storylab.training.sampling import StoryModel
 
 __version__ = "0.1.0"
@@ -32,32 +32,34 @@ __all__ = [
 
 
 def prepare(config: PrepareConfig) -> Dataset:
-    """Make the data set that a ``storylab.data.prepare.PrepareConfig`` describes, or find it made.
+    """Prepare the data set that ``config`` describes, or open it if it exists.
 
     Raises:
-        UserError: a source cannot be had, or the folder holds something else.
+        UserError: a source cannot be read, or the folder holds something else.
     """
     from storylab.data.prepare import prepare as make
 
     return make(config)
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> Run:
-    """Train a model in a new run folder; ``reporter`` gets its lines and progress.
+def train(config: TrainConfig, *observers: Observer) -> Run:
+    """Train a model in a new run folder; ``observers`` receive its rows, lines and progress.
 
     Raises:
         UserError: data, device or folder cannot be used.
+        TrainingInterrupted: SIGTERM or Ctrl-C stopped the run; it can be resumed.
+        TrainingDiverged: loss or gradients are not finite; the last good weights are kept.
     """
-    from storylab.training.loop import train as run_training
+    from storylab.training.train import train as run_training
 
-    return load_run(run_training(config, reporter).folder)
+    return load_run(run_training(config, *observers).folder)
 
 
 def load_run(folder: str | Path) -> Run:
     """Read the run in ``folder``: its config, data, environment, metrics and summary.
 
     Raises:
-        UserError: there is no run, or a file of it is damaged.
+        UserError: ``folder`` holds no run, or a file of it is damaged.
     """
     from storylab.record.run import load_run as load
 
@@ -65,10 +67,15 @@ def load_run(folder: str | Path) -> Run:
 
 
 def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> StoryModel:
-    """The model of a run, ``last`` or ``best``, ready to ``sample("Once upon a time")``.
+    """Load a run's model, ready to ``sample("Once upon a time")``.
+
+    Args:
+        folder: a run folder.
+        checkpoint: ``last`` (the newest weights) or ``best`` (lowest validation loss).
+        device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: there is no run, or its checkpoint is missing or altered.
+        UserError: ``folder`` holds no run, or its checkpoint is missing or altered.
     """
     from storylab.record.folder import open_run
     from storylab.training.sampling import load_story_model

@@ -82,7 +82,9 @@ def tuned_name() -> str | None:
         return None
     command = [compiler, "-march=native", "-Q", "--help=target"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = dict(re.findall(r"^\s*-(march|mtune)=\s+(\S+)", answer.stdout, re.MULTILINE))

@@ -13,7 +13,8 @@ import torch
 from storylab.compiler import missing_for_compiling, processor_flags
 from storylab.config import PRESETS, Backend, Dtype, PresetName, TrainConfig, preset_config
 from storylab.errors import UserError
-from storylab.precision.hardware import choose_hardware, supported
+from storylab.precision.backends import resolve_backend
+from storylab.precision.features import device_features
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
 from storylab.training.cores import SOME_CORES, CoreUse
@@ -91,7 +92,7 @@ def examine_precision(device_name: str) -> Iterator[str]:
         capability = torch.cuda.get_device_capability(device)
         yield (
             f"{torch.cuda.get_device_name(device)}, compute capability "
-            f"{capability[0]}.{capability[1]}: {', '.join(supported(capability)) or 'nothing'} "
+            f"{capability[0]}.{capability[1]}: {', '.join(device_features(capability)) or 'nothing'} "
             "below 16 bits in hardware"
         )
     else:
@@ -103,12 +104,12 @@ def examine_precision(device_name: str) -> Iterator[str]:
     for name, recipe in RECIPES.items():
         for backend in backends if device.type == "cuda" else backends[:1]:
             try:
-                hardware = choose_hardware(device, recipe, backend)
+                hardware = resolve_backend(device, recipe, backend)
                 checks = list(check_layer(name, weight, recipe, hardware))
             except UserError as error:
                 yield f"{name:<12} {backend:<9} {error}"
                 continue
-            faults = [f"{check.product} {check.fault}" for check in checks if check.fault]
+            faults = [f"{check.product} {check.failure}" for check in checks if check.failure]
             errors = " ".join(f"{check.error:>8.4f}" for check in checks)
             yield f"{name:<12} {backend:<9} {errors}   {'; '.join(faults) or 'ok'}"
 

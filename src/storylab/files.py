@@ -1,10 +1,9 @@
-"""Reading and writing files so that every fault names its file and no reader sees half of one; hashes."""
+"""Read and write files, lock folders. Every error names its path; no reader sees half of a file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -15,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from filelock import lock_descriptor
+
 from storylab.decode import decode
 from storylab.errors import UserError
 
 T = TypeVar("T")
+FOLDERS_OPEN = os.name != "nt"  # whether a folder has a descriptor, to be locked and synced by
 READING_REMEDIES = {
     errno.ENOENT: "; check the path, and where it leads if it is a link",
     errno.ENOTDIR: "; check the path: a part of it is a file",
@@ -34,10 +36,10 @@ READING_REMEDIES = {
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system has against a path into one line that names it.
+    """Turn an OSError from the block into a UserError: one line that names the path.
 
     Raises:
-        UserError: an OSError came from the block.
+        UserError: the block raised an OSError.
     """
     try:
         yield
@@ -47,22 +49,22 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def shown(path: Path | str) -> str:
-    """``path`` in one line of printable characters, escaped where a name has others."""
+    """``path`` as one line of printable characters; others are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def system_words(error: OSError, path: Path | None = None) -> str:
-    """``PATH: Permission denied``: the path that the system names, or else ``path``, and its words."""
+    """``PATH: Permission denied``: the path that the error names (else ``path``), and its message."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
     words = error.strerror or str(error) or type(error).__name__
     return words if name is None else f"{shown(name)}: {words}"
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at ``path``, a link to nowhere included.
+    """Whether there is anything at ``path``; a dangling link counts.
 
     Raises:
-        UserError: the system does not let us know.
+        UserError: the system refuses to say.
     """
     with reading(path):
         try:
@@ -76,10 +78,10 @@ def exists(path: Path) -> bool:
 def open_file(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file to read its bytes.
 
-    A folder or device is refused, and so is a pipe, from which nothing might ever come.
+    Folders, devices and pipes are refused: reading a pipe might never end.
 
     Raises:
-        UserError: it cannot be read, or reading broke off.
+        UserError: the file cannot be read, or reading failed on the way.
     """
     with reading(path):
         mode = path.stat().st_mode
@@ -91,7 +93,7 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def read_text(path: Path) -> str:
-    """Read a file's text, without a byte order mark at its start, its lines ending with ``\\n``.
+    """Read a file's text. A byte order mark is dropped, and every line ends with ``\\n``.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -108,16 +110,15 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the place of ``path`` when the block ends well.
+    """Yield a temporary sibling to write to; it replaces ``path`` when the block ends without an error.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
+        UserError: the disk is full or the folder cannot be written; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(
-            missing_ok=True
-        )  # a kill has left it, or a pipe that would hold the writer
+        # A killed process may have left one, and a pipe of this name would block the writer.
+        temporary.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -126,15 +127,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # it is told of already
+        with contextlib.suppress(OSError):  # the first error is already on its way
             temporary.unlink(missing_ok=True)
 
 
 REMEDIES = {
-    errno.ENOENT: "Make the folder that it is to lie in, or choose another",
-    errno.ENOTDIR: "Make the folder that it is to lie in, or choose another",
-    errno.EISDIR: "Move the folder that has its name, or choose another",
-    errno.EEXIST: "Move what has its name, or choose another",
+    errno.ENOENT: "Make the folder above it, or choose another",
+    errno.ENOTDIR: "Make the folder above it, or choose another",
+    errno.EISDIR: "Move the folder of that name, or choose another",
+    errno.EEXIST: "Move the file of that name, or choose another",
     errno.ELOOP: "Mend the link, or choose another folder",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EACCES: "Choose a folder where you may write, or ask for the right to",
@@ -144,19 +145,19 @@ REMEDIES = {
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """The user's version of a failed write."""
+    """The UserError for a failed write: path, reason and remedy."""
     remedy = REMEDIES.get(error.errno or 0, "Free some space or choose another folder")
     return UserError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is unharmed. "
+        f"cannot write {path}: {error.strerror or error}; an earlier version of it is unharmed. "
         f"{remedy}, then run the command again"
     )
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder with those above it, where there is none yet.
+    """Make a folder, and the folders above it, unless it exists.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,9 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut."""
+    """Make a rename inside ``folder`` survive a power cut, where the system lets folders be opened."""
+    if not FOLDERS_OPEN:
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,25 +182,46 @@ class HeldError(UserError):
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock goes with the process, however it ends.
+    """Hold ``folder`` for this process while the block runs.
+
+    The system releases the lock when the process ends, however it ends. The lock is on the folder itself;
+    on Windows, which opens no folders, it is on a hidden file next to it (:func:`lock_file`).
 
     Raises:
         HeldError: another process holds it.
         UserError: the folder cannot be opened or locked.
     """
-    with reading(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    place = folder if FOLDERS_OPEN else lock_file(folder)
+    with reading(folder), contextlib.ExitStack() as undo:
+        descriptor = _open_lock(folder, place)
+        undo.callback(os.close, descriptor)
+        if not lock_descriptor(descriptor, blocking=False):
+            raise HeldError(f"another process is at work in {folder}: wait for it to end")
+        undo.pop_all()
     try:
-        with reading(folder):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HeldError(
-                    f"another process is at work in {folder}: wait for it to end"
-                ) from None
         yield
     finally:
         os.close(descriptor)
+        if place != folder:
+            with contextlib.suppress(OSError):  # another process has opened it since
+                place.unlink()
+
+
+def lock_file(folder: Path) -> Path:
+    """The hidden file that stands for ``folder`` in locks where folders cannot be opened.
+
+    It is a sibling of the folder, so that the folder can be renamed while the lock is held.
+    """
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _open_lock(folder: Path, place: Path) -> int:
+    """A descriptor to lock; opening fails where ``folder`` is missing or no folder."""
+    if not stat.S_ISDIR(folder.stat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    flags = os.O_RDONLY if place == folder else os.O_RDWR | os.O_CREAT
+    return os.open(place, flags)
 
 
 def held(folder: Path) -> bool:
@@ -206,6 +230,8 @@ def held(folder: Path) -> bool:
     Raises:
         UserError: the folder cannot be opened or locked.
     """
+    if not FOLDERS_OPEN and folder.is_dir() and not exists(lock_file(folder)):
+        return False
     try:
         with exclusive(folder):
             return False
@@ -219,9 +245,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically; bytes of file names that are none become question marks."""
+    """Write ``text`` as UTF-8, atomically; surrogates (undecodable file names) become question marks."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def read_json(path: Path) -> Any:
@@ -239,10 +265,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value that UTF-8 JSON stands for.
+    """Decode UTF-8 JSON.
 
     Raises:
-        ValueError: it is something else, has NaN or an infinite number, or is nested without end.
+        ValueError: it is not JSON, has NaN or an infinite number, or is nested too deep.
     """
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse)
@@ -251,7 +277,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def read_record(path: Path, kind: type[T]) -> T:

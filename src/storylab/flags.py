@@ -11,12 +11,20 @@ import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from storylab.config import DEFAULT_PRESET, ModelConfig, TrainConfig, at_most, preset_config
+from storylab.config import (
+    DEFAULT_PRESET,
+    LAST_WITH_REMOVED,
+    REMOVED_FIELDS,
+    ModelConfig,
+    TrainConfig,
+    at_most,
+    preset_config,
+)
 from storylab.errors import UserError
 
 T = TypeVar("T")
@@ -173,11 +181,11 @@ def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
 def _switch_names(kind: type[Any]) -> dict[str, bool]:
     """Names of the fields that are switches, and whether they may be left open (None)."""
     names: dict[str, bool] = {}
-    for f in dataclasses.fields(kind):
-        if f.type in ("bool", bool, "bool | None"):
-            names[f.name] = f.type == "bool | None"
-        elif f.name in ("config", "model"):
-            names |= _switch_names(TrainConfig if f.name == "config" else ModelConfig)
+    for name, hint in get_type_hints(kind).items():
+        if hint in (bool, bool | None):
+            names[name] = hint is not bool
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            names |= _switch_names(hint)
     return names
 
 
@@ -203,6 +211,8 @@ def vocab_size_or(given: int, default: int) -> int:
 def perhaps(name: str, known: Collection[str]) -> str:
     """``; perhaps you meant --learning_rate``: the flag that others call ``name``, or the nearest ones;
     empty if there is none."""
+    if name in REMOVED_FIELDS:
+        return f"; {LAST_WITH_REMOVED} is the last that had it (see docs/time-to-loss.md)"
     usual = _FLAGS_BY_NAME.get(name.lower())
     close = [usual] if usual in known else difflib.get_close_matches(name, known, n=2, cutoff=0.7)
     return f"; perhaps you meant {' or '.join(f'--{flag}' for flag in close)}" if close else ""

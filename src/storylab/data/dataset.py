@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from storylab.data.layout import SPLITS
 from storylab.data.manifest import Manifest
-from storylab.data.sources import SPLITS
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.decode import convert, shown
 from storylab.errors import UserError

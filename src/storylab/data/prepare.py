@@ -27,16 +27,9 @@ from storylab.data.dataset import (
     narrow_ids,
     token_dtype,
 )
+from storylab.data.layout import SPLITS, TRAIN, VALIDATION
 from storylab.data.reading import clean
-from storylab.data.sources import (
-    SPLITS,
-    TRAIN,
-    VALIDATION,
-    BuiltinSource,
-    Source,
-    hub_source,
-    local_source,
-)
+from storylab.data.sources import BuiltinSource, Source, hub_source, local_source
 from storylab.data.tally import Tally
 from storylab.data.tokenizer import NO_STORIES, Tokenizer, gpt2_tokenizer, train_tokenizer
 from storylab.errors import UserError

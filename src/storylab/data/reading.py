@@ -1,6 +1,6 @@
 """Texts in files (.txt, .jsonl and .parquet, plain or compressed), checked on the way.
 
-Whatever is wrong with a file's content becomes one line that names the file and the place in it.
+Every fault in a file's content becomes one line that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storylab.data.layout import END_OF_TEXT
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
 from storylab.files import open_file, reading, shown
 
-END_OF_TEXT = "<|endoftext|>"
 READ_BYTES = 1 << 20
 MAX_STORY_BYTES = 64_000_000
 PARQUET_ROWS = 4096
@@ -119,7 +119,7 @@ def _checked(path: Path) -> Iterator[None]:
             reason = shown((str(error).splitlines() or [type(error).__name__])[0])
             raise UserError(
                 f"cannot read {shown(path)} ({reason}): it is damaged, or not what its name says; get "
-                "the file anew"
+                "the file again"
             ) from error
 
 
@@ -204,7 +204,7 @@ def _read_txt(path: Path, tally: Tally) -> Iterator[str]:
 
 
 def other_separator(text: str) -> str:
-    """What may separate stories in a text beside ``<|endoftext|>``, and how often it is there."""
+    """Name a marker, other than ``<|endoftext|>``, that may separate stories, and count it."""
     if len(text) > SEARCHED:
         return f"{other_separator(text[:SEARCHED])} in its first {SEARCHED:,} characters"
     markers = Counter(m for m in _MARKER.findall(text) if _MARKER_NAME.search(m))

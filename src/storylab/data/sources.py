@@ -5,30 +5,19 @@ A source yields the raw texts of one split in a fixed order.
 
 from __future__ import annotations
 
-import socket
 import stat
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from storylab.data import builtin
-from storylab.data.reading import END_OF_TEXT, kind_of, read_texts, text_bytes
+from storylab.data.hub import download
+from storylab.data.layout import END_OF_TEXT, TRAIN, VALIDATION
+from storylab.data.reading import kind_of, read_texts, text_bytes
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
 from storylab.files import reading, sha256_file, shown
-
-TRAIN, VALIDATION = "train", "validation"
-SPLITS = (TRAIN, VALIDATION)
-
-THREE_WAYS = (
-    "three ways on: local files (storylab prepare --train FILES --validation FILES "
-    "--out data/tinystories-gpt2), a mirror of the hub (HF_ENDPOINT=URL before the command), or "
-    "the built-in corpus (storylab prepare --source builtin, then --data_dir data/builtin-gpt2)"
-)
 
 
 class Source(Protocol):
@@ -176,48 +165,6 @@ def hub_source(name: str) -> FileSource:
     parts = paths[TRAIN][0].parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else dataset.revision
     return FileSource(name, paths, dataset.rows, {"repo": dataset.repo, "revision": commit})
-
-
-def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
-    """Fetch one file of a hub repository into the hub's cache; an interrupted one is continued.
-
-    Raises:
-        UserError: no network, or no such file.
-    """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import logging as hub_logging
-
-    # Its retries announce themselves at length; what comes of them is said below.
-    hub_logging.set_verbosity_error()
-
-    def fetch(cached: bool) -> Path:
-        return Path(
-            hf_hub_download(
-                repo, file, revision=revision, repo_type=repo_type, local_files_only=cached
-            )
-        )
-
-    endpoint = constants.ENDPOINT
-    try:
-        with suppress(LocalEntryNotFoundError):
-            return fetch(cached=True)
-        _check_reachable(endpoint)
-        return fetch(cached=False)
-    except Exception as error:  # the hub's client lets its transport's errors through
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"cannot get {file} of {repo} from {endpoint} ({reason}); {THREE_WAYS}"
-        ) from error
-
-
-def _check_reachable(endpoint: str) -> None:
-    """Fail at once without a network, where the hub's client would try again for half a minute."""
-    if urllib.request.getproxies():
-        return  # a proxy reaches what this machine does not
-    address = urllib.parse.urlsplit(endpoint)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    socket.create_connection((address.hostname or "", port), timeout=10).close()
 
 
 def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileSource:

@@ -1,4 +1,4 @@
-"""Counts of what reading a split changed or left out, for the manifest and the summary."""
+"""Counts of changes and omissions while reading a split, for the manifest and the summary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES_KEPT, NAMES_SHOWN = 100, 3
 
 @dataclass
 class Tally:
-    """What reading a split changed or left out, counted while its stories stream by.
+    """Changes and omissions while reading a split, counted as its stories stream by.
 
     Attributes:
         line_ends: CR LF and lone CR, each made one LF.

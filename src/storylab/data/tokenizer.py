@@ -21,8 +21,8 @@ from threading import Event
 import numpy as np
 import tiktoken
 
-from storylab.data.reading import END_OF_TEXT
-from storylab.data.sources import download
+from storylab.data.hub import download
+from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
 from storylab.files import atomic_path, open_file, reading, sha256_file, shown
 
@@ -173,10 +173,10 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
         ranks = [int(rank) for _, rank in rows]
     except ValueError as error:
         raise UserError(
-            f"{path} is not a .tiktoken file ({error}): prepare the data anew"
+            f"{path} is not a .tiktoken file ({error}): prepare the data again"
         ) from error
     if ranks != list(range(len(ranks))):
-        raise UserError(f"{path} has ids missing or out of order: prepare the data anew")
+        raise UserError(f"{path} has ids missing or out of order: prepare the data again")
     return Tokenizer(name, tokens)
 
 
@@ -192,7 +192,7 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
     for name, path in paths.items():
         if sha256_file(path) != GPT2_FILES[name]:
             raise UserError(
-                f"{shown(path)} is not GPT-2's {name} (its SHA-256 differs): get it anew"
+                f"{shown(path)} is not GPT-2's {name} (its SHA-256 differs): get it again"
             )
     ranks = data_gym_to_mergeable_bpe_ranks(str(paths["vocab.bpe"]), str(paths["encoder.json"]))
     return Tokenizer("gpt2", tuple(sorted(ranks, key=ranks.__getitem__)))

@@ -88,7 +88,7 @@ class EqualTime:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of an arm beside its baseline. Losses in nats, arm minus baseline."""
+    """An arm compared with its baseline. Losses in nats, arm minus baseline."""
 
     arm: str
     baseline: str
@@ -397,7 +397,7 @@ def _differences(name: str, ours: set[Any], theirs: set[Any]) -> Iterable[str]:
 
 
 def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> Iterable[str]:
-    """What a reader should know, though it makes no comparison void."""
+    """Facts that a reader should know, though they make no comparison void."""
     for side in (arm, baseline):
         resumed = sum(bool(run.environment.resumed) for run in side.runs)
         if resumed:

@@ -3,50 +3,35 @@ difference between two configs."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from typing import Any
 
 from storylab.config import (
-    ADDED_MODEL_FIELDS,
+    FIELDS,
     PRESENTATION_FIELDS,
-    ModelConfig,
+    SEED_FIELDS,
+    SPLIT_FIELDS,
     TrainConfig,
     differences,
+    fields_of,
 )
 from storylab.errors import UserError
-from storylab.training.schedule import learning_rate, telling_iterations
+from storylab.optim.schedule import learning_rate, telling_iterations
 
-SEED_FIELDS = frozenset({"seed", "data_seed"})
-# How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
-SPLIT_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
-LENGTH_FIELDS = frozenset({"max_iters", "warmup_iters"})
-LEARNING_RATE_FIELDS = frozenset({"learning_rate", "min_lr", "warmup_iters", "schedule"})
-OPTIMIZER_FIELDS = frozenset(
-    {"optimizer", "matrix_lr", "cautious_decay", "weight_decay", "beta1", "beta2"}
-)
-
-METHOD_FIELDS = LEARNING_RATE_FIELDS | OPTIMIZER_FIELDS | ADDED_MODEL_FIELDS.keys()
-METHOD_FIELDS |= {"method", "average_share", "short_share"}
-
+LENGTH_FIELDS = fields_of("length")
+LEARNING_RATE_FIELDS = fields_of("schedule")
 # A factor that takes several fields to say; every other factor is the one field of its name.
 FACTORS: dict[str, frozenset[str]] = {
-    "size": frozenset({"preset", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"}),
+    "size": fields_of("preset", "size"),
     "length": LENGTH_FIELDS,
     "learning_rate": LEARNING_RATE_FIELDS,
     "batch": SPLIT_FIELDS,
-    "precision": frozenset({"dtype", "recipe", "backend"}),
-    "method": METHOD_FIELDS,
-    "training": METHOD_FIELDS | SPLIT_FIELDS | LENGTH_FIELDS,
+    "precision": fields_of("precision"),
+    "method": fields_of("schedule", "optimizer", "method"),
+    "training": fields_of("schedule", "optimizer", "method", "batch", "length"),
 }
-# Fields with which a model has other initial weights, or more of them. Those of one name and shape begin
-# alike all the same.
-WEIGHT_FIELDS = (FACTORS["size"] - {"preset"}) | {
-    "zero_init",
-    "embedding_residual",
-    "value_residual",
-    "bigram_rows",
-}
+# Fields that add or reshape weights: models that differ in them are expected to begin with other weights.
+WEIGHT_FIELDS = frozenset(name for name, marks in FIELDS.items() if marks.weights)
 # Whole recipes rather than single causes: an experiment has to name them, or the arms their method.
 WHOLE_RECIPES = ("method", "training")
 
@@ -62,8 +47,7 @@ def factor_fields(factor: str) -> frozenset[str]:
     Raises:
         UserError: there is no such factor or field.
     """
-    names = {f.name for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)}
-    names -= SEED_FIELDS | {"model", *PRESENTATION_FIELDS}
+    names = FIELDS.keys() - SEED_FIELDS - PRESENTATION_FIELDS
     if factor in FACTORS:
         return FACTORS[factor]
     if factor in names:
@@ -124,8 +108,7 @@ def unexplained(
 def same_learning_rates(a: TrainConfig, b: TrainConfig) -> bool:
     """Whether peak, warm-up and schedule come to the same learning rate at every iteration."""
     return a.max_iters == b.max_iters and all(
-        learning_rate(a, i) == learning_rate(b, i)
-        for i in telling_iterations((a, b), a.max_iters + 1)
+        learning_rate(a, i) == learning_rate(b, i) for i in telling_iterations((a, b), a.iterations)
     )
 
 

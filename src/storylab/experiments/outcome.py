@@ -1,4 +1,4 @@
-"""What came of an experiment: its arms with their runs, the comparisons, the hypothesis checked."""
+"""The outcome of an experiment: its arms with their runs, the comparisons, the hypothesis checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from storylab.experiments.comparison import (
 )
 from storylab.experiments.curves import fit_power_law
 from storylab.experiments.factors import allowed_fields, under
-from storylab.experiments.runner import EXPERIMENTS
+from storylab.experiments.plan import EXPERIMENTS
 from storylab.experiments.spec import METRICS, Expectation
 from storylab.experiments.statistics import mean_interval
 from storylab.files import exists, read_record, reading

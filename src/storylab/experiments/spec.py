@@ -1,6 +1,6 @@
 """An experiment as data: a TOML file, read into resolved configs and checked before any time is spent.
 
-The README describes the keys. A scale (``[scales.NAME]``) overrides what the file says above it;
+docs/guide/experiments.md describes the keys. A scale (``[scales.NAME]``) overrides the keys above it;
 every cell of an experiment is an arm under a condition, and is trained once for each seed.
 """
 
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from storylab.config import (
+    FIELDS,
     GPT2_VOCAB_SIZE,
     WIDE_DTYPES,
-    ModelConfig,
     TrainConfig,
     at_most,
     check_seed,
+    without_removed,
 )
 from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
@@ -38,7 +39,8 @@ from storylab.experiments.factors import (
 )
 from storylab.files import read_text
 from storylab.flags import default_for, parse, perhaps
-from storylab.model.flops import training_flops, worth_compiling
+from storylab.model.cost import training_flops
+from storylab.training.compile_policy import worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
@@ -55,19 +57,8 @@ DEFAULT_SEEDS = (1337, 1338, 1339)
 MOST_SEEDS = 10_000
 ONLY_CONDITION = ""
 KINDS: dict[type, str] = {str: "text", list: "a list [...]", dict: "a table {...}"}
-# Keys of [config] and of arms: the flags of `storylab train` that say what is trained.
-FIELDS = {f.name for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)} - {
-    "model"
-}
 # Keys of [data] that hold lists.
 LISTS = ("train", "validation")
-# Fields that say where the run lies or are the runner's to set.
-FORBIDDEN = {
-    "out_dir": "--runs says where runs go",
-    "seed": "use seeds = [...]",
-    "data_seed": "use seeds = [...]",
-    "data_dir": "use [data], or --data_dir",
-}
 
 
 @dataclass(frozen=True)
@@ -309,10 +300,14 @@ class _Reader:
         return config
 
     def _config(self, changes: Mapping[str, Any], place: str) -> TrainConfig:
-        values = self.config | dict(changes)
-        for name in sorted(FORBIDDEN.keys() & values.keys()):
-            raise UserError(f"{place}: {name} is not an arm's to set: {FORBIDDEN[name]}")
-        for name in sorted(values.keys() - FIELDS):
+        try:
+            values = without_removed(self.config | dict(changes))
+        except UserError as error:
+            raise UserError(f"{error}; in {place}") from error
+        for name in sorted(values.keys() & FIELDS.keys()):
+            if instead := FIELDS[name].set_by:
+                raise UserError(f"{place}: {name} is not an arm's to set: {instead}")
+        for name in sorted(values.keys() - FIELDS.keys()):
             hint = perhaps(name, FIELDS) or "; see storylab train --help for what there is"
             raise UserError(f"unknown key '{name}'{hint}; in {place}")
         flags = _flags({"data_dir": str(self.data.folder)} | values)
@@ -331,7 +326,7 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
         vocab_size = experiment.vocab_size
         ratio = _flops(base, vocab_size) / _flops(cell.config, vocab_size)
         ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
-        updates = max(1, round((base.max_iters + 1) * ratio))
+        updates = max(1, round(base.iterations * ratio))
         stretch = (updates - 1) / max(base.max_iters, 1)
         warmup = round(cell.config.warmup_iters * stretch)
         config = dataclasses.replace(cell.config, max_iters=updates - 1, warmup_iters=warmup)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from storylab.config import check_seed
 from storylab.errors import UserError
-from storylab.model.transformer import KeyValueCache, Transformer
+from storylab.model.cache import KVCache
+from storylab.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,18 @@ def generate(
         max_new_tokens: number of tokens to yield.
         sampling: how tokens are drawn.
         context: greatest number of tokens the model reads at once.
-        use_cache: False computes every position anew for each token, the slow reference.
+        use_cache: False computes every position again for each token: slow, for reference.
     """
     device = model.embedding.weight.device
-    # Draws are made on the CPU so that a seed means the same story on every device.
+    # Draws are made on the CPU so that a seed gives the same story on every device.
     generator = torch.Generator().manual_seed(sampling.seed)
-    # As long a history as leaves room to go on.
+    # The longest history that leaves room for one more token.
     seen = prompt[:, -max(1, context - 1) :].to(device)
-    cache = KeyValueCache(model.config, len(prompt), context, device)
+    cache = KVCache(model.config, len(prompt), context, device)
     unread = seen
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
-            hidden = model.hidden(unread, cache) if use_cache else model.hidden(seen)
+            hidden = model.hidden_states(unread, cache) if use_cache else model.hidden_states(seen)
             logits = model.logits(hidden[:, -1])
         probabilities = next_token_probabilities(logits.cpu(), sampling)
         if not torch.isfinite(probabilities).all():
@@ -105,5 +106,5 @@ def generate(
         seen = torch.cat((seen, unread), dim=1)
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
-            cache = KeyValueCache(model.config, len(prompt), context, device)
+            cache = KVCache(model.config, len(prompt), context, device)
             unread = seen

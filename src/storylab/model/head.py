@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """How the head cuts its work.
+class ChunkSizes:
+    """Sizes of the chunks that the head works on.
 
     Attributes:
-        positions: whose logits are in memory at once. Fewer leave the matrix units waiting for the
-            weight, whose gradient is also read and written for each; more only cost memory.
-        gradient_rows: rows of that gradient that are made at once before they are added up in float32.
-        vocab_multiple: what rows of zeros behind the weight make the vocabulary a multiple of.
+        positions: positions per chunk of logits. Too few: bound by reading the weight, and reading and
+            writing its gradient, for each chunk. Too many: only memory.
+        gradient_rows: rows of the weight's gradient computed at once before they are added in float32.
+        vocab_multiple: the vocabulary is padded to a multiple of this by rows of zeros in the weight.
     """
 
     positions: int
@@ -28,37 +28,30 @@ class Cuts:
 
 
 # 51 MB of logits in bfloat16 with 50,257 words.
-CPU_CUTS = Cuts(positions=512, gradient_rows=8192, vocab_multiple=1)
+CPU_CHUNKS = ChunkSizes(positions=512, gradient_rows=8192, vocab_multiple=1)
 # A GPU's caches hold neither a chunk nor a gradient, and its memory has room for 412 MB. Its matrix units
 # want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix Multiplication Background User's
 # Guide, section 3.1); a CPU's do not care (docs/performance.md).
-CUDA_CUTS = Cuts(positions=4096, gradient_rows=2**31, vocab_multiple=64)
+CUDA_CHUNKS = ChunkSizes(positions=4096, gradient_rows=2**31, vocab_multiple=64)
 # Rows of logits that a GPU widens to float32 at once (103 MB).
 CUDA_SOFTMAX_ROWS = 512
 # Logits that a CPU thread widens to float32 at once (1 MB), so that a softmax's passes stay in its cache.
 CPU_SOFTMAX_ELEMENTS = 2**18
 
 
-def soft_capped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap), or ``logits`` where ``softcap`` is 0 (Gemma 2, arXiv
-    2408.00118, section 2)."""
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, compiled: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False
 ) -> Tensor:
     """Sum over positions of the cross-entropy of ``targets`` under logits ``hidden @ weight.T``.
 
     The products run in the dtype that autocast has chosen for the device, the softmax in float32.
-    The gradient is made along with the loss, while a chunk's logits are at hand; it cannot be
-    differentiated again.
+    The gradient is computed together with the loss, while a chunk's logits are in memory; it cannot
+    be differentiated again.
 
     Args:
         hidden: ``[N, C]``.
         weight: ``[V, C]``.
         targets: ``[N]`` int64.
-        softcap: bound of the logits, see :func:`soft_capped`; 0 for none.
         compiled: make loss and gradient of a chunk in one compiled kernel, on a GPU: there the softmax, not
             the products, is what takes the time (10.2 to 5.1 ms for 8,192 positions on an H100).
 
@@ -66,20 +59,20 @@ def linear_cross_entropy(
         The sum in nats, a float32 scalar.
     """
     losses = _losses_in_one_kernel if compiled and hidden.device.type == "cuda" else _losses
-    total: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, targets, _compute_dtype(hidden), softcap, losses
+    total: Tensor = LinearCrossEntropy.apply(
+        hidden, weight, targets, _compute_dtype(hidden), losses
     )
     return total
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
     dtype = _compute_dtype(hidden)
     hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
-    positions = cuts(hidden.device).positions
+    positions = chunk_sizes(hidden.device).positions
     losses = [
-        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), wanted, softcap)
+        _losses((chunk @ low_weight.T).narrow(1, 0, len(weight)), wanted)
         for chunk, wanted in zip(hidden.split(positions), targets.split(positions), strict=True)
     ]
     return torch.cat(losses)
@@ -90,20 +83,20 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def cuts(device: torch.device) -> Cuts:
-    """Those for ``device``."""
-    return CUDA_CUTS if device.type == "cuda" else CPU_CUTS
+def chunk_sizes(device: torch.device) -> ChunkSizes:
+    """The chunk sizes for ``device``."""
+    return CUDA_CHUNKS if device.type == "cuda" else CPU_CHUNKS
 
 
 def padded_vocab_size(vocab_size: int, device: torch.device) -> int:
-    """Columns of the logits that are computed: those behind ``vocab_size`` are zeros and are cut off."""
-    return vocab_size + -vocab_size % cuts(device).vocab_multiple
+    """Number of logits that are computed; those behind ``vocab_size`` are zero and are dropped."""
+    return vocab_size + -vocab_size % chunk_sizes(device).vocab_multiple
 
 
 def _low_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight [V, C]`` in ``dtype``, with rows of zeros behind it where V is padded.
+    """``weight [V, C]`` in ``dtype``, padded with rows of zeros to the vocabulary's multiple.
 
-    Logits of those rows have to be cut off before the softmax; as they stay 0, they add nothing to
+    The caller drops the logits of these rows before the softmax; as they stay 0, they add nothing to
     any gradient.
     """
     padded = padded_vocab_size(len(weight), weight.device)
@@ -120,33 +113,29 @@ def _softmax_rows(logits: Tensor) -> int:
     return max(1, CPU_SOFTMAX_ELEMENTS * torch.get_num_threads() // logits.shape[1])
 
 
-def _losses(logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
     """Losses ``[N]`` of ``logits [N, V]``; with ``gradient`` the logits become dloss/dlogits."""
     losses = []
     rows = _softmax_rows(logits)
     for part, wanted in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
-        capped = soft_capped(part.float(), softcap)
+        wide = part.float()
         if not gradient:
-            losses.append(-capped.log_softmax(dim=-1).gather(1, wanted).squeeze(1))
+            losses.append(-wide.log_softmax(dim=-1).gather(1, wanted).squeeze(1))
             continue
         # One pass of exp gives both: the largest probability is exp(0) over the sum.
-        below_largest = capped.amax(dim=1, keepdim=True) - capped.gather(1, wanted)
-        difference = capped.softmax(dim=-1)
+        below_largest = wide.amax(dim=1, keepdim=True) - wide.gather(1, wanted)
+        difference = wide.softmax(dim=-1)
         log_sum = -difference.amax(dim=1, keepdim=True).log()
         losses.append((below_largest + log_sum).squeeze(1))
         difference.scatter_add_(1, wanted, difference.new_full(wanted.shape, -1.0))
-        if softcap:  # the derivative of tanh is 1 - tanh^2
-            difference -= difference * (capped / softcap).square_()
         part.copy_(difference)
     return torch.cat(losses)
 
 
-def _losses_in_one_kernel(
-    logits: Tensor, targets: Tensor, softcap: float, gradient: bool = False
-) -> Tensor:
+def _losses_in_one_kernel(logits: Tensor, targets: Tensor, gradient: bool = False) -> Tensor:
     """:func:`_losses`, the logits being read and written once."""
-    if softcap or not gradient:
-        return _losses(logits, targets, softcap, gradient)
+    if not gradient:
+        return _losses(logits, targets)
     # Read outside: torch 2.11's compiler moves a read of the target's logit behind the write in place.
     right = logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
     log_sum: Tensor = _softmax_kernel()(logits, targets)
@@ -167,7 +156,9 @@ def _softmax_kernel() -> Any:
     return torch.compile(softmax_minus_one, dynamic=False, fullgraph=True)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies, chunk by chunk; profiles find the head by the name of this class."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -175,24 +166,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        softcap: float,
         losses: Callable[..., Tensor],
     ) -> Tensor:
         low_hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(low_hidden)
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        cut = cuts(hidden.device)
-        buffer = low_hidden.new_empty(min(cut.positions, len(targets)), len(low_weight))
+        sizes = chunk_sizes(hidden.device)
+        buffer = low_hidden.new_empty(min(sizes.positions, len(targets)), len(low_weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = (tensor.split(cut.positions) for tensor in (low_hidden, hidden_grad, targets))
+            chunks = (
+                tensor.split(sizes.positions) for tensor in (low_hidden, hidden_grad, targets)
+            )
             for states, states_grad, wanted in zip(*chunks, strict=True):
                 padded = buffer.narrow(0, 0, len(wanted))
                 torch.mm(states, low_weight.T, out=padded)
                 logits = padded.narrow(1, 0, len(weight))
-                total += losses(logits, wanted, softcap, gradient=True).sum()
+                total += losses(logits, wanted, gradient=True).sum()
                 torch.mm(padded, low_weight, out=states_grad)
-                rows = (logits.split(cut.gradient_rows, 1), weight_grad.split(cut.gradient_rows))
+                rows = (
+                    logits.split(sizes.gradient_rows, 1),
+                    weight_grad.split(sizes.gradient_rows),
+                )
                 for part, grad in zip(*rows, strict=True):
                     grad += part.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -201,11 +196,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         # In float32: under float16 loss scaling `grad` alone can exceed the 16-bit range.
         scaled = hidden_grad.float() * grad
         # In place: nothing else reads it, and it is as large as the embedding.
         weight_grad = weight_grad.mul_(grad).to(weight_dtype)
-        return scaled.to(hidden_dtype), weight_grad, None, None, None, None
+        return scaled.to(hidden_dtype), weight_grad, None, None, None

@@ -1,4 +1,4 @@
-"""Training steps on this machine for every precision and attention that it has, as a table."""
+"""A table of training steps timed on this machine, in every precision and attention pattern."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 
 from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
-from storylab.experiments.runner import ask
-from storylab.model.flops import training_flops
-from storylab.planning.cards import CARDS, Card
-from storylab.precision.recipes import find_recipe
-from storylab.training.loop import resolve_device
-from storylab.training.measure import PARTS
+from storylab.execution.job import Executor, Job, run_interruptibly
+from storylab.model.cost import StepPart, training_flops
+from storylab.planning.gpus import Gpu, known_gpu
+from storylab.planning.roofline import predicted_shares
+from storylab.planning.software import SOFTWARE
+from storylab.precision.edit import find_recipe
+from storylab.training.setup import resolve_device
 
 # Sequences in a micro-batch on a CPU where nothing else is said, so that a step takes about a second.
 CPU_SEQUENCES = 8
@@ -42,9 +43,21 @@ def variants(
             yield timed(first, model)
 
 
-def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float) -> Iterator[str]:
-    """A header, then a line for each config as it is measured, in a process of its own; the shares of
-    its step's parts follow in a second line."""
+def bench_lines(
+    configs: Sequence[TrainConfig], vocab_size: int, seconds: float, executor: Executor
+) -> Iterator[str]:
+    """A header, then two lines for each config as soon as it is measured: speeds, and the shares of its
+    step's parts.
+
+    Args:
+        configs: see :func:`variants`.
+        vocab_size: number of token ids.
+        seconds: time for steps, shared by all configs.
+        executor: measures each config as a job of its own.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
     yield f"{'':<28}" + "".join(f"{name:>18}" for name in COLUMNS)
     for config in configs:
         name = _name(config)
@@ -53,22 +66,35 @@ def bench_lines(configs: Sequence[TrainConfig], vocab_size: int, seconds: float)
         except UserError as error:
             yield f"{name:<28}  cannot run here: {error}"
             continue
-        found, reason = ask(
-            "bench", resolved, vocab_size=vocab_size, seconds=seconds / len(configs)
-        )
+        options = {"vocab_size": vocab_size, "seconds": seconds / len(configs)}
+        outcome = run_interruptibly(executor, Job("bench", resolved, options))
+        found = outcome.answer
         if found is None:
-            yield f"{name:<28}  failed: {reason}"
+            yield f"{name:<28}  failed: {outcome.reason}"
             continue
         cells = _cells(resolved, vocab_size, found)
         yield f"{name:<28}" + "".join(f"{cell:>18}" for cell in cells)
-        yield "    " + _shares(found["shares"], resolved)
+        yield "    " + shares_line(found["shares"], resolved, vocab_size, gpu_of(resolved))
 
 
-def _shares(shares: dict[str, float] | None, config: TrainConfig) -> str:
+def shares_line(
+    shares: dict[str, float] | None, config: TrainConfig, vocab_size: int, gpu: Gpu | None
+) -> str:
+    """Share of a step's time that each part takes, with the predicted share beside the measured one
+    where the GPU is known and the plan covers the config. Parts of 0 % are left out."""
     if shares is None:
         return f"no parts: the operations of {config.backend} are not told apart"
-    told = [f"{part} {shares[part]:.0%}" for part in PARTS]
-    return ", ".join(part for part in told if not part.endswith(" 0%"))
+    predicted: dict[StepPart, float] = {}
+    if gpu is not None and config.dtype != "float32" and config.backend != "emulated":
+        software = SOFTWARE["compiled" if config.compile else "eager"]
+        recipe = find_recipe(config.dtype, config.recipe)
+        predicted = predicted_shares(config, vocab_size, gpu, software, recipe)
+    cells = []
+    for part in StepPart:
+        if max(shares[part], predicted.get(part, 0.0)) >= 0.005:
+            beside = f" (predicted {predicted[part]:.0%})" if predicted else ""
+            cells.append(f"{part} {shares[part]:.0%}{beside}")
+    return ", ".join(cells)
 
 
 def _name(config: TrainConfig) -> str:
@@ -92,24 +118,16 @@ def _cells(config: TrainConfig, vocab_size: int, found: dict[str, Any]) -> list[
 
 
 def peak_rate(config: TrainConfig) -> float | None:
-    """FLOP/s that the device can reach at most in the config's precision; None where unknown."""
-    device = torch.device(config.device)
-    if device.type != "cuda" or config.dtype == "float32" or config.backend == "emulated":
+    """Peak FLOP/s of the device in the config's precision; None where unknown."""
+    gpu = gpu_of(config)
+    if gpu is None or config.dtype == "float32" or config.backend == "emulated":
         return None
-    card = known_card(torch.cuda.get_device_name(device))
     recipe = find_recipe(config.dtype, config.recipe)
-    rate = card.tflops(recipe.form if recipe else "bfloat16") if card else None
+    rate = gpu.tflops.get(recipe.matrix_unit if recipe else "bfloat16")
     return rate * 1e12 if rate else None
 
 
-def known_card(name: str) -> Card | None:
-    """The card that the driver calls ``name``, such as NVIDIA GeForce RTX 5090; None if not listed.
-
-    A laptop's card of the same number is another card, and so is one with PCIe or NVL in its name.
-    """
-    words = name.removeprefix("NVIDIA ").removeprefix("GeForce ").replace("-", " ").split()
-    others = {"Laptop", "PCIe", "NVL", "Ti", "SUPER", "D"}
-    if others & set(words):
-        return None
-    found = [card for card in CARDS.values() if set(card.name.split()) - {"SXM"} <= set(words)]
-    return found[0] if len(found) == 1 else None
+def gpu_of(config: TrainConfig) -> Gpu | None:
+    """The listed GPU that a config with its device filled in computes on; None if there is none."""
+    device = torch.device(config.device)
+    return known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

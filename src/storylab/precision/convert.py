@@ -1,14 +1,12 @@
-"""Give a model's linear layers a precision recipe."""
+"""Replace a model's linear layers by layers of a precision recipe."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from storylab.config import ModelConfig
-from storylab.model.flops import linear_flops, training_flops
-from storylab.precision.hardware import Hardware, HardwareLinear
-from storylab.precision.linear import QuantizationState, QuantizedLinear
-from storylab.precision.recipes import Recipe
+from storylab.precision.backends.protocol import PrecisionBackend
+from storylab.precision.linear import BackendLinear, QuantizationState, QuantizedLinear
+from storylab.precision.recipes import Recipe, layer_name
 
 
 def quantize_blocks(
@@ -16,26 +14,26 @@ def quantize_blocks(
     recipe: Recipe,
     seed: int,
     max_iters: int,
-    hardware: Hardware | None = None,
+    backend: PrecisionBackend | None = None,
 ) -> QuantizationState:
-    """Replace the linear layers of the blocks that ``recipe`` quantises; weights keep their names.
+    """Replace the linear layers of the blocks that ``recipe`` quantizes; weights keep their names.
 
     Args:
         blocks: the model's transformer blocks, in order.
-        recipe: how to quantise; it says which blocks stay as they are.
+        recipe: how to quantize, and which blocks to leave alone.
         seed: seed of stochastic rounding.
         max_iters: number of the last iteration.
-        hardware: what computes the products; None emulates.
+        backend: computes the products; None emulates.
 
     Returns:
-        The state that the layers share; training tells it the iteration.
+        The state that the layers share; the training loop advances its iteration.
     """
     state = QuantizationState(seed, max_iters)
-    for index in recipe.low_blocks(len(blocks)):
+    for index in recipe.quantized_blocks(len(blocks)):
         for name, module in list(blocks[index].named_modules()):
             if type(module) is nn.Linear:
                 parent = blocks[index].get_submodule(name.rpartition(".")[0])
-                layer = make_layer(module, recipe, state, f"{index} {name}", hardware)
+                layer = make_layer(module, recipe, state, layer_name(index, name), backend)
                 setattr(parent, name.rpartition(".")[2], layer)
     return state
 
@@ -45,16 +43,9 @@ def make_layer(
     recipe: Recipe,
     state: QuantizationState,
     name: str,
-    hardware: Hardware | None,
-) -> QuantizedLinear | HardwareLinear:
-    """``linear`` with the same weight, computed by the recipe."""
-    if hardware is not None:
-        return HardwareLinear(linear, hardware, state)
+    backend: PrecisionBackend | None,
+) -> QuantizedLinear | BackendLinear:
+    """A layer with the weight of ``linear`` that multiplies by the recipe."""
+    if backend is not None:
+        return BackendLinear(linear, backend, state)
     return QuantizedLinear(linear, recipe, state, name)
-
-
-def low_share(recipe: Recipe, model: ModelConfig, vocab_size: int, block_size: int) -> float:
-    """Share of a training run's matrix multiplication, in FLOPs, that the recipe quantises."""
-    blocks = len(recipe.low_blocks(model.n_layer))
-    whole = training_flops(model, vocab_size, block_size)
-    return blocks * recipe.low_products * linear_flops(model) / whole

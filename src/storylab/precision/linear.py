@@ -1,8 +1,8 @@
-"""A linear layer whose three products see quantised operands, emulated exactly on any device.
+"""A linear layer whose three products read quantized operands, emulated exactly on any device.
 
-Every product is a matrix product of operands that are exact in bfloat16, accumulated in float32, and
-multiplied by the operands' scales afterwards: what the matrix units of the hardware compute, but for the
-order in which they add up and what they cut off on the way.
+Every product is a matrix product of operands that are exact in bfloat16, accumulated in float32 and
+multiplied by the operands' scales afterwards. The hardware's matrix units compute the same, except for
+the order of their additions and the bits that they truncate on the way.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from storylab.precision.formats import FORMATS
+from storylab.precision.backends.protocol import PrecisionBackend
 from storylab.precision.quantize import (
-    MXFP8_BLOCK,
-    NVFP4_BLOCK,
+    HADAMARD_SIZE,
     Quantized,
     hadamard,
-    largest_magnitude,
-    mxfp8,
-    nvfp4,
     padded,
-    per_row,
-    per_tensor,
     random_bytes,
+    tensor_amax,
 )
 from storylab.precision.recipes import Operand, Recipe
 
 
-class Observed(NamedTuple):
-    """A tensor that training has quantised: in which layer, what it is, for which product."""
+class QuantizationEvent(NamedTuple):
+    """A tensor that training has just quantized.
+
+    Attributes:
+        layer: name of the layer.
+        kind: input, weight or gradient.
+        use: the product that reads it.
+        values: ``[M, K]`` before quantization.
+        operand: how it was quantized.
+        quantized: the result.
+    """
 
     layer: str
     kind: str
@@ -46,7 +50,7 @@ class Observed(NamedTuple):
 
 @dataclass
 class QuantizationState:
-    """What the quantised layers of a model share: where training stands, and whether they quantise."""
+    """State that the quantized layers of a model share: the iteration, and whether they quantize."""
 
     seed: int
     max_iters: int
@@ -55,16 +59,16 @@ class QuantizationState:
     weights_version: int = 0
     """Counts up whenever the weights may have changed."""
     draws: dict[str, int] = field(default_factory=dict)
-    watch: Callable[[Observed], None] | None = None
-    """Told of every tensor that is quantised for training, while there is one."""
+    on_quantize: Callable[[QuantizationEvent], None] | None = None
+    """Optional callback, invoked for each tensor quantized in a training pass."""
 
     def advance(self, iteration: int) -> None:
-        """Go to ``iteration``: its random draws do not depend on what came before."""
+        """Go to ``iteration``; its random draws do not depend on earlier ones."""
         self.iteration = iteration
         self.draws.clear()
 
     def weights_changed(self) -> None:
-        """What was quantised of the weights is to be made anew."""
+        """Invalidate cached quantized weights."""
         self.weights_version += 1
 
     def past(self, share: float) -> bool:
@@ -73,7 +77,7 @@ class QuantizationState:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The layers compute as if they had no recipe while the block runs."""
+        """Let the layers compute without quantization while the block runs."""
         self.enabled = False
         try:
             yield
@@ -81,13 +85,13 @@ class QuantizationState:
             self.enabled = True
 
     @contextmanager
-    def watched(self, watch: Callable[[Observed], None]) -> Iterator[None]:
-        """Tell ``watch`` of every tensor that training quantises while the block runs."""
-        self.watch = watch
+    def observed(self, callback: Callable[[QuantizationEvent], None]) -> Iterator[None]:
+        """Call ``callback`` for every tensor that training quantizes while the block runs."""
+        self.on_quantize = callback
         try:
             yield
         finally:
-            self.watch = None
+            self.on_quantize = None
 
     def generator(self, name: str) -> torch.Generator:
         """A generator for the next draw called ``name`` in this iteration."""
@@ -97,10 +101,52 @@ class QuantizationState:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer without bias that multiplies as ``recipe`` says; weights stay float32.
+class BackendLinear(nn.Module):
+    """A linear layer without bias that a backend multiplies; ``weight`` is the original layer's.
 
-    Delayed scales have their history in buffers, so that it is in checkpoints.
+    The library's own module is kept out of the module tree. Its private state, part of which is
+    pickled, stays out of checkpoints, and parameters keep their names.
+    """
+
+    def __init__(
+        self, layer: nn.Linear, backend: PrecisionBackend, state: QuantizationState
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = layer.weight
+        self.state = state
+        self._kernel = (backend.layer(layer),)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.state.enabled:
+            return nn.functional.linear(input, self.weight)
+        output: Tensor = self._kernel[0](input)
+        return output
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a scaling can ask of a layer about the tensor that it quantizes (:class:`TensorContext`)."""
+
+    layer: QuantizedLinear
+    kind: str
+    use: str
+
+    def delayed_amax(self, values: Tensor) -> Tensor:
+        """Largest magnitude in earlier steps, see :meth:`QuantizedLinear.delayed_amax`."""
+        return self.layer.delayed_amax(values, self.kind)
+
+    def random_bytes(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Uniform uint8, drawn on the CPU so that every device has the same."""
+        state = self.layer.state
+        generator = state.generator(f"{self.layer.name} {self.kind} {self.use}")
+        return random_bytes(shape, generator).to(device)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias that multiplies by ``recipe``, emulated; weights stay float32.
+
+    The history of delayed scales is in buffers, and so in checkpoints.
     """
 
     amax_history: Tensor
@@ -114,10 +160,10 @@ class QuantizedLinear(nn.Module):
         self.weight = layer.weight
         self.recipe, self.state, self.name = recipe, state, name
         self._training_pass = False
-        self._kept: dict[tuple[Operand, bool, bool], tuple[tuple[int, ...], Quantized]] = {}
+        self._cached: dict[tuple[Operand, bool, bool], tuple[tuple[int, ...], Quantized]] = {}
         if recipe.delayed:
-            # Largest magnitudes of input, weight and output gradient: those of the iteration that the
-            # other buffer names, perhaps half done when a checkpoint is written, then those before.
+            # Largest magnitudes of input, weight and output gradient. Column 0 is the iteration that
+            # the other buffer names, which may be half done in a checkpoint; earlier ones follow.
             device = layer.weight.device
             self.register_buffer("amax_history", torch.zeros(3, recipe.history + 1, device=device))
             self.register_buffer(
@@ -128,16 +174,16 @@ class QuantizedLinear(nn.Module):
         if not self.state.enabled:
             return nn.functional.linear(input, self.weight)
         device = input.device.type
-        if torch.is_autocast_enabled(device):  # what the layer before hands on in mixed precision
+        if torch.is_autocast_enabled(device):  # as the layer before would pass it on
             input = input.to(torch.get_autocast_dtype(device))
-        self._training_pass = torch.is_grad_enabled()  # evaluation must leave no trace in training
+        self._training_pass = torch.is_grad_enabled()  # evaluation must not change training
         with torch.autocast(device, enabled=False):
-            promise: Tensor = _Operands.apply(input, self.weight, self)
-            output: Tensor = _Product.apply(promise, input.detach(), self)
+            placeholder: Tensor = ProductOperands.apply(input, self.weight, self)
+            output: Tensor = QuantizedProduct.apply(placeholder, input.detach(), self)
         return output
 
     def product(self, input: Tensor) -> Tensor:
-        """The forward product, in the dtype of ``input``."""
+        """The forward product ``[..., out]`` of ``input [..., in]``, in the dtype of ``input``."""
         rows = input.reshape(-1, self.in_features)
         recipe = self.recipe.forward
         if recipe is None or self.state.past(self.recipe.low_forward_share):
@@ -148,7 +194,8 @@ class QuantizedLinear(nn.Module):
         return result.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def gradients(self, input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of input and weight, given that of the output."""
+        """Gradients of ``input [..., in]`` (its dtype) and of the weight ``[out, in]`` (float32), given
+        the output's, ``gradient [..., out]``."""
         self._training_pass = True
         recipe = self.recipe
         rows = input.reshape(-1, self.in_features)
@@ -164,8 +211,8 @@ class QuantizedLinear(nn.Module):
             weight_gradient = out.bfloat16().T @ rows.bfloat16()
         else:
             gradients, inputs = recipe.weight_gradient
-            if left is not None and recipe.one_gradient:
-                left = left.T  # one scale whichever way it lies
+            if left is not None and recipe.shares_output_grad:
+                left = left.T
             else:
                 left = self._quantize_by_token(out, gradients, "gradient")
             right = self._quantize_by_token(rows, inputs, "input")
@@ -173,107 +220,100 @@ class QuantizedLinear(nn.Module):
         return input_gradient.to(input.dtype).view(input.shape), weight_gradient.float()
 
     def quantize(self, values: Tensor, operand: Operand, kind: str, use: str) -> Quantized:
-        """``values [M, K]`` as ``operand`` says, blocks along the last axis; the result may have more
-        columns, of zeros. ``kind`` is input, weight or gradient and ``use`` the product."""
-        form = FORMATS[operand.format]
-        if operand.scaling == "delayed":
-            quantized = per_tensor(values, form, self._delayed_amax(values, kind))
-        elif operand.scaling == "tensor":
-            quantized = per_tensor(values, form)
-        elif operand.scaling == "row":
-            quantized = per_row(values, form)
-        elif operand.scaling == "mxfp8":
-            quantized = mxfp8(padded(values, MXFP8_BLOCK), form)
-        else:
-            quantized = self._quantize_nvfp4(values, operand, f"{kind} {use}")
-        if self.state.watch is not None and self._training_pass:
-            self.state.watch(Observed(self.name, kind, use, values, operand, quantized))
+        """Quantize ``values [M, K]`` by ``operand``, blocks along the last axis.
+
+        Args:
+            values: float32 or bfloat16.
+            operand: how.
+            kind: input, weight or gradient.
+            use: the product that reads it.
+
+        Returns:
+            M rows and at least K columns; the columns behind are zeros.
+        """
+        quantized = operand.scaling.quantize(values, operand, LayerContext(self, kind, use))
+        if self.state.on_quantize is not None and self._training_pass:
+            event = QuantizationEvent(self.name, kind, use, values, operand, quantized)
+            self.state.on_quantize(event)
         return quantized
 
     def _quantize_by_token(self, values: Tensor, operand: Operand, kind: str) -> Quantized:
-        """``values [M, K]`` turned to ``[K, M]`` for the weight gradient, which sums over tokens."""
-        if operand.whole_tensor and not self.recipe.hadamard:
+        """Quantize ``values [M, K]`` as ``[K, M]`` for the weight gradient, which sums over tokens."""
+        if operand.scaling.per_tensor and not self.recipe.hadamard:
             return self.quantize(values, operand, kind, "weight_gradient").T
         values = values.T.contiguous()
         if self.recipe.hadamard:
-            values = hadamard(padded(values, NVFP4_BLOCK))
+            values = hadamard(padded(values, HADAMARD_SIZE))
         return self.quantize(values, operand, kind, "weight_gradient")
 
-    def _quantize_nvfp4(self, values: Tensor, operand: Operand, draw: str) -> Quantized:
-        rows = len(values)
-        # As many columns as MXFP8 has, so that the two can meet in a product.
-        values = padded(values, MXFP8_BLOCK, NVFP4_BLOCK if operand.square else 1)
-        random = None
-        if operand.stochastic:
-            generator = self.state.generator(f"{self.name} {draw}")
-            random = random_bytes(values.shape, generator).to(values.device)
-        quantized = nvfp4(values, operand.square, random, operand.four_over_six)
-        return Quantized(quantized.operand[:rows], quantized.scale)
-
     def weight_operand(self, operand: Operand, transposed: bool) -> Quantized:
-        """The quantised weight ``[out, in]``, or its transpose, kept until the weights change."""
-        if transposed and (operand.whole_tensor or operand.square):
-            kept = self.weight_operand(operand, transposed=False)
-            return Quantized(kept.operand[:, : self.in_features], kept.scale).T
-        # Fused optimizers change a weight without counting up its own version.
-        # Evaluation has its own: it must leave no trace in training.
+        """The quantized weight ``[out, in]``, or its transpose, cached until the weights change."""
+        if transposed and operand.transposable:
+            straight = self.weight_operand(operand, transposed=False)
+            return Quantized(straight.operand[:, : self.in_features], straight.scale).T
+        # Fused optimizers change a weight without counting up torch's own version of it.
         now: tuple[int, ...] = (self.state.weights_version,)
-        if operand.scaling == "delayed":  # made from the steps before this one
+        if operand.scaling.delayed:  # depends on the steps before this one
             now = (*now, self.state.iteration)
+        # Evaluation has its own entry, as it must not change training.
         key = (operand, transposed, self._training_pass)
-        version, quantized = self._kept.get(key, (None, None))
+        version, quantized = self._cached.get(key, (None, None))
         if quantized is None or version != now:
             values = self.weight.detach()
             if transposed:
                 values = values.T.contiguous()
             use = "input_gradient" if transposed else "forward"
             quantized = self.quantize(values, operand, "weight", use)
-            self._kept[key] = (now, quantized)
+            self._cached[key] = (now, quantized)
         return quantized
 
-    def _delayed_amax(self, values: Tensor, kind: str) -> Tensor:
-        """The largest magnitude of the steps before, noting this one's; that of this step where
-        there is none before it. Repeating a step's forward pass changes nothing."""
+    def delayed_amax(self, values: Tensor, kind: str) -> Tensor:
+        """Largest magnitude of a tensor in earlier steps (float32 scalar), times 2^margin; this step's
+        where there is no earlier one.
+
+        A training pass also notes this step's. Repeating a step's forward pass changes nothing.
+        """
         history = self.amax_history[("input", "weight", "gradient").index(kind)]
-        amax, noted = largest_magnitude(values), int(self.amax_iteration)
+        amax, noted = tensor_amax(values), int(self.amax_iteration)
         if self._training_pass:
             if noted != self.state.iteration:
                 self.amax_history.copy_(self.amax_history.roll(1, dims=1))
                 self.amax_history[:, 0] = 0
                 self.amax_iteration.fill_(self.state.iteration)
             history[0] = torch.maximum(history[0], amax)
-        # Evaluation follows the iteration that is done, whether or not the next one has been begun.
+        # Evaluation follows the finished iteration, whether or not the next one has begun.
         begun = self._training_pass or noted > self.state.iteration
         before = (history[1:] if begun else history[:-1]).amax()
         return torch.where(before > 0, before, amax) * 2.0**self.recipe.margin
 
 
-class _Operands(torch.autograd.Function):
-    """Remembers what a product is made of, and makes its gradients: straight through the roundings
-    (Bengio et al. 2013, arXiv 1308.3432), as if the quantised operands were the originals.
+class ProductOperands(torch.autograd.Function):
+    """Saves the operands of a product for the backward pass, and computes its gradients.
 
-    It is apart from the product so that a forward pass that is redone for its gradients ends
-    here, before the product, as it does with torch's own linear layer.
+    The gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432): rounding counts as the
+    identity. This function is separate from the product so that a recomputed forward pass
+    (activation checkpointing) stops here, before the product, as it does with torch's linear layer.
     """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.layer = layer
-        # As large as the product to look at, and one element in memory.
+        # A placeholder of the product's shape that takes one element of memory.
         return input.new_zeros(()).expand(*input.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        input, _ = ctx.saved_tensors  # read as one, so that a weight changed since is noticed
+        # Unpacking both lets torch notice a weight that has changed since.
+        input, _ = ctx.saved_tensors
         return *ctx.layer.gradients(input, gradients[0]), None
 
 
-class _Product(torch.autograd.Function):
-    """The product itself; its gradient goes to :class:`_Operands`."""
+class QuantizedProduct(torch.autograd.Function):
+    """The product itself; passes its gradient on to :class:`ProductOperands`."""
 
     @staticmethod
-    def forward(ctx: Any, promise: Tensor, input: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, placeholder: Tensor, input: Tensor, layer: QuantizedLinear) -> Tensor:
         return layer.product(input)
 
     @staticmethod
@@ -282,8 +322,10 @@ class _Product(torch.autograd.Function):
 
 
 def product(left: Quantized, right: Quantized) -> Tensor:
-    """``left [M, K]`` times ``right [N, K]`` transposed, float32. What one has more columns than the
-    other is filling."""
+    """``left [M, K]`` times ``right [N, K]`` transposed: ``[M, N]`` float32.
+
+    Where one has more columns than the other, the columns behind are padding.
+    """
     columns = min(left.operand.shape[1], right.operand.shape[1])
     with _exact_in_bfloat16():
         accumulated = left.operand[:, :columns] @ right.operand[:, :columns].T
@@ -293,7 +335,7 @@ def product(left: Quantized, right: Quantized) -> Tensor:
 
 @contextmanager
 def _exact_in_bfloat16() -> Iterator[None]:
-    """Let float32 products run on the bfloat16 units: operands that are exact in it lose nothing."""
+    """Run float32 products on the bfloat16 units; operands that are exact in bfloat16 lose nothing."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -1,12 +1,13 @@
-"""Quantisers: a tensor to what the matrix units would see of it, kept exact in bfloat16.
+"""Quantization kernels: map a tensor to the values the matrix units would see, exact in bfloat16.
 
-A quantiser returns an *operand* and a *scale*: the operand holds element values times their block
-scales, at most 8 significant bits each and so exact in bfloat16; the scale is the float32 factor of
-the whole tensor. The product of two operands is accumulated in float32 and multiplied by both scales
-afterwards, as the hardware does; folding a tensor's scale into its operand would change the result.
+A kernel returns an *operand* and a *scale*. The operand holds element values times their block scales:
+at most 8 significant bits each, and so exact in bfloat16. The scale is the float32 factor of the whole
+tensor, or of each row. The product of two operands is accumulated in float32 and multiplied by both
+scales afterwards, as the hardware does; folding a tensor's scale into its operand would change the
+result.
 
-Each quantiser is two steps: a look at the whole tensor for its largest magnitude, and one pass over
-its elements, which the compiler makes one kernel of.
+Each kernel has two steps: find the largest magnitude of the tensor, then make one pass over its
+elements, which the compiler turns into one kernel. :mod:`storylab.precision.scalings` calls them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from storylab.compiler import missing_for_compiling, set_tuning
-from storylab.precision.formats import (
-    E2M1,
-    E4M3,
-    Format,
-    round_nearest,
-    round_stochastic,
-)
+from storylab.precision.formats import E2M1, E4M3, Format
+from storylab.precision.rounding import round_nearest, stochastic_round
+from storylab.precision.scalings import MXFP8_BLOCK, NVFP4_BLOCK
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
-# Signs of the random Hadamard transform: one fixed draw, TransformerEngine's.
+# Signs of the 16-point random Hadamard transform: one fixed draw, the same as TransformerEngine's.
+HADAMARD_SIZE = 16
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 # From this many elements on a pass over a tensor is worth the compiler.
 FUSE_FROM = 2**18
@@ -42,30 +39,33 @@ COMPILING = {"specialize_int": True, "specialize_float": True, "recompile_limit"
 
 @dataclass(frozen=True)
 class Quantized:
-    """``operand [M, K]`` is float32 and exact in bfloat16; the tensor's value is ``operand * scale``,
-    the scale being one for the tensor or one for each row, ``[M, 1]``."""
+    """A quantized tensor, ``operand * scale``.
+
+    Attributes:
+        operand: ``[M, K]`` float32, exact in bfloat16.
+        scale: float32, a scalar for the tensor or ``[M, 1]``, one for each row.
+    """
 
     operand: Tensor
     scale: Tensor
 
     @property
     def value(self) -> Tensor:
-        """What the quantised tensor stands for, float32."""
+        """The values that the quantized tensor represents, float32."""
         return self.operand * self.scale
 
     @property
     def T(self) -> Quantized:  # noqa: N802 - torch's name
-        """The transpose, without a copy, where there is one scale for the tensor."""
+        """The transpose, without a copy; only where one scale covers the tensor."""
         return Quantized(self.operand.T, self.scale)
 
 
 class fused:  # noqa: N801 - used as a decorator
-    """A function of a tensor and more, compiled to one kernel for large tensors on a CPU.
+    """Decorator: compile a function of a tensor to one kernel for large tensors on a CPU.
 
-    The result is the same to the bit, so that it may depend on the machine which of the two runs:
-    for small tensors, and where nothing can be compiled (no C++ compiler, or no Python headers), it
-    is the function itself. Every kernel has to prove it on the first tensor of its kind; one that fails
-    is not used.
+    Kernel and function give the same bits, so either may run: the function runs for small tensors and
+    where nothing can be compiled (no C++ compiler, or no Python headers). Each kernel is compared with
+    the function on the first tensor of its kind, and is not used if a bit differs.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -73,7 +73,7 @@ class fused:  # noqa: N801 - used as a decorator
         self.proven: dict[object, bool] = {}
         """Whether the kernel for a kind of arguments may be used."""
         self.wrong = False
-        """Whether a kernel has been other than the function."""
+        """Whether any kernel gave a result other than the function's."""
 
     @cached_property
     def kernel(self) -> Callable[..., Tensor] | None:
@@ -105,34 +105,34 @@ class fused:  # noqa: N801 - used as a decorator
 
 
 def wrong_kernels() -> list[str]:
-    """Names of the passes of which this process has found a compiled kernel to be wrong."""
+    """Names of the passes whose compiled kernel gave a wrong result in this process."""
     passes = (_per_tensor_pass, _mxfp8_pass, _nvfp4_pass, _nvfp4_square_pass)
     return [each.name for each in passes if each.wrong]
 
 
 def _kind(values: Tensor, others: tuple[object, ...]) -> object:
-    """What the compiler makes a kernel of its own for: dtypes, numbers of axes, and what is no tensor."""
+    """What the compiler makes separate kernels for: dtypes, axes, layouts and constants."""
     return tuple(
         (x.dtype, x.dim(), x.is_contiguous()) if isinstance(x, Tensor) else x
         for x in (values, *others)
     )
 
 
-def largest_magnitude(values: Tensor) -> Tensor:
+def tensor_amax(values: Tensor) -> Tensor:
     """max |x|, a float32 scalar, in one pass; NaN if there is one."""
     low, high = torch.aminmax(values)
     return torch.maximum(-low, high).float()
 
 
 def per_tensor(values: Tensor, form: Format, amax: Tensor | None = None) -> Quantized:
-    """One scale for the tensor, the format's largest / amax (TransformerEngine's Float8CurrentScaling,
+    """One scale for the tensor, the format's max / amax (TransformerEngine's Float8CurrentScaling,
     or DelayedScaling where ``amax`` comes from the steps before).
 
     Where amax is 0 or not finite the scale is 1.
     """
-    amax = largest_magnitude(values) if amax is None else amax
+    amax = tensor_amax(values) if amax is None else amax
     # Tensor by tensor: a number over a tensor is its reciprocal times the number, an ulp off.
-    scale = torch.div(torch.full_like(amax, form.largest), amax).clamp(max=FLOAT32_MAX)
+    scale = torch.div(torch.full_like(amax, form.max), amax).clamp(max=FLOAT32_MAX)
     usable = torch.isfinite(amax) & (amax > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
     return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
@@ -147,7 +147,7 @@ def per_row(values: Tensor, form: Format) -> Quantized:
     """One scale for each row of ``values [M, K]``: the greatest power of two that keeps it in the
     format's range (torchao's rowwise scaling). The scale is ``[M, 1]``."""
     amax = values.abs().amax(dim=1, keepdim=True).float()
-    ratio = torch.div(torch.full_like(amax, form.largest), amax.clamp(min=1e-12))
+    ratio = torch.div(torch.full_like(amax, form.max), amax.clamp(min=1e-12))
     # Its exponent bits alone are the power of two below it.
     scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
     return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
@@ -171,7 +171,7 @@ def _mxfp8_pass(values: Tensor, form: Format) -> Tensor:
 def mxfp8_exponents(blocks: Tensor, form: Format) -> Tensor:
     """Exponent of the least power of two that takes a block ``[N, 32]`` into the format's range,
     within E8M0's -127 to 127: ``[N, 1]`` float32."""
-    wanted = blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / form.largest)
+    wanted = blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / form.max)
     bits = wanted.view(torch.int32)
     exponent = (bits >> 23) - 127
     above = (bits & 0x7FFFFF) != 0
@@ -197,10 +197,10 @@ def nvfp4(
         square: blocks of 16 x 16 (M a multiple of 16), so that the transpose has the same values.
         random: uint8 of the shape of ``values`` for stochastic rounding; None rounds to nearest.
         four_over_six: scale each block to 4 instead of 6 where that errs less (Cook et al. 2025,
-            arXiv 2512.02010), the tensor's scale being what it is without: where 6 * 256 / amax would
-            leave room for every block, the largest ones stay at 6.
+            arXiv 2512.02010). The tensor's scale stays 6 * 448 / amax, so that the largest blocks stay at
+            6; a scale of 6 * 256 / amax would leave room for every block.
     """
-    encode = nvfp4_encode(largest_magnitude(values))
+    encode = global_encode_scale(tensor_amax(values))
     if square:
         operand = _nvfp4_square_pass(values, encode, random, four_over_six)
     else:
@@ -209,9 +209,9 @@ def nvfp4(
     return Quantized(operand.view(values.shape), 1.0 / encode)
 
 
-def nvfp4_encode(amax: Tensor) -> Tensor:
+def global_encode_scale(amax: Tensor) -> Tensor:
     """The factor 6 * 448 / amax that takes a tensor into the range of elements and scales."""
-    encode = torch.div(torch.full_like(amax, 6.0 * 448.0), amax).clamp(max=FLOAT32_MAX)
+    encode = torch.div(torch.full_like(amax, E2M1.max * E4M3.max), amax).clamp(max=FLOAT32_MAX)
     return torch.where((amax == 0) | (encode == 0), torch.ones_like(encode), encode)
 
 
@@ -245,7 +245,7 @@ def _nvfp4_blocks(
 ) -> Tensor:
     """Elements times block scales; ``axes`` are those of a block."""
     amax = blocks.abs().amax(dim=axes, keepdim=True)
-    operand = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, 6.0), encode, random)
+    operand = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, E2M1.max), encode, random)
     if four_over_six:
         other = _nvfp4_elements(blocks, nvfp4_scales(amax, encode, 4.0), encode, random)
         wanted = blocks * encode
@@ -265,18 +265,18 @@ def _nvfp4_elements(
     blocks: Tensor, scales: Tensor, encode: Tensor, random: Tensor | None
 ) -> Tensor:
     multiplier = (1.0 / (scales * (1.0 / encode))).clamp(max=FLOAT32_MAX)
-    scaled = (blocks * multiplier).clamp(-E2M1.largest, E2M1.largest)
+    scaled = (blocks * multiplier).clamp(-E2M1.max, E2M1.max)
     if random is None:
         return round_nearest(scaled, E2M1) * scales
-    return round_stochastic(scaled, E2M1, random) * scales
+    return stochastic_round(scaled, E2M1, random) * scales
 
 
 def hadamard(values: Tensor) -> Tensor:
-    """The 16-point random Hadamard transform of the last axis of ``values``, in bfloat16, as the
-    hardware passes it on. It is orthogonal, so that on both inputs of a product it cancels."""
+    """The 16-point random Hadamard transform of the last axis of ``values``, rounded to bfloat16 as in
+    hardware. The transform is orthogonal: applied to both operands of a product it cancels."""
     matrix = _hadamard_matrix().to(values.device)
     # Sums of 16 bfloat16 numbers over 4, made in float32 and rounded once.
-    turned = values.bfloat16().view(-1, NVFP4_BLOCK) @ matrix
+    turned = values.bfloat16().view(-1, HADAMARD_SIZE) @ matrix
     return turned.view(values.shape)
 
 
@@ -284,13 +284,13 @@ def hadamard(values: Tensor) -> Tensor:
 def _hadamard_matrix() -> Tensor:
     """diag(signs) H_16 / 4, ``[16, 16]`` bfloat16; Sylvester's construction."""
     matrix = torch.ones(1, 1)
-    while len(matrix) < 16:
+    while len(matrix) < HADAMARD_SIZE:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(16)).bfloat16()
+    return (torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(HADAMARD_SIZE)).bfloat16()
 
 
 def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Uniform uint8 for :func:`round_stochastic`, drawn on the CPU."""
+    """Uniform uint8 for :func:`stochastic_round`, drawn on the CPU."""
     count = shape.numel()
     words = torch.randint(
         -(2**31), 2**31, (-(-count // 4),), dtype=torch.int32, generator=generator
@@ -299,6 +299,7 @@ def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def padded(values: Tensor, columns: int, rows: int = 1) -> Tensor:
-    """``values [M, K]`` filled up to whole blocks with zeros, which add nothing to a product."""
+    """Pad ``values [M, K]`` with zeros to multiples of ``rows`` and ``columns``; zeros add nothing to a
+    product."""
     missing = (0, -values.shape[1] % columns, 0, -values.shape[0] % rows)
     return nn.functional.pad(values, missing) if any(missing) else values

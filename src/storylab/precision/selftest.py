@@ -1,8 +1,8 @@
-"""The precision self-test: does each layer really multiply as its recipe says?
+"""The precision self-test: does each layer multiply as its recipe says?
 
-Every quantised layer multiplies known draws with the weights it has, forward and backward, and each of
-its three products is compared with float32 and, on hardware, with the emulation. A product that
-silently stays in bfloat16 errs too little, a broken one too much or has no gradient at all.
+Every quantized layer multiplies known random inputs by its weight, forward and backward. Each of its
+three products is compared with float32 and, on hardware, with the emulation. The error of a product
+that silently stays in bfloat16 is too small; a broken product's is too large, or has no gradient.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from storylab.errors import UserError
+from storylab.precision.backends.protocol import PrecisionBackend
 from storylab.precision.convert import make_layer
-from storylab.precision.formats import FORMATS
-from storylab.precision.hardware import Hardware, HardwareLinear
-from storylab.precision.linear import QuantizationState, QuantizedLinear
+from storylab.precision.linear import BackendLinear, QuantizationState, QuantizedLinear
 from storylab.precision.recipes import PRODUCTS, Operand, Recipe
 
 TOKENS = 128
-# A product in bfloat16 errs by 0.003 of its norm on normal draws, one in E4M3 by 0.03 and more.
+# On N(0, 1) data a product in bfloat16 has a relative error of 0.003, one in E4M3 0.03 or more.
 LOW_FROM = 0.012
 STOCHASTIC_FACTOR = 1.4
-# Hardware adds up in another order and cuts off on the way; the emulation rounds as it does.
-APART = 0.02
+# Hardware rounds as the emulation does, but adds in another order and truncates on the way.
+MAX_DEVIATION = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,18 @@ class ProductCheck:
     wanted_low: bool
     error: float
     bound: float
-    apart: float | None
-    """Hardware against emulation; None where emulation is what runs."""
-    apart_bound: float
+    deviation: float | None
+    """Relative distance of the backend's product from the emulated one; None if emulation runs."""
+    deviation_bound: float
 
     @property
     def low(self) -> bool:
-        """Whether it was computed in low precision, by its error."""
+        """Whether its error shows that it was computed in low precision."""
         return self.error > LOW_FROM
 
     @property
-    def fault(self) -> str | None:
-        """What is wrong, or None."""
+    def failure(self) -> str | None:
+        """The problem in words, or None."""
         if not math.isfinite(self.error):
             return "is not finite"
         if self.error > 0.99:
@@ -60,15 +59,17 @@ class ProductCheck:
             return f"errs by {self.error:.4f} only: it does not run in low precision"
         if self.error > self.bound:
             return f"errs by {self.error:.3f}, more than {self.bound:.3f}"
-        if self.apart is not None and self.apart > self.apart_bound:
-            return f"is {self.apart:.3f} from the emulation, more than {self.apart_bound:.3f}"
+        if self.deviation is not None and self.deviation > self.deviation_bound:
+            return (
+                f"is {self.deviation:.3f} from the emulation, more than {self.deviation_bound:.3f}"
+            )
         return None
 
 
 def check_model(
-    blocks: nn.ModuleList, recipe: Recipe, hardware: Hardware | None
+    blocks: nn.ModuleList, recipe: Recipe, backend: PrecisionBackend | None
 ) -> list[ProductCheck]:
-    """Check every quantised layer of a model; nothing of the model is changed.
+    """Check every quantized layer of a model, without changing the model.
 
     Raises:
         UserError: a product does not run as the recipe says.
@@ -76,25 +77,25 @@ def check_model(
     checks: list[ProductCheck] = []
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if isinstance(module, QuantizedLinear | HardwareLinear):
-                checks += check_layer(f"block {index} {name}", module.weight, recipe, hardware)
-    faults = [f"{c.layer}, {c.product}: {c.fault}" for c in checks if c.fault]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            if isinstance(module, QuantizedLinear | BackendLinear):
+                checks += check_layer(f"block {index} {name}", module.weight, recipe, backend)
+    failures = [f"{c.layer}, {c.product}: {c.failure}" for c in checks if c.failure]
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise UserError(
-            f"precision self-test failed: {faults[0]}{more}; try --backend emulated, or "
+            f"precision self-test failed: {failures[0]}{more}; try --backend emulated, or "
             "--dtype bfloat16"
         )
     return checks
 
 
 def check_layer(
-    name: str, weight: Tensor, recipe: Recipe, hardware: Hardware | None
+    name: str, weight: Tensor, recipe: Recipe, backend: PrecisionBackend | None
 ) -> Iterator[ProductCheck]:
-    """Check the three products of a layer with this weight ``[out, in]``, made anew for it."""
+    """Check the three products of a new layer with a copy of this weight ``[out, in]``."""
     recipe = dataclasses.replace(recipe, low_forward_share=1.0)
     generator = torch.Generator().manual_seed(0)
-    if not weight.any():  # a matrix that starts at zero shows nothing
+    if not weight.any():  # zeros would show nothing
         weight = torch.randn(weight.shape, generator=generator).to(weight.device)
     input, gradient = (
         torch.randn(TOKENS, size, generator=generator).to(weight.device).bfloat16()
@@ -107,13 +108,13 @@ def check_layer(
     )
     emulated = _products(weight, input, gradient, recipe, None)
     computed = emulated
-    if hardware is not None:
+    if backend is not None:
         try:
-            computed = _products(weight, input, gradient, recipe, hardware)
+            computed = _products(weight, input, gradient, recipe, backend)
         except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"precision self-test failed: {name}: {hardware.name} says: {reason}; try --backend "
+                f"precision self-test failed: {name}: {backend.name} says: {reason}; try --backend "
                 "emulated, or --dtype bfloat16"
             ) from error
     for product, right, ours, emulation in zip(PRODUCTS, exact, computed, emulated, strict=True):
@@ -127,31 +128,35 @@ def check_layer(
             bool(operands),
             float((ours - right).norm()) / norm,
             bound,
-            None if hardware is None else float((ours - emulation).norm()) / norm,
-            2 * bound if stochastic else APART,
+            None if backend is None else float((ours - emulation).norm()) / norm,
+            2 * bound if stochastic else MAX_DEVIATION,
         )
 
 
 def _operand_error(operand: Operand) -> float:
     factor = STOCHASTIC_FACTOR if operand.stochastic else 1.0
-    return FORMATS[operand.format].error * factor
+    return operand.format.rel_error_bound * factor
 
 
 def _products(
-    weight: Tensor, input: Tensor, gradient: Tensor, recipe: Recipe, hardware: Hardware | None
+    weight: Tensor,
+    input: Tensor,
+    gradient: Tensor,
+    recipe: Recipe,
+    backend: PrecisionBackend | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both gradients of a new layer, float32; a missing gradient counts as zeros."""
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight.detach().clone())
     state = QuantizationState(seed=0, max_iters=1)
-    layer = make_layer(plain, recipe, state, "self-test", hardware)
+    layer = make_layer(plain, recipe, state, "self-test", backend)
     input = input.clone().requires_grad_()
-    # Delayed scales are made from the step before: TransformerEngine's are 1 in the first.
+    # Delayed scales come from the step before; TransformerEngine's are 1 in the first step.
     for step in range(2 if recipe.delayed else 1):
         input.grad = plain.weight.grad = None
         state.advance(step)
         autocast = torch.autocast(input.device.type, torch.bfloat16)
-        with autocast, nullcontext() if hardware is None else hardware.context():
+        with autocast, nullcontext() if backend is None else backend.context():
             output = layer(input)
         output.backward(gradient.to(output.dtype))
     found = []
@@ -161,8 +166,8 @@ def _products(
 
 
 def summarize(checks: list[ProductCheck]) -> dict[str, object]:
-    """The test's result as JSON values: how many products of the quantised layers run low, and the
-    largest error of each kind."""
+    """The result as JSON values: the number of products, how many of them run in low precision, their
+    errors by layer, and the largest distance from the emulation."""
     return {
         "products": len(checks),
         "low": sum(check.low for check in checks),
@@ -171,6 +176,6 @@ def summarize(checks: list[ProductCheck]) -> dict[str, object]:
             for layer in dict.fromkeys(check.layer for check in checks)
         },
         "largest_distance_from_emulation": max(
-            (check.apart for check in checks if check.apart is not None), default=None
+            (check.deviation for check in checks if check.deviation is not None), default=None
         ),
     }

@@ -25,8 +25,6 @@ from storylab.files import atomic_path, exists, open_file
 
 MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
 HISTORIES = ("amax_history", "amax_iteration")
-# State of torch's AdamW; another optimizer names its own as the attribute ``state_names``.
-ADAMW_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
@@ -129,7 +127,7 @@ def restore(
             key, name = full_name.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
             states.setdefault(name, {})[key] = value
     for name, state in states.items():
-        if name not in parameters or state.keys() != _state_keys(of[parameters[name]]):
+        if name not in parameters or state.keys() != _state_names(of[parameters[name]]):
             raise UserError(
                 "the checkpoint's optimizer state is not that of the optimizer in the run's config.json: "
                 "one of the two has been altered"
@@ -140,9 +138,10 @@ def restore(
         )
 
 
-def _state_keys(optimizer: torch.optim.Optimizer) -> frozenset[str]:
-    """Names of the state that an optimizer keeps for every parameter it has updated."""
-    return getattr(optimizer, "state_names", ADAMW_STATE)
+def _state_names(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Tensors that an optimizer keeps of every parameter that it has updated."""
+    names: frozenset[str] = optimizer.state_names  # type: ignore[attr-defined]
+    return names
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

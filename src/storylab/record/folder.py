@@ -2,7 +2,7 @@
 
 ``config.json``, ``data.json``, ``environment.json`` and ``tokenizer.tiktoken`` are written once at
 the start, ``log.txt`` and ``metrics.jsonl`` grow a line at a time, ``checkpoints/`` and
-``summary.json`` are replaced whole. The README describes each.
+``summary.json`` are replaced whole. docs/guide/run-folder.md describes each.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class RunFolder:
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it leaves this process at once."""
         try:
-            with open(self.folder / file, "a", encoding="utf-8", errors="replace") as stream:
+            with open(
+                self.folder / file, "a", encoding="utf-8", errors="replace", newline="\n"
+            ) as stream:
                 stream.write(line + "\n")
         except OSError as error:
             raise write_error(self.folder / file, error) from error

@@ -19,7 +19,10 @@ import storylab
 from storylab.record.schema import CudaVersions, Packages, Stage
 
 # Code that decides a run's numbers: a change elsewhere, in the report say, makes no new version.
-NUMERIC_CODE = ("config.py", "data", "model", "precision", "training", "record/checkpoint.py")
+NUMERIC_CODE = (
+    *("config", "optim", "data", "model", "precision", "training"),
+    "record/checkpoint.py",
+)
 # Modules of those packages that only report or time, and cannot change a number.
 NON_NUMERIC_MODULES = ("training/lines.py", "training/measure.py", "training/telemetry.py")
 # Code versions that `benchmarks/same_bits.py` has shown to give equal bits: SHA-256 of each, as
@@ -181,7 +184,7 @@ def _git_commit() -> str | None:
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -82,7 +82,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
 
 
 def _measured_axes(outcome: Outcome) -> dict[str, str]:
-    """What curves can be drawn against: not what this machine could not measure."""
+    """Quantities for the horizontal axis of curves: those that the machine could measure."""
     rows = curve_rows(outcome)
     return {key: title for key, title in AXES.items() if any(row[key] is not None for row in rows)}
 

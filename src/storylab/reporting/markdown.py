@@ -11,12 +11,13 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 
-from storylab.config import PRESENTATION_FIELDS, preset_config, to_dict
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
-from storylab.experiments.factors import SEED_FIELDS, under
+from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.files import open_file
+from storylab.optim import OPTIMIZERS, REST
 from storylab.record.folder import LOG
 from storylab.record.run import Run
 from storylab.record.schema import ExperimentRecord
@@ -26,11 +27,6 @@ from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
 from storylab.training.lines import printable, summary_lines
 
-OPTIMIZER_WORDS = {
-    "adamw": "",
-    "muon": "Muon for the blocks' matrices, else ",
-    "normuon": "NorMuon for the blocks' matrices, else ",
-}
 # Values of a fact that are shown before "and N more".
 MOST_VALUES = 6
 
@@ -194,16 +190,22 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     yield (
         "optimizer",
         ("" if c.method == "record" else f"method {c.method}: ")
-        + OPTIMIZER_WORDS[c.optimizer]
-        + f"AdamW, betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
+        + _optimizers(c.optimizer)
+        + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}"
         + (
             f"; weights averaged over about {c.average_share:.0%} of the run"
             if c.average_share
             else ""
-        )
-        + (f"; half windows in the first {c.short_share:.0%}" if c.short_share else ""),
+        ),
     )
+
+
+def _optimizers(name: str) -> str:
+    entry = OPTIMIZERS[name]
+    if entry.matrices_only:
+        return f"{entry.label} for the blocks' matrices, else {REST.label}"
+    return entry.label
 
 
 def _anchor(label: str) -> str:
@@ -213,14 +215,11 @@ def _anchor(label: str) -> str:
 
 def _flags(cell: CellResult) -> str:
     """Flags that train a cell: its fields that differ from the default of its preset."""
-    default = to_dict(preset_config(cell.config.preset))
-    values = to_dict(cell.config)
-    default |= default.pop("model")
-    values |= values.pop("model")
+    default = flat(preset_config(cell.config.preset))
+    hidden = PRESENTATION_FIELDS | SEED_FIELDS | {"preset", "dtype", "device"}
     flags = [f"--preset {cell.config.preset}", f"--dtype {cell.config.dtype}"]
-    for name, value in values.items():
-        hidden = {"preset", "dtype", "device", *PRESENTATION_FIELDS, *SEED_FIELDS}
-        if value != default[name] and name not in hidden:
+    for name, value in flat(cell.config, hidden).items():
+        if value != default[name]:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             flags.append(f"--{name} {shlex.quote(shown)}" if value is not True else f"--{name}")
     return " ".join(flags)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat
 from storylab.experiments.comparison import Arm
 from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.statistics import mean_interval
-from storylab.precision.convert import low_share
-from storylab.precision.recipes import find_recipe
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import block_of, quantized_flops_fraction
 from storylab.record.run import CurvePoint, Run
 from storylab.record.schema import QuantizationRow
 
@@ -198,14 +199,14 @@ def position_rows(outcome: Outcome) -> list[Row]:
 
 
 def quantization_rows(outcome: Outcome) -> list[Row]:
-    """What quantisation did to the tensors of every arm that recorded it, first finished seed: means
+    """Quantization errors of the tensors of every arm that recorded them, first finished seed: means
     over the linear layers of a block, by tensor and product and by iteration."""
     rows = []
     for cell in outcome.cells:
         groups: dict[tuple[str, int, int], list[QuantizationRow]] = {}
         for row in cell.arm.finished[0].quantization if cell.arm.finished else ():
             tensor = f"{row.tensor}, {row.product.replace('_', ' ')}"
-            block = int(row.layer.split()[0])
+            block = block_of(row.layer)
             groups.setdefault((tensor, block, row.iteration), []).append(row)
         for (tensor, block, iteration), found in groups.items():
             means = {
@@ -228,7 +229,7 @@ def low_precision_share(cell: CellResult) -> float | None:
     if recipe is None:
         return 0.0
     vocab_size = cell.arm.runs[0].data.tokenizer.vocab_size
-    return low_share(recipe, config.model, vocab_size, config.block_size)
+    return quantized_flops_fraction(recipe, config.model, vocab_size, config.block_size)
 
 
 def _by_iteration(runs: Sequence[Run]) -> Iterable[list[CurvePoint]]:
@@ -255,10 +256,6 @@ def training_seconds(run: Run) -> float:
 
 def flat_config(cell: CellResult) -> Row:
     """The config of an arm as text, a field a line, without what only places the run."""
-    from storylab.config import PRESENTATION_FIELDS, to_dict
-    from storylab.experiments.factors import SEED_FIELDS
-
-    values = to_dict(cell.arm.runs[0].config if cell.arm.runs else cell.config)
-    values.update(values.pop("model"))
-    hidden = {*PRESENTATION_FIELDS, *SEED_FIELDS}
-    return {key: str(value) for key, value in values.items() if key not in hidden}
+    config = cell.arm.runs[0].config if cell.arm.runs else cell.config
+    values = flat(config, PRESENTATION_FIELDS | SEED_FIELDS)
+    return {key: str(value) for key, value in values.items()}

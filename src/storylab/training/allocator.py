@@ -1,4 +1,4 @@
-"""The C library's memory allocator, set for training on a CPU."""
+"""Settings of the C library's memory allocator for training on a CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ KEEP_BYTES = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what tensors have freed, for those to come.
+    """Let this process reuse the memory that tensors free, instead of returning it to the system.
 
-    By default glibc maps every large block anew and gives it back when it is freed, so that a step
-    spends a good part of its time on page faults (docs/performance.md). Does nothing elsewhere than
-    on Linux with glibc.
+    By default glibc maps every large block separately and unmaps it when it is freed, so that a step
+    spends a good part of its time on page faults (docs/performance.md). Only Linux with glibc is
+    changed; on other systems the function does nothing.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # no glibc, such as in Alpine
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
-            # What one thread has freed serves the others too.
+            # One arena: memory freed by one thread is reused by the others.
             libc.mallopt(M_ARENA_MAX, 1)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storylab.training.learner import Learner
 from storylab.training.precision import Precision
+from storylab.training.state import TrainState
 
 # How many times the rounding error of the uncompiled pass the compiled one may have. A tensor's error is
 # a norm over many values and hardly varies. A handful of scalars, such as residual scales, may by chance
@@ -80,9 +80,8 @@ class CompileCheck:
 
 
 def check_compiled(
-    learner: Learner,
+    state: TrainState,
     windows: Tensor,
-    pieces: int = 1,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> CompileCheck:
     """Compare loss and gradients of a compiled model with those of the same model uncompiled.
@@ -90,28 +89,27 @@ def check_compiled(
     Weights, optimizer and random numbers stay as they are; gradients are left empty.
 
     Args:
-        learner: its model is compiled.
+        state: its model is compiled.
         windows: ``[S, T + 1]`` int64, a micro-batch of the size that is trained on.
-        pieces: windows of T / pieces tokens that each window is cut into, see ``training_step``.
         tick: called before each of the three passes; may raise to leave.
     """
     started = time.perf_counter()
-    precision = learner.precision
+    precision = state.precision
     wide = Precision(precision.device, torch.float32)
-    named = list(learner.model.named_parameters())
+    named = list(state.model.named_parameters())
     try:
         tick(0, 3)
-        wide_loss, right = _uncompiled(learner, windows, pieces, wide)
+        wide_loss, right = _uncompiled(state, windows, wide)
         tick(1, 3)
-        loss_uncompiled, gradients = _uncompiled(learner, windows, pieces, precision)
+        loss_uncompiled, gradients = _uncompiled(state, windows, precision)
         rounding = [_distance(g, r) for g, r in zip(gradients, right, strict=True)]
         norms = [_norm(r) for r in right]
         del gradients
         tick(2, 3)
-        loss, gradients = _gradients(learner, windows, pieces, precision)
+        loss, gradients = _gradients(state, windows, precision)
         errors = [_distance(g, r) for g, r in zip(gradients, right, strict=True)]
     finally:
-        learner.model.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
     finite = math.isfinite(wide_loss) and all(map(math.isfinite, norms))
     shares = dict(_shares([(n, p.numel()) for n, p in named], errors, rounding, norms))
     allowed = max(RATIO * abs(loss_uncompiled - wide_loss), LOSS_FLOOR * max(1.0, abs(wide_loss)))
@@ -121,16 +119,14 @@ def check_compiled(
     return CompileCheck(seconds, loss, loss_uncompiled, worst, shares[worst], finite)
 
 
-def compiler_is_to_blame(learner: Learner, batch: Tensor, pieces: int = 1) -> bool:
+def compiler_is_to_blame(state: TrainState, batch: Tensor) -> bool:
     """Whether loss or gradients of a batch ``[S, T + 1]`` are finite uncompiled and not finite compiled."""
     try:
-        rows = learner.config.batch_size
-        compiled = _gradients(learner, batch, pieces, learner.precision, rows)
-        return not _finite(*compiled) and _finite(
-            *_uncompiled(learner, batch, pieces, learner.precision)
-        )
+        rows = state.config.batch_size
+        compiled = _gradients(state, batch, state.precision, rows)
+        return not _finite(*compiled) and _finite(*_uncompiled(state, batch, state.precision))
     finally:
-        learner.model.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
 
 
 def _finite(loss: float, gradients: list[Tensor]) -> bool:
@@ -138,31 +134,28 @@ def _finite(loss: float, gradients: list[Tensor]) -> bool:
 
 
 def _uncompiled(
-    learner: Learner, windows: Tensor, pieces: int, precision: Precision
+    state: TrainState, windows: Tensor, precision: Precision
 ) -> tuple[float, list[Tensor]]:
     """:func:`_gradients` without compiled code, in parts of a micro-batch."""
-    rows = max(1, min(learner.config.batch_size, len(windows)) // PIECES)
+    rows = max(1, min(state.config.batch_size, len(windows)) // PIECES)
     with torch.compiler.set_stance("force_eager"):
-        return _gradients(learner, windows, pieces, precision, rows)
+        return _gradients(state, windows, precision, rows)
 
 
 def _gradients(
-    learner: Learner,
+    state: TrainState,
     windows: Tensor,
-    pieces: int,
     precision: Precision,
     rows: int | None = None,
 ) -> tuple[float, list[Tensor]]:
     """Mean loss of ``windows`` and its gradient for every parameter, taken ``rows`` windows at a time."""
-    model = learner.model
+    model = state.model
     model.zero_grad(set_to_none=True)
     scale = FLOAT16_SCALE if precision.dtype == torch.float16 else 1.0
     total = torch.zeros((), device=windows.device)
     for part in windows.split(rows or len(windows)):
-        shape = (len(part) * pieces, -1)
-        inputs, targets = part[:, :-1].reshape(shape), part[:, 1:].reshape(shape)
         with precision.autocast():
-            loss = model.loss(inputs, targets) * (len(part) / len(windows))
+            loss = model(part[:, :-1], part[:, 1:]) * (len(part) / len(windows))
         (loss * scale).backward()
         total += loss.detach()
     gradients = []

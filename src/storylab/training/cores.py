@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from storylab.record import checkpoint
-from storylab.training.learner import Learner
+from storylab.training.state import TrainState
 from storylab.training.step import NonFiniteError
 
 # Other programs count from this many cores on, and the machine is busy where fewer than this are idle.
@@ -263,46 +263,35 @@ class CoreSharing:
 
 
 def same_bits_with_one_thread(
-    learner: Learner, iteration: int, windows: Tensor, learning_rate: float
+    state: TrainState, iteration: int, windows: Tensor, learning_rate: float
 ) -> bool:
     """Whether a whole step over ``windows [S, T + 1]`` gives the same bits with one thread as with all.
 
-    Sums that are cut up between threads differ. The learner is afterwards as it was before. False where
+    Sums that are cut up between threads differ. The state is afterwards as it was before. False where
     memory does not suffice to find out.
     """
     threads = torch.get_num_threads()
-    state = checkpoint.training_tensors(learner.model, learner.optimizers, learner.average)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    tensors = state.tensors()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if psutil.virtual_memory().available < 3 * size:
         return False
-    kept = {name: tensor.clone() for name, tensor in state.items()}
-    scaler = learner.scaler.state_dict()
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    scaler = state.scaler.state_dict()
     results = []
     for count in (threads, 1):
         torch.set_num_threads(count)
-        _begin(learner, iteration)
         try:
-            found = learner.step(iteration, windows, learning_rate).read()
+            found = state.step(iteration, windows, learning_rate).read()
         except NonFiniteError:
             return False
         finally:
             torch.set_num_threads(threads)
-            after = checkpoint.training_tensors(learner.model, learner.optimizers, learner.average)
-            digest = checkpoint.weights_sha256(after)
-            for optimizer in learner.optimizers:
+            digest = checkpoint.weights_sha256(state.tensors())
+            for optimizer in state.optimizers:
                 optimizer.state.clear()
-            again = {name: tensor.clone() for name, tensor in kept.items()}
-            checkpoint.restore(learner.model, learner.optimizers, learner.average, again)
-            learner.model.zero_grad(set_to_none=True)
+            state.restore({name: tensor.clone() for name, tensor in kept.items()})
+            state.model.zero_grad(set_to_none=True)
             if scaler:
-                learner.scaler.load_state_dict(scaler)
-            _begin(learner, iteration)
+                state.scaler.load_state_dict(scaler)
         results.append((found, digest))
     return results[0] == results[1]
-
-
-def _begin(learner: Learner, iteration: int) -> None:
-    """Let quantised layers draw as they do at the start of ``iteration``."""
-    if learner.quantization is not None:
-        learner.quantization.advance(iteration)
-        learner.quantization.weights_changed()

@@ -12,7 +12,7 @@ import torch
 
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import Split
-from storylab.data.sources import VALIDATION
+from storylab.data.layout import VALIDATION
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.record.folder import open_run

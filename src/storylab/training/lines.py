@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from storylab.config import ModelConfig
-from storylab.model.flops import SKIPPED_BLOCK
+from storylab.config import ModelConfig, TrainConfig
+from storylab.data.batches import TrainingBatches
+from storylab.model.cost import SKIPPED_BLOCK
 from storylab.record.schema import Summary
 
 UNKNOWN = "unknown on this device"
@@ -78,6 +79,13 @@ def unseen_lines(unseen: int, tokens: int, block_size: int) -> list[str]:
     ]
 
 
+def opening_lines(config: TrainConfig, batches: TrainingBatches, cuda: bool) -> list[str]:
+    """Lines for the start of a run: what its windows reach, and tokens that it never trains on."""
+    size, tokens = config.block_size, len(batches.split)
+    windows = attention_lines(config.model, size, cuda)
+    return [*windows, *unseen_lines(batches.unseen, tokens, size)]
+
+
 def duration(seconds: float) -> str:
     """``18 min 43 s``, ``2 h 05 min`` or ``41.2 s``."""
     if seconds < 60:
@@ -110,7 +118,7 @@ def windows_words(block_size: int, aligned: bool = False) -> str:
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """The results of a run, as the record lists them, from its ``summary.json``."""
+    """The results of a run, as the record lists them, from its summary."""
     full = summary.validation
     energy = summary.energy_joules
     rows = [

@@ -1,4 +1,7 @@
-"""Training steps on random tokens, timed and taken apart: for doctor, plans, calibrations and bench."""
+"""Training steps on random tokens, timed and profiled: for doctor, plans, calibrations and bench.
+
+A profile cuts a step into the parts of :class:`StepPart`, as the plan does.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,25 @@ from typing import Any
 import torch
 
 from storylab.config import TrainConfig
-from storylab.model.head import padded_vocab_size
+from storylab.model.cost import StepPart
+from storylab.model.head import LinearCrossEntropy, padded_vocab_size
+from storylab.precision.linear import ProductOperands, QuantizedProduct
 from storylab.training.cores import considerate
-from storylab.training.learner import Learner
-from storylab.training.loop import resolve_device
 from storylab.training.precision import Precision
+from storylab.training.setup import resolve_device
+from storylab.training.state import TrainState
 from storylab.training.telemetry import peak_memory_bytes
 
-# What a step's operations belong to, the first rule that fits: the annotations or functions that they
-# run under, or else how their own names, or those of operations that they are part of, begin.
-UNDER = {
-    "optimizer": ("Optimizer.step", "Optimizer.zero_grad"),
-    "head and loss": ("_LinearCrossEntropy",),
+# Rules that map profiler events to parts; the first match wins. A scope is an annotation or an autograd
+# function that the event or one of its ancestors is named after.
+SCOPE_RULES: dict[StepPart, tuple[str, ...]] = {
+    StepPart.UPDATE: ("Optimizer.step", "Optimizer.zero_grad"),
+    StepPart.HEAD: (LinearCrossEntropy.__name__,),
 }
-NAMED = {
-    "linear layers": ("aten::mm", "aten::addmm", "aten::_scaled_mm"),
-    "attention": (
+# An operation is the beginning of the name of the event or of one of its ancestors.
+OP_RULES: dict[StepPart, tuple[str, ...]] = {
+    StepPart.LINEAR: ("aten::mm", "aten::addmm", "aten::_scaled_mm"),
+    StepPart.ATTENTION: (
         "aten::bmm",
         "aten::baddbmm",
         "aten::_softmax",
@@ -36,20 +42,20 @@ NAMED = {
         "triton_tem_fused_flex",
         "flex_attention",
     ),
-    "optimizer": ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
+    StepPart.UPDATE: ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
 }
-LAST_UNDER = {"quantising": ("_Operands", "_Product")}
-LAST_NAMED = {"casts and copies": ("aten::copy_",)}
-ELEMENTWISE = "norms, rotary positions, gates, residuals"
-PARTS = ("linear layers", "attention", ELEMENTWISE, "head and loss", "casts and copies",
-         "quantising", "optimizer")  # fmt: skip
-# Products that a card is timed over.
+# Rules for events that match none of the above, the same two kinds.
+FALLBACK_SCOPE_RULES: dict[StepPart, tuple[str, ...]] = {
+    StepPart.QUANTIZING: (ProductOperands.__name__, QuantizedProduct.__name__)
+}
+FALLBACK_OP_RULES: dict[StepPart, tuple[str, ...]] = {StepPart.CASTS: ("aten::copy_",)}
+# Products that a GPU is timed over.
 IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What training steps take.
+    """Cost of training steps.
 
     Attributes:
         micro_batch: seconds of a micro-batch.
@@ -62,28 +68,28 @@ class Measured:
     memory: float
 
     def seconds(self, config: TrainConfig) -> float:
-        """Predicted training time of a whole run, evaluations left out."""
+        """Predicted seconds of training of a whole run, evaluations left out."""
         iteration = config.gradient_accumulation_steps * self.micro_batch + self.update
-        return (config.max_iters + 1) * iteration
+        return config.iterations * iteration
 
 
 class StepTimer:
-    """A model as training has it, and steps of it on random tokens.
+    """Times training steps on random tokens, of a model built as in training.
 
     Args:
-        config: the run; its data, lengths and learning rates are not read.
+        config: the run; its data, number of iterations and learning rates are not read.
         vocab_size: number of token ids.
 
     Raises:
-        UserError: this machine has not got the device or the precision.
+        UserError: this machine lacks the device or the precision.
     """
 
     def __init__(self, config: TrainConfig, vocab_size: int) -> None:
         self.config, self.precision = resolve_device(config)
         self.device = self.precision.device
         self.vocab_size = vocab_size
-        self.learner = Learner(self.config, vocab_size, self.precision)
-        self.model = self.learner.model
+        self.state = TrainState(self.config, vocab_size, self.precision)
+        self.model = self.state.model
 
     def step(self, sequences: int) -> float:
         """Seconds of a step over ``sequences`` windows, in micro-batches of the config's size."""
@@ -92,15 +98,12 @@ class StepTimer:
         batch = batch.to(self.device)
         synchronize(self.device)
         start = time.perf_counter()
-        if self.learner.quantization is not None:
-            self.learner.quantization.weights_changed()
-        # As at its end: a run may begin with half windows.
-        self.learner.step(self.config.max_iters, batch, learning_rate=0.0)
+        self.state.step(0, batch, learning_rate=0.0)
         synchronize(self.device)
         return time.perf_counter() - start
 
     def times(self, sequences: int, seconds: float, least: int = 2) -> list[float]:
-        """Seconds of each of the steps that fit into ``seconds``, of ``least`` in any case."""
+        """Seconds of each step, as many as fit into ``seconds`` and at least ``least``."""
         started = time.perf_counter()
         found: list[float] = []
         while len(found) < least or time.perf_counter() - started < seconds:
@@ -108,17 +111,16 @@ class StepTimer:
         return found
 
     def median(self, sequences: int, seconds: float, least: int = 2) -> float:
-        """Median of :meth:`times` after a step that warms up; beside other programs threads wait as they
-        soon would in training."""
+        """Median of :meth:`times` after a warm-up step. Threads wait for other programs as in training."""
         with considerate(self.device):
             self.step(sequences)
             return statistics.median(self.times(sequences, seconds, least))
 
     def measured(self, seconds: float, least: int) -> Measured:
-        """Time a micro-batch and an update for about ``seconds``, by ``least`` steps of each kind at least.
+        """Time a micro-batch and an update for about ``seconds``, at least ``least`` steps of each kind.
 
-        Steps are of one micro-batch, and of two where an iteration has several, which also need more
-        memory: what the second adds is a micro-batch.
+        Steps have one micro-batch. Where an iteration has several, steps of two are timed as well; the
+        difference is a micro-batch. They also need more memory.
         """
         kinds = min(self.config.gradient_accumulation_steps, 2)
         one, *more = (
@@ -135,8 +137,8 @@ class StepTimer:
         """Peak memory so far, in bytes: of a CUDA device, else resident in this process."""
         return peak_memory_bytes(self.device)
 
-    def shares(self, sequences: int) -> dict[str, float]:
-        """Share of a step's time that each of :data:`PARTS` takes, by torch's profiler.
+    def shares(self, sequences: int) -> dict[StepPart, float]:
+        """Share of a step's time that each part takes, by torch's profiler.
 
         Low precision has to be emulated: the rules do not know the operations of other libraries.
         """
@@ -145,32 +147,35 @@ class StepTimer:
         kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
         with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
             self.step(sequences)
-        times: dict[str, float] = defaultdict(float)
+        times: dict[StepPart, float] = defaultdict(float)
         for event in profile.events() or ():
             # A kernel's time is its operation's already.
             if event.device_type.name != "CPU":
                 continue
             own = event.self_device_time_total if cuda else event.self_cpu_time_total
-            times[_part(event)] += own
+            times[part_of(event)] += own
         total = sum(times.values())
-        return {part: times[part] / total for part in PARTS}
+        return {part: times[part] / total for part in StepPart}
 
 
-def _part(event: Any) -> str:
-    """The part of a step that an operation in a profile belongs to."""
+def part_of(event: Any) -> StepPart:
+    """The part of a step that an event of torch's profiler belongs to."""
     names = []
     above = event
     while above is not None:
         names.append(above.name)
         above = above.cpu_parent
-    for under, named in ((UNDER, NAMED), (LAST_UNDER, LAST_NAMED)):
-        for part, functions in under.items():
-            if any(function in name for name in names for function in functions):
+    for scopes, operations in (
+        (SCOPE_RULES, OP_RULES),
+        (FALLBACK_SCOPE_RULES, FALLBACK_OP_RULES),
+    ):
+        for part, scope_names in scopes.items():
+            if any(scope in name for name in names for scope in scope_names):
                 return part
-        for part, operations in named.items():
-            if any(name.startswith(operations) for name in names):
+        for part, prefixes in operations.items():
+            if any(name.startswith(prefixes) for name in names):
                 return part
-    return ELEMENTWISE
+    return StepPart.ELEMENTWISE
 
 
 def synchronize(device: torch.device) -> None:
@@ -191,7 +196,7 @@ def product_rate(rows: int, inner: int, columns: int, precision: Precision) -> f
     device = precision.device
     cuda = device.type == "cuda"
     best = min(
-        _card_seconds(multiply, device) if cuda else _host_seconds(multiply) for _ in range(5)
+        _device_seconds(multiply, device) if cuda else _host_seconds(multiply) for _ in range(5)
     )
     return 2 * rows * inner * columns / best
 
@@ -203,9 +208,9 @@ def _host_seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _card_seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of ``work`` on a CUDA device by its own clock, the mean of :data:`IN_A_ROW`: started and
-    waited for alone, a product may be the smaller part of what the host's clock sees."""
+def _device_seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of ``work`` on a CUDA device by its own clock, the mean of :data:`IN_A_ROW`. The host's clock
+    would mostly measure the launch and the wait of a single product."""
     stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record(stream)
@@ -219,22 +224,16 @@ def _card_seconds(work: Callable[[], None], device: torch.device) -> float:
 def products_seconds(
     config: TrainConfig, vocab_size: int, tokens: int, precision: Precision
 ) -> float:
-    """Seconds of the matrix products of a step over ``tokens`` if each ran alone: what is left when
-    everything else costs nothing. Attention's are left out, the vocabulary is padded as in training."""
+    """Seconds of the matrix products of a step over ``tokens`` if each ran alone and everything else were
+    free. Attention's products are left out; the vocabulary is padded as in training."""
     model = config.model
-    layers = [
-        (model.n_embd, model.qkv_size),
-        (model.n_embd, model.n_embd),
-        (model.n_embd, 2 * model.n_hidden),
-        (model.n_hidden, model.n_embd),
-    ]
 
     def seconds(rows: int, inner: int, columns: int) -> float:
         shapes = [(rows, inner, columns), (rows, columns, inner), (columns, rows, inner)]
         flops = 2 * rows * inner * columns
         return sum(flops / product_rate(*shape, precision) for shape in shapes)
 
-    blocks = sum(seconds(tokens, *shape) for shape in layers)
+    blocks = sum(seconds(tokens, matrix.n_in, matrix.n_out) for matrix in model.matrices())
     return model.n_layer * blocks + seconds(
         tokens, model.n_embd, padded_vocab_size(vocab_size, precision.device)
     )

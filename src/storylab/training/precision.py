@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from storylab.compiler import missing_for_compiling
-from storylab.config import Backend, Dtype, TrainConfig
+from storylab.config import Backend, Dtype
 from storylab.errors import UserError
-from storylab.model.flops import worth_compiling
-from storylab.precision.hardware import Hardware, choose_hardware
-from storylab.precision.recipes import Recipe, find_recipe
+from storylab.precision.backends import resolve_backend
+from storylab.precision.backends.protocol import PrecisionBackend
+from storylab.precision.edit import find_recipe
+from storylab.precision.recipes import Recipe
 
 # What a recipe leaves alone is computed in bfloat16.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -37,7 +37,7 @@ class Precision:
     device: torch.device
     dtype: torch.dtype
     recipe: Recipe | None = None
-    hardware: Hardware | None = None
+    hardware: PrecisionBackend | None = None
 
     @property
     def backend(self) -> Backend:
@@ -124,7 +124,7 @@ def choose_precision(
     if recipe is None and backend != "auto":
         raise UserError(f"--backend is for low precision: leave it out with {dtype}")
     wide = high_precision(device, dtype).dtype
-    hardware = choose_hardware(device, recipe, backend) if recipe is not None else None
+    hardware = resolve_backend(device, recipe, backend) if recipe is not None else None
     return Precision(device, wide, recipe, hardware)
 
 
@@ -141,23 +141,3 @@ def high_precision(device: torch.device, dtype: Dtype) -> Precision:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
     return Precision(device, wide)
-
-
-def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
-    """Whether to compile the blocks: as the config says, or else where it pays and can be done.
-
-    Raises:
-        UserError: it was asked for and cannot be done.
-    """
-    device = precision.device.type
-    missing = missing_for_compiling(device)
-    if config.compile:
-        if precision.recipe is not None:
-            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
-        if missing is not None:
-            raise UserError(
-                f"--compile on {device} needs {missing}: install it, or leave --compile out"
-            )
-    if config.compile is not None:
-        return config.compile
-    return precision.recipe is None and missing is None and worth_compiling(config)

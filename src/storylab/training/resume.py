@@ -9,20 +9,21 @@ from pathlib import Path
 from msgspec import UNSET
 
 from storylab.compiler import missing_for_compiling
-from storylab.config import TrainConfig, differences
+from storylab.config import FIELDS, TrainConfig, differences, flat
 from storylab.errors import UserError
 from storylab.files import exclusive
-from storylab.precision.recipes import find_recipe
+from storylab.optim.schedule import learning_rate, telling_iterations
+from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import current_stage, representative
-from storylab.training.loop import Reporter, SilentReporter, Trainer, checked, resolve_device
+from storylab.training.checks import with_proven_compiler
+from storylab.training.loop import fit
+from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
-from storylab.training.schedule import learning_rate, telling_iterations
+from storylab.training.setup import TrainingSetup, resolve_device
 
 
-def resume(
-    folder: Path, wanted: TrainConfig | None = None, reporter: Reporter | None = None
-) -> RunFolder:
+def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer) -> RunFolder:
     """Continue the run in ``folder`` to the same bits as if it had never stopped.
 
     Args:
@@ -30,18 +31,18 @@ def resume(
         wanted: config to continue with, by default the run's own. It may differ in where things
             lie and how often to print, and in ``max_iters`` where the learning rates of the
             iterations so far would have been the same and nothing goes by a share of the run.
-        reporter: told how it goes.
+        observers: watch it.
 
     Raises:
         UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
-        TrainingInterrupted, TrainingDiverged: as in training.
+        Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
     with exclusive(folder):
-        return _resume(run, wanted or run.read_config(), reporter or SilentReporter())
+        return _resume(run, wanted or run.read_config(), Observers(observers))
 
 
-def _resume(run: RunFolder, wanted: TrainConfig, reporter: Reporter) -> RunFolder:
+def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFolder:
     stored = run.read_config()
     _require_device(run, stored)
     wanted = dataclasses.replace(wanted, out_dir=run.folder)
@@ -60,25 +61,27 @@ def _resume(run: RunFolder, wanted: TrainConfig, reporter: Reporter) -> RunFolde
     _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
     _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
-    trainer = Trainer(config, dataset, precision, reporter)
-    trainer.restore(run)
-    done = trainer.progress.next_iteration
+    setup = TrainingSetup(config, dataset, precision)
+    setup.restore(run)
+    done = setup.progress.next_iteration
     _check_learning_rates(stored, config, done)
     summary = run.read_summary()
     finished = summary and (summary.status, summary.iterations) == ("finished", done)
     if finished and done > config.max_iters:
-        reporter.line(
+        observers.line(
             f"{run.folder} is finished; a larger --max_iters goes on from it where the schedule "
             "permits (during warm-up, or --schedule constant)"
         )
         return run
     if uncompiled:
-        reporter.line(f"This machine lacks {missing}: training goes on uncompiled; bits may differ")
+        observers.line(
+            f"This machine lacks {missing}: training goes on uncompiled; bits may differ"
+        )
     for note in _notes(run, stored, config, done):
-        reporter.line(note)
-    trainer = checked(trainer, run)
-    run.truncate_to(done, trainer.config, trainer.compile_record())
-    return trainer.train(run)
+        observers.line(note)
+    setup = with_proven_compiler(setup, observers, run)
+    run.truncate_to(done, setup.config, setup.compile_record())
+    return fit(setup, run, observers)
 
 
 def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
@@ -139,9 +142,10 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
         "the iteration at which the recipe's forward products go to bfloat16 (low_forward_share)": (
             recipe is not None and recipe.low_forward_share < 1
         ),
-        "the iteration from which windows are whole (short_share)": stored.short_share > 0,
-        "how far weights are averaged over (average_share)": stored.average_share > 0,
     }
+    for name, value in flat(stored).items():
+        if moving := FIELDS[name].by_length:
+            moved[f"{moving} ({name})"] = value != FIELDS[name].before
     for what, moves in moved.items():
         if moves:
             raise UserError(
@@ -151,9 +155,9 @@ def _check_shares(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def _check_learning_rates(stored: TrainConfig, wanted: TrainConfig, done: int) -> None:
-    if done > wanted.max_iters + 1:
+    if done > wanted.iterations:
         raise UserError(f"the run has done {done} iterations, more than max_iters allows")
-    for iteration in telling_iterations((stored, wanted), min(done, stored.max_iters + 1)):
+    for iteration in telling_iterations((stored, wanted), min(done, stored.iterations)):
         was, would_be = learning_rate(stored, iteration), learning_rate(wanted, iteration)
         if was != would_be:
             raise UserError(

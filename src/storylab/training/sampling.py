@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from storylab.data.reading import END_OF_TEXT
+from storylab.data.layout import END_OF_TEXT
 from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
 from storylab.model.generate import Sampling, generate

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while work is under way that must first be saved."""
+"""Stop signals (SIGTERM, Ctrl-C) while unsaved work is under way."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# Ctrl-Break is what a parent can send on Windows, where SIGTERM ends a process at once.
+STOPPING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
+]
+
 
 @contextmanager
 def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Call ``note`` with the number of a SIGTERM or Ctrl-C that comes while the block runs.
+    """Call ``note`` with the number of a stop signal that arrives while the block runs.
 
-    A second Ctrl-C is the usual KeyboardInterrupt. Only the main thread may listen; in any other
-    the block runs as it is.
+    A second Ctrl-C raises the usual KeyboardInterrupt. Only the main thread can handle signals; in
+    another thread the block runs with the handlers unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -23,7 +28,7 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
         note(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storylab.model.transformer import Transformer
-from storylab.training.optimizers import set_learning_rate, skip_where
+from storylab.optim.build import set_learning_rate, skip_where
 from storylab.training.precision import Precision
 
 
@@ -20,8 +20,11 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What a step did; ``grad_norm`` is before clipping, None where float16 skipped the step."""
+class StepMetrics:
+    """Loss in nats and gradient norm of a step.
+
+    The norm is the one before clipping, None where float16 skipped the step.
+    """
 
     loss: float
     grad_norm: float | None
@@ -29,22 +32,22 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """Loss and gradient norm of a step, scalars still on its device, so that nothing waits for it.
+class DeviceStepMetrics:
+    """Loss and gradient norm of a step as scalars on its device, so that the host need not wait.
 
     Attributes:
         loss: mean over the batch, in nats.
         grad_norm: before clipping.
-        limit: norm above which the gradient was clipped.
+        max_norm: norm above which the gradient was clipped.
         scale: of a float16 loss; None in other precisions.
     """
 
     loss: Tensor
     grad_norm: Tensor
-    limit: float
+    max_norm: float
     scale: float | None = None
 
-    def read(self) -> StepReport:
+    def read(self) -> StepMetrics:
         """Wait for the step and report it.
 
         Raises:
@@ -54,12 +57,12 @@ class StepResult:
         if not math.isfinite(loss):
             raise NonFiniteError(f"loss is {loss}")
         if math.isfinite(norm):
-            return StepReport(loss, norm, norm > self.limit)
+            return StepMetrics(loss, norm, norm > self.max_norm)
         if self.scale is None:
             raise NonFiniteError(f"gradient norm is {norm}")
         if self.scale < 1:
             raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
-        return StepReport(loss, None, False)
+        return StepMetrics(loss, None, False)
 
 
 def training_step(
@@ -72,9 +75,8 @@ def training_step(
     micro_batch: int,
     learning_rate: float,
     grad_clip: float,
-    pieces: int = 1,
-    check: Callable[[], None] = lambda: None,
-) -> StepResult:
+    between: Callable[[], None] = lambda: None,
+) -> DeviceStepMetrics:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
 
     Where loss or gradient is not finite nothing is updated. On CUDA the host waits for nothing, unless in
@@ -86,8 +88,7 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
-        pieces: windows of T / pieces tokens that each window is cut into.
-        check: called between micro-batches; it may raise to leave, the weights being untouched.
+        between: called before each micro-batch; it may raise to leave, the weights being untouched.
 
     Raises:
         NonFiniteError: the loss, or under another precision than float16 the gradient, is not
@@ -98,19 +99,17 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=batch.device)
     for windows in batch.split(micro_batch):
-        check()
-        shape = (len(windows) * pieces, -1)
-        inputs, targets = windows[:, :-1].reshape(shape), windows[:, 1:].reshape(shape)
+        between()
         with precision.autocast():
-            loss = model.loss(inputs, targets) * (len(windows) / len(batch))
+            loss = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    limit = grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    max_norm = grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     set_learning_rate(optimizers, learning_rate)
-    result = StepResult(total, norm, limit)
+    result = DeviceStepMetrics(total, norm, max_norm)
     if scaler.is_enabled():
         return _scaled_update(result, optimizers, scaler)
     if batch.device.type == "cuda":
@@ -123,8 +122,10 @@ def training_step(
 
 
 def _scaled_update(
-    result: StepResult, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> StepResult:
+    result: DeviceStepMetrics,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+) -> DeviceStepMetrics:
     """The update of a float16 step, left out where its scaled gradient overflowed."""
     loss, norm = float(result.loss), float(result.grad_norm)
     if math.isfinite(loss) and math.isfinite(norm):

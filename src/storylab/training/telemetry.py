@@ -1,31 +1,42 @@
-"""Memory, power and utilisation: what the device can tell, and None for what it cannot."""
+"""Memory, power and utilization of a device; None where the device does not report one."""
 
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 SAMPLE_SECONDS = 1.0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Greatest memory so far: allocated on a CUDA device, else resident in this process."""
+    """Peak memory so far, in bytes: allocated on a CUDA device, else resident in this process.
+
+    A system that records no peak gives the memory at this moment.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # peak_wset: Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass
 class PowerTotals:
-    """Sums over a run, however often it was resumed; saved with its checkpoints."""
+    """Sums over a run, resumed parts included; saved with its checkpoints."""
 
     samples: int = 0
     watts: float = 0.0
@@ -34,10 +45,10 @@ class PowerTotals:
 
 
 class Telemetry:
-    """Reads an NVIDIA GPU's power, utilisation and energy in a thread once a second.
+    """Read an NVIDIA GPU's power, utilization and energy in a thread once a second.
 
-    Power and energy come from NVML counters; on any other device they stay None. Nothing is
-    estimated from a card's rated power.
+    Power (watts) and energy (joules) come from NVML's counters; on any other device they stay None.
+    Nothing is estimated from a card's rated power.
     """
 
     def __init__(self, device: torch.device, before: PowerTotals) -> None:
@@ -51,7 +62,7 @@ class Telemetry:
 
     def __enter__(self) -> Telemetry:
         if self.device.type == "cuda":
-            with contextlib.suppress(Exception):  # no driver library: everything stays None
+            with contextlib.suppress(Exception):  # no driver: everything stays None
                 self._open()
         return self
 
@@ -97,7 +108,7 @@ class Telemetry:
         return energy
 
     def latest(self) -> dict[str, float | None]:
-        """The newest power (watts) and utilisation (percent), and the energy so far (joules)."""
+        """The newest power (watts) and utilization (percent), and the energy so far (joules)."""
         watts, percent = self.samples[-1] if self.samples else (None, None)
         return {
             "power_watts": watts,
@@ -106,7 +117,7 @@ class Telemetry:
         }
 
     def means(self) -> dict[str, float | None]:
-        """Mean power and utilisation over the run, and its energy."""
+        """Mean power (watts) and utilization (percent) over the run, and its energy (joules)."""
         sums = self.totals()
         return {
             "power_watts": sums.watts / sums.samples if sums.samples else None,

@@ -11,14 +11,15 @@ from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats
-from storylab.planning.cards import CARDS
-from storylab.planning.roofline import SOFTWARE, gains
-from storylab.planning.words import can_run
-from storylab.precision.recipes import find_recipe
+from storylab.planning.gpus import GPUS
+from storylab.planning.plan_text import can_run
+from storylab.planning.roofline import gains
+from storylab.planning.software import SOFTWARE
+from storylab.precision.edit import find_recipe
 from storylab.reporting.tables import low_precision_share, quantization_rows
 
 # The GPU of the original log.
-PLANNED_CARD = CARDS["rtx5090"]
+PLANNED_GPU = GPUS["rtx5090"]
 
 
 def precision_observations(outcome: Outcome) -> Iterable[str]:
@@ -70,7 +71,7 @@ def _predicted_gains(outcome: Outcome) -> Iterable[str]:
     if bounds:
         yield (
             f"Speed was not measured on hardware. The most that the recipes could bring the record's model "
-            f"on an {PLANNED_CARD.name} with compiled code is predicted (`storylab plan`): "
+            f"on an {PLANNED_GPU.name} with compiled code is predicted (`storylab plan`): "
             f"{', '.join(bounds)}."
         )
 
@@ -102,7 +103,7 @@ def _largest_gain(cell: CellResult) -> float | None:
     """By how much an emulated arm's recipe could speed up the record's model at most."""
     recipe = find_recipe(cell.config.dtype, cell.config.recipe)
     emulated = any(run.results.emulated for run in cell.arm.finished)
-    if recipe is None or not emulated or not can_run(PLANNED_CARD, recipe):
+    if recipe is None or not emulated or not can_run(PLANNED_GPU, recipe):
         return None
     software = SOFTWARE["compiled"]
-    return gains(TrainConfig(), GPT2_VOCAB_SIZE, PLANNED_CARD, software, recipe)[1]
+    return gains(TrainConfig(), GPT2_VOCAB_SIZE, PLANNED_GPU, software, recipe)[1]

@@ -7,8 +7,8 @@ from statistics import median
 
 import numpy as np
 
+from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.outcome import Outcome
-from storylab.experiments.runner import SPLIT_NOTE
 from storylab.record.run import Run
 
 # A spike: a value over its neighbours' median by this many of their median absolute deviations
@@ -84,7 +84,11 @@ def failures(outcome: Outcome) -> Iterable[str]:
             yield f"{cell.name}: {len(lost)} of {len(cell.arm.runs)} runs {states}{reason}."
         for run in cell.arm.runs:
             if run.config.batch_size != cell.config.batch_size:
-                why = " after running out of memory" if (run.folder / SPLIT_NOTE).exists() else ""
+                why = (
+                    " after running out of memory"
+                    if (run.folder / MICROBATCH_NOTE).exists()
+                    else ""
+                )
                 yield (
                     f"{cell.name}, seed {run.config.seed}: micro-batches of {run.config.batch_size} "
                     f"sequences instead of {cell.config.batch_size}{why}; the same tokens an iteration."

@@ -1,0 +1,53 @@
+"""Preparing a data set under a progress bar, for the verbs that do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storylab.cli.console import ConsoleReporter
+
+if TYPE_CHECKING:
+    from storylab.data.prepare import PrepareConfig
+
+
+def prepare_and_describe(config: PrepareConfig) -> None:
+    """Prepare a data set and print what it holds."""
+    from storylab.data.prepare import prepare
+
+    with ConsoleReporter(count=False) as reporter:
+        dataset = prepare(config, reporter.progress)
+        for line in describe_dataset(dataset.folder, dataset.manifest):
+            reporter.line(line)
+
+
+def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """A prepared data set in a few lines."""
+    rows = [
+        f"{name + ':':<12} {s['stories']:,} stories, {s['tokens']:,} tokens, "
+        f"{s['text_bytes']:,} bytes, {s['duplicate_stories']:,} duplicate stories"
+        for name, s in manifest["splits"].items()
+    ]
+    overlap = manifest["overlap"]
+    fate = "left out of train" if overlap["left_out"] else "kept in train"
+    tokenizer = manifest["tokenizer"]
+    return [
+        f"{folder}: {tokenizer['name']} tokenizer, {tokenizer['vocab_size']:,} ids in "
+        f"{manifest['dtype']}",
+        *rows,
+        f"overlap:     {overlap['train_stories_in_validation']:,} train stories are in "
+        f"validation ({fate})",
+        *_reading_lines(manifest),
+        f"fingerprint: {manifest['fingerprint']}",
+    ]
+
+
+def _reading_lines(manifest: dict[str, Any]) -> list[str]:
+    """The counts of changed and left-out texts of each split; earlier versions did not record them."""
+    from storylab.data.tally import Tally
+
+    return [
+        f"{name + ':':<12} {line}"
+        for name, counts in manifest.get("reading", {}).items()
+        for line in Tally.from_dict(counts).lines()
+    ]

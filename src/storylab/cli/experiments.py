@@ -1,0 +1,137 @@
+"""Planning and training an experiment on the terminal, for the verbs that do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storylab.cli.console import ConsoleReporter
+from storylab.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from storylab.data.dataset import Dataset
+    from storylab.execution.job import Executor
+    from storylab.experiments.plan import PlannedRun
+    from storylab.experiments.spec import Experiment
+
+
+def prepare_and_plan(
+    experiment: Experiment,
+    data_dir: Path | None,
+    runs: Path,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+) -> tuple[Dataset, list[PlannedRun]]:
+    """The data set of an experiment, prepared if need be, and the runs.
+
+    Args:
+        experiment: all of it.
+        data_dir: a prepared data set to use instead of the one that the experiment describes.
+        runs: the folder for run folders.
+        seeds: the seeds of every arm.
+        only: arms to train; by default all.
+
+    Raises:
+        UserError: the experiment cannot run, or its data cannot be had.
+    """
+    from storylab.data.dataset import load_dataset
+    from storylab.data.prepare import prepare
+    from storylab.experiments.plan import plan_runs, require_runnable
+
+    require_runnable(experiment)
+    if data_dir is not None:
+        dataset = load_dataset(data_dir)
+    else:
+        with ConsoleReporter(count=False) as reporter:
+            if not experiment.data.folder.exists():
+                reporter.line(f"Preparing {experiment.data.folder}")
+            try:
+                dataset = prepare(experiment.data, reporter.progress)
+            except UserError as error:
+                message = str(error).replace("--out", 'out = "FOLDER" in [data]')
+                raise UserError(message) from error
+    return dataset, plan_runs(experiment, dataset, runs, seeds, only)
+
+
+def train_planned(
+    experiment: Experiment,
+    dataset: Dataset,
+    planned: Sequence[PlannedRun],
+    runs: Path,
+    executor: Executor,
+    fresh: bool = False,
+) -> tuple[Path, list[str]]:
+    """Show the plan, write the experiment's record, and train; returns the record and all runs' states.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
+    from storylab.experiments.plan import write_record
+    from storylab.experiments.scheduler import run_experiment
+    from storylab.record.run import ENDED
+
+    with resumable(fresh), ConsoleReporter() as reporter:
+        if fresh or any(run.read_state() not in ENDED for run in planned):
+            for line in plan_lines(experiment, planned, executor, reporter, fresh):
+                reporter.line(line)
+        record = write_record(experiment, dataset, planned, runs)
+        return record, run_experiment(planned, executor, reporter, fresh)
+
+
+@contextmanager
+def resumable(fresh: bool = False) -> Iterator[None]:
+    """Add to the message of a stopped experiment how to continue it."""
+    try:
+        yield
+    except Interrupted as stop:
+        same = "the same command without --fresh" if fresh else "the same command"
+        message = f"{stop}; {same} goes on from there"
+        raise Interrupted(message, stop.signal_number) from None
+
+
+def plan_lines(
+    experiment: Experiment,
+    planned: Sequence[PlannedRun],
+    executor: Executor,
+    reporter: ConsoleReporter,
+    fresh: bool = False,
+) -> Iterator[str]:
+    """The plan of an experiment: its runs, with their expected time and memory.
+
+    Raises:
+        Interrupted: a signal stopped a calibration.
+    """
+    from storylab.planning.estimate import estimate_runs
+    from storylab.record.run import ENDED
+    from storylab.training.cores import SOME_CORES
+    from storylab.training.lines import duration
+
+    rows, left, others = [], {}, 0.0
+    for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
+        reporter.progress("calibrating", number, len(planned))
+        state = run.read_state()
+        if fresh and state != "new":
+            state = "again"
+        told = f"{'cannot be calibrated':>35}"
+        if estimate is not None:
+            if state not in ENDED:
+                left[run.folder] = estimate.seconds  # once, however many cells share the run
+            others = max(others, estimate.other_cores)
+            kind = "as before" if estimate.measured else "predicted"
+            memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
+            told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
+        rows.append(f"  {run.label:<44} {run.tokens:>13,} tokens  {told}  {state}")
+    yield (
+        f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
+        f"{len(planned)} runs, about {duration(sum(left.values()))} to go (as a like run took before, or "
+        "predicted by a calibration of seconds)"
+    )
+    yield from rows
+    if others >= SOME_CORES:
+        yield (
+            f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "
+            "the runs are faster without them"
+        )

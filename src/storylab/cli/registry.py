@@ -1,0 +1,121 @@
+"""Verbs: each is a module in ``verbs/`` with a ``VERB``, found by its file name."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, TypeVar
+
+from storylab.cli import verbs
+from storylab.errors import UserError, out_of_memory
+from storylab.execution.job import Executor
+from storylab.flags import parse
+
+T = TypeVar("T")
+Group = Literal["runs", "experiments"]
+GROUPS: tuple[Group, ...] = ("runs", "experiments")
+SMALLER_STEPS = (
+    "halve --batch_size and double --gradient_accumulation_steps, which trains on the same tokens, or "
+    "take a smaller model"
+)
+# For verbs that train nothing, or only continue a run.
+MORE_MEMORY = "end other programs, or go on on a machine with more memory"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a verb.
+
+    Attributes:
+        prog: the program's name in help and messages, such as ``storylab train``.
+        args: flags and operands.
+        executor: carries out jobs.
+    """
+
+    prog: str
+    args: list[str]
+    executor: Executor
+
+    def parse(self, kind: type[T], default: T | None = None) -> T:
+        """The flags as a dataclass; see :func:`storylab.flags.parse`."""
+        return parse(kind, self.args, self.prog, default)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        name: one or two words; the file has the same name, with ``_`` for a space.
+        help: one line for the list of verbs.
+        group: the part of that list.
+        run: does the work and returns the exit code.
+        operand: what follows the name in that list, such as ``FILE``.
+        position: order within the group; equal ones go by name.
+        memory_remedy: advice for when memory runs out.
+    """
+
+    name: str
+    help: str
+    group: Group
+    run: Callable[[Call], int]
+    operand: str = ""
+    position: int = 99
+    memory_remedy: str = SMALLER_STEPS
+
+    def __call__(self, call: Call) -> int:
+        """Do the work; returns the exit code.
+
+        Raises:
+            UserError: memory ran out, or the input cannot be used.
+        """
+        try:
+            return self.run(call)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(f"out of memory: {self.memory_remedy}") from error
+
+
+def verb_names() -> list[str]:
+    """Names of all verbs, from the names of their files; nothing is imported."""
+    return [module.name.replace("_", " ") for module in pkgutil.iter_modules(verbs.__path__)]
+
+
+def find_verb(name: str) -> Verb:
+    """The verb ``name``; imports its module alone."""
+    verb: Verb = import_module(f"{verbs.__name__}.{name.replace(' ', '_')}").VERB
+    return verb
+
+
+def all_verbs() -> list[Verb]:
+    """All verbs, in the order of the list that users see."""
+    found = (find_verb(name) for name in verb_names())
+    return sorted(found, key=lambda verb: (GROUPS.index(verb.group), verb.position, verb.name))
+
+
+def family(word: str) -> list[Verb]:
+    """The verbs of two words that begin with ``word``."""
+    if not any(name.startswith(f"{word} ") for name in verb_names()):
+        return []
+    return [verb for verb in all_verbs() if verb.name.startswith(f"{word} ")]
+
+
+def match_verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the verb that ``words`` begin with, and the words after it.
+
+    Raises:
+        UserError: they begin with no verb.
+    """
+    names = verb_names()
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in names:
+            return name, list(words[count:])
+    if seconds := [verb.name.partition(" ")[2] for verb in family(words[0])]:
+        unknown = f"there is no '{words[1]}': " if words[1:] else ""
+        raise UserError(f"{unknown}say what to do: storylab {words[0]} {', '.join(seconds)}")
+    known = dict.fromkeys(verb.name.partition(" ")[0] for verb in all_verbs())
+    raise UserError(f"unknown verb '{words[0]}': use one of {', '.join(known)}")

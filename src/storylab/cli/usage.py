@@ -1,0 +1,36 @@
+"""The list of verbs that ``storylab --help`` prints."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from storylab.cli.registry import Verb, all_verbs, family
+
+HEAD = "usage: storylab VERB [FLAGS]      (storylab VERB --help lists a verb's flags)"
+EXAMPLES = """\
+examples:
+  storylab prepare --source builtin --tokenizer bpe:4096
+  storylab train --preset nano --data_dir data/builtin-bpe4096 --out_dir runs/first
+  storylab sample runs/first"""
+# Columns of the name: of a verb of one word, and of a longer one.
+SHORT, LONG = 10, 22
+
+
+def usage() -> str:
+    """All verbs, group by group, with examples."""
+    groups = [
+        "\n".join(_line(verb) for verb in verbs)
+        for _, verbs in groupby(all_verbs(), key=lambda verb: verb.group)
+    ]
+    return "\n\n".join((HEAD, *groups, EXAMPLES)) + "\n"
+
+
+def _line(verb: Verb) -> str:
+    shown = f"{verb.name} {verb.operand}".strip()
+    return f"  {shown:<{SHORT if len(shown) < SHORT else LONG}}{verb.help}"
+
+
+def family_usage(word: str) -> str:
+    """The verbs of two words that begin with ``word``, in one line."""
+    seconds = (verb.name.partition(" ")[2] for verb in family(word))
+    return f"usage: storylab {word} {'|'.join(seconds)} (each has --help)"

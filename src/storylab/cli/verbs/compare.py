@@ -1,0 +1,79 @@
+"""``storylab compare``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from storylab.cli.arguments import RunFolders
+from storylab.cli.registry import MORE_MEMORY, Call, Verb
+from storylab.errors import UserError
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Compare runs: the first one's recipe is the baseline; runs that differ in the seed alone are
+    one arm.
+
+    Examples: storylab compare runs/a runs/b | storylab compare runs/a-s1 runs/a-s2 runs/b-s1 runs/b-s2
+    """
+
+    runs: RunFolders
+    """Run folders, two or more."""
+    margin: float | None = None
+    """The difference in nats that counts as none: asks whether the arms are equivalent."""
+
+
+def run(call: Call) -> int:
+    """Compare runs."""
+    command = call.parse(CompareCommand)
+    if command.margin is not None and not 0 < command.margin < float("inf"):
+        raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
+    _require_distinct(command.runs)
+    from storylab.experiments.comparison import compare_runs
+    from storylab.experiments.verdicts import detail_lines, verdict_line
+    from storylab.record.run import load_run
+
+    # Without the first there is no baseline.
+    results, faults = [load_run(command.runs[0])], []
+    for folder in command.runs[1:]:
+        try:
+            results.append(load_run(folder))
+        except UserError as error:
+            faults.append(str(error))
+    if len(results) < 2:
+        raise UserError("; ".join(faults))
+    comparisons = compare_runs(results, command.margin)
+    if not comparisons:
+        raise UserError(
+            "these runs differ in their seeds alone: that is noise, not a comparison; see "
+            f"`storylab noise {command.runs[0]}`"
+        )
+    for comparison in comparisons:
+        print(verdict_line(comparison))
+        for line in detail_lines(comparison):
+            print(f"  {line}")
+    if faults:
+        raise UserError(f"left out: {'; '.join(faults)}")
+    return 0
+
+
+def _require_distinct(runs: tuple[Path, ...]) -> None:
+    """Raise a UserError unless there are two folders or more, all different."""
+    folders = [Path(os.path.realpath(folder)) for folder in runs]
+    for folder, resolved in zip(runs, folders, strict=True):
+        if folders.count(resolved) > 1:
+            raise UserError(f"{folder} is given twice: a run counts once")
+    if len(folders) < 2:
+        raise UserError("give two runs or more: storylab compare RUN RUN...")
+
+
+VERB = Verb(
+    "compare",
+    "is one run better than another, by how much, and may they be compared",
+    "experiments",
+    run,
+    position=6,
+    memory_remedy=MORE_MEMORY,
+)

@@ -1,0 +1,72 @@
+"""``storylab eval``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from storylab.cli.arguments import CheckpointName, RunFolder
+from storylab.cli.registry import Call, Verb
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
+
+    A loss holds for the length of the windows and for where they begin: compare like with like.
+
+    Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
+    | storylab eval runs/a --block_size 512 --aligned
+    """
+
+    run: RunFolder
+    """Run folder."""
+    checkpoint: CheckpointName = "last"
+    """The newest weights, or those with the best validation loss."""
+    split: Literal["validation", "train"] = "validation"
+    """Which stories."""
+    block_size: int | None = None
+    """Tokens in a window; by default as many as in training."""
+    aligned: bool = False
+    """Start a new window at every story, instead of running windows through all stories in turn."""
+    data_dir: Path | None = None
+    """Where the run's data set is now, if it has moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def run(call: Call) -> int:
+    """Evaluate a run's model on a split."""
+    command = call.parse(EvalCommand)
+    from storylab.cli.console import ConsoleReporter
+    from storylab.training.evaluation import evaluate_run
+    from storylab.training.lines import windows_words
+
+    with ConsoleReporter() as reporter:
+        result = evaluate_run(
+            command.run,
+            command.checkpoint,
+            command.split,
+            command.data_dir,
+            command.device,
+            lambda done, total: reporter.progress("evaluating", done, total),
+            command.block_size,
+            command.aligned,
+        )
+    print(f"read in        {windows_words(result.block_size, command.aligned)}")
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
+    print(f"perplexity     {result.perplexity:,.2f}")
+    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    return 0
+
+
+VERB = Verb(
+    "eval",
+    "loss, perplexity and bits per byte of a run on a whole split",
+    "runs",
+    run,
+    position=4,
+    memory_remedy="take a smaller --block_size, or a machine with more memory",
+)

@@ -1,0 +1,26 @@
+"""``storylab prepare``."""
+
+from __future__ import annotations
+
+from storylab.cli.registry import MORE_MEMORY, Call, Verb
+
+
+def run(call: Call) -> int:
+    """Prepare a data set."""
+    from storylab.data.prepare import PrepareConfig
+
+    config = call.parse(PrepareConfig)
+    from storylab.cli.datasets import prepare_and_describe
+
+    prepare_and_describe(config)
+    return 0
+
+
+VERB = Verb(
+    "prepare",
+    "turn stories into a data set to train on",
+    "runs",
+    run,
+    position=1,
+    memory_remedy=MORE_MEMORY,
+)

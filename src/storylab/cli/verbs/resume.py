@@ -1,0 +1,54 @@
+"""``storylab resume``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storylab.cli.arguments import RunFolder
+from storylab.cli.registry import MORE_MEMORY, Call, Verb
+
+
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Continue a run that was stopped or killed; it ends with the bits of an uninterrupted one.
+
+    Examples: storylab resume runs/a | storylab resume runs/a --max_iters 2000
+    """
+
+    run: RunFolder
+    """Run folder."""
+    max_iters: int | None = None
+    """A new last iteration, where the learning rates so far stay the same (warm-up, constant) and nothing
+    else goes by the length of the run."""
+    data_dir: Path | None = None
+    """Where the run's data set is now, if it has moved."""
+
+
+def run(call: Call) -> int:
+    """Continue a run."""
+    command = call.parse(ResumeCommand)
+    from storylab.cli.training import show_training
+    from storylab.record.folder import open_run
+    from storylab.training.resume import resume
+
+    config = open_run(command.run).read_config()
+    changes: dict[str, Any] = {}
+    if command.max_iters is not None:
+        changes["max_iters"] = command.max_iters
+    if command.data_dir is not None:
+        changes["data_dir"] = command.data_dir
+    wanted = dataclasses.replace(config, **changes)
+    return show_training(lambda reporter: resume(command.run, wanted, reporter))
+
+
+VERB = Verb(
+    "resume",
+    "continue a run that was stopped, to the same bits",
+    "runs",
+    run,
+    position=3,
+    memory_remedy=MORE_MEMORY,
+)

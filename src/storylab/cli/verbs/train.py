@@ -1,0 +1,59 @@
+"""``storylab train``, and ``train_tinystories.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from storylab.cli.registry import Call, Verb
+from storylab.config import DEFAULT_DATA_DIR, TrainConfig
+from storylab.errors import UserError
+from storylab.flags import default_for
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model. The defaults are the record's: 113M parameters, 131,072 tokens an iteration.
+
+    Without --data_dir the TinyStories data set is fetched from the hub and prepared first.
+
+    Examples: storylab train --dtype bfloat16 --max_iters 1000
+    | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
+    | storylab train (the same flags) --out_dir runs/a --resume
+    """
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    resume: bool = False
+    """Continue the run in --out_dir; its config must be the same."""
+
+
+def run(call: Call) -> int:
+    """Train a run, or continue it with --resume."""
+    command = call.parse(TrainCommand, TrainCommand(default_for(call.args)))
+    config = command.config
+    from storylab.cli.training import show_training
+
+    if command.resume:
+        if config.out_dir is None:
+            raise UserError("--resume needs --out_dir RUN: the run folder to continue")
+        from storylab.training.resume import resume
+
+        folder = config.out_dir
+        return show_training(lambda reporter: resume(folder, config, reporter))
+    if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
+        _prepare_default_data(config)
+    from storylab.training.train import train
+
+    return show_training(lambda reporter: train(config, reporter))
+
+
+def _prepare_default_data(config: TrainConfig) -> None:
+    from storylab.cli.datasets import prepare_and_describe
+    from storylab.data.prepare import PrepareConfig
+    from storylab.training.setup import resolve
+
+    resolve(config)  # so that a config that cannot run fails before a gigabyte is fetched for it
+    prepare_and_describe(PrepareConfig())
+
+
+VERB = Verb("train", "train a model; the defaults are the record's experiment 1", "runs", run,
+            position=2)  # fmt: skip

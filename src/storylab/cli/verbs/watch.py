@@ -1,0 +1,67 @@
+"""``storylab watch``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, require_runs_folder
+from storylab.cli.registry import MORE_MEMORY, Call, Verb
+
+
+@dataclass(frozen=True)
+class WatchCommand:
+    """Watch the experiments in a folder as they run, from another terminal.
+
+    Examples: storylab watch | storylab watch --runs runs --once
+    """
+
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    once: bool = False
+    """Print the table once and stop, as it does where there is no terminal."""
+
+
+def run(call: Call) -> int:
+    """Print the table of experiments, on a terminal again and again."""
+    command = call.parse(WatchCommand)
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from storylab.cli.console import make_table, print_table
+    from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
+    from storylab.record.index import RunCache
+
+    require_runs_folder(command.runs)
+    if command.once or not sys.stdout.isatty():
+        for table in watch_tables(command.runs):
+            print_table(table.title, WATCH_COLUMNS, table.rows)
+            print(*table.faults, sep="\n", end="\n" * bool(table.faults))
+        return 0
+    cache = RunCache()
+    with Live(auto_refresh=False) as live:
+        while True:
+            parts: list[Any] = [
+                part
+                for table in watch_tables(command.runs, cache)
+                for part in (
+                    make_table(table.title, WATCH_COLUMNS, table.rows),
+                    *map(Text, table.faults),
+                )
+            ]
+            live.update(Group(*parts), refresh=True)
+            time.sleep(2)
+
+
+VERB = Verb(
+    "watch",
+    "experiments as they run",
+    "experiments",
+    run,
+    position=9,
+    memory_remedy=MORE_MEMORY,
+)

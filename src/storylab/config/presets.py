@@ -1,0 +1,79 @@
+"""Named model shapes and named ways of training: data, found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from storylab.config.model import ModelConfig
+from storylab.config.train import MethodName, PresetName, TrainConfig
+from storylab.errors import UserError
+
+Name = TypeVar("Name", bound=str)
+
+GPT2_VOCAB_SIZE = 50257
+SMALL_VOCAB_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model shape and the vocabulary with which it has the parameters that its name says."""
+
+    model: ModelConfig
+    vocab_size: int
+
+
+# Head size 64 throughout and the record's four query heads to one key/value head where the head
+# count allows it. Below 50M a 50,257-word vocabulary would leave hardly anything for the blocks,
+# so these shapes are counted with a 4,096-token vocabulary (`prepare --tokenizer bpe:4096`).
+PRESETS: dict[PresetName, Preset] = {
+    "nano": Preset(ModelConfig(3, 2, 1, 128, 288), SMALL_VOCAB_SIZE),
+    "3m": Preset(ModelConfig(6, 3, 1, 192, 480), SMALL_VOCAB_SIZE),
+    "6m": Preset(ModelConfig(7, 4, 1, 256, 704), SMALL_VOCAB_SIZE),
+    "10m": Preset(ModelConfig(12, 4, 1, 256, 768), SMALL_VOCAB_SIZE),
+    "50m": Preset(ModelConfig(8, 8, 2, 512, 1536), GPT2_VOCAB_SIZE),
+    "113m": Preset(ModelConfig(12, 12, 3, 768, 2048), GPT2_VOCAB_SIZE),
+    "200m": Preset(ModelConfig(14, 16, 4, 1024, 2560), GPT2_VOCAB_SIZE),
+    "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
+}
+# Named ways of training: what each changes of the record's. Every part of `fast` has been held against runs
+# without it (docs/time-to-loss.md).
+METHODS: dict[MethodName, dict[str, Any]] = {
+    "record": {},
+    "fast": {
+        "optimizer": "normuon",
+        "matrix_lr": 0.02,
+        "learning_rate": 4e-2,
+        "min_lr": 8e-3,
+        "warmup_iters": 20,
+        "schedule": "linear",
+        "beta2": 0.95,
+        "average_share": 0.1,
+        "model": {
+            "qk_norm": True,
+            "value_residual": "first_layer",
+            "embedding_residual": True,
+        },
+    },
+}
+
+
+def preset_config(name: str, method: str = "record") -> TrainConfig:
+    """The default run with the model shape of preset ``name``, trained by ``method``.
+
+    Raises:
+        UserError: no preset or method has that name.
+    """
+    preset = _named(PRESETS, name, "preset")
+    chosen = _named(METHODS, method, "method")
+    changes = dict(METHODS[chosen])
+    model = dataclasses.replace(PRESETS[preset].model, **changes.pop("model", {}))
+    return TrainConfig(preset=preset, method=chosen, model=model, **changes)
+
+
+def _named(table: dict[Name, Any], name: str, kind: str) -> Name:
+    for key in table:
+        if key == name:
+            return key
+    raise UserError(f"unknown {kind} '{name}': choose one of {', '.join(table)}")

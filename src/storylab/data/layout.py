@@ -1,0 +1,7 @@
+"""Names of splits and markers. Imports nothing, so that opening a data set loads little."""
+
+from __future__ import annotations
+
+END_OF_TEXT = "<|endoftext|>"  # separates stories in .txt files; one token after every story
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)

@@ -1,0 +1,132 @@
+"""Jobs that another process carries out, the events that it sends meanwhile, its outcome, and executors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from storylab import config as configs
+from storylab.config import TrainConfig
+from storylab.errors import Interrupted
+from storylab.training.signals import stop_signals
+
+ActionName = Literal["train", "measure", "bench"]
+Status = Literal["done", "diverged", "failed", "interrupted", "out of memory", "killed"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One action on one config.
+
+    Attributes:
+        action: a key of ``storylab.execution.worker.ACTIONS``.
+        config: the run to train or to measure.
+        options: further arguments of the action, as JSON has them.
+    """
+
+    action: ActionName
+    config: TrainConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The job as text for the process that carries it out."""
+        config = configs.to_dict(self.config)
+        return json.dumps({"action": self.action, "config": config, "options": dict(self.options)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The job that :meth:`to_json` wrote."""
+        values = json.loads(text)
+        return cls(values["action"], configs.from_dict(values["config"]), values["options"])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` parts of the work called ``name`` are done."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a job.
+
+    Attributes:
+        status: how it ended.
+        reason: why, in one line; empty if all went well.
+        answer: the result of a measurement; None for training, which leaves its result in the run folder.
+    """
+
+    status: Status
+    reason: str = ""
+    answer: dict[str, Any] | None = None
+
+
+# Rows and log lines are in the run folder already, so progress is all that a job reports.
+Event = Progress
+OnEvent = Callable[[Event], None]
+_MESSAGES: dict[str, type[Event | Outcome]] = {"progress": Progress, "outcome": Outcome}
+
+
+def encode(message: Event | Outcome) -> str:
+    """An event or outcome as one line of JSON."""
+    (kind,) = (name for name, known in _MESSAGES.items() if isinstance(message, known))
+    return json.dumps({"message": kind, **dataclasses.asdict(message)})
+
+
+def decode(line: str) -> Event | Outcome | None:
+    """The message in a line; None where a library has printed something of its own."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        values = json.loads(line)
+        return _MESSAGES[values.pop("message")](**values)
+    return None
+
+
+class Executor(Protocol):
+    """Carries jobs out: here, on a cluster, or wherever else Python and the run folders are.
+
+    Attributes:
+        slots: how many jobs it runs at the same time.
+    """
+
+    slots: int
+
+    def run(self, job: Job, on_event: OnEvent) -> Outcome:
+        """Carry a job out, pass its events on, and return its outcome.
+
+        Up to :attr:`slots` threads call it at the same time. A fault of the job is an outcome, not an
+        exception.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Ask all jobs, present and later ones, to save their work and end as ``interrupted``.
+
+        Returns at once, so that a signal handler can call it.
+        """
+        ...
+
+
+def run_interruptibly(executor: Executor, job: Job) -> Outcome:
+    """Run one job without showing its progress; a signal to this process stops it.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C stopped this process and the job.
+    """
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        executor.stop()
+
+    with stop_signals(stop):
+        outcome = executor.run(job, lambda event: None)
+    if signals:
+        raise Interrupted("interrupted", signals[0])
+    return outcome

@@ -1,0 +1,37 @@
+"""An exponential moving average (EMA) of a model's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The average of a model's weights over about the last ``span`` iterations, and over all of them before
+    there are so many. Training does not see it.
+
+    Args:
+        model: its weights as they begin are the first average.
+        span: iterations that the average remembers; 0 for no average, which does nothing.
+    """
+
+    def __init__(self, model: nn.Module, span: float) -> None:
+        self.span = span
+        self.tensors: dict[str, Tensor] = {}
+        """Average of each weight by its name, float32; empty for no average."""
+        if span:
+            self.tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def update(self, model: nn.Module, iteration: int) -> None:
+        """Take in the weights that ``iteration`` (from 0) has left."""
+        if self.tensors:
+            newest = 1 / min(iteration + 1, max(1.0, self.span))
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_(list(self.tensors.values()), weights, newest)
+
+    def exchange(self, model: nn.Module) -> bool:
+        """Swap the model's weights and their average; twice is none. Return whether there is an average."""
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+        return bool(self.tensors)

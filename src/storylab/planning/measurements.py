@@ -1,0 +1,96 @@
+"""The actions that time training steps, for a worker: a process that nothing else has warmed or filled."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from storylab.config import TrainConfig
+from storylab.data.batches import evaluation_windows
+from storylab.data.dataset import load_dataset
+from storylab.data.layout import VALIDATION
+from storylab.execution.job import OnEvent
+from storylab.planning.estimate import Calibration
+from storylab.training.cores import CoreUse
+from storylab.training.evaluation import EVAL_BATCH, window_losses
+from storylab.training.measure import StepTimer, products_seconds
+from storylab.training.telemetry import PowerTotals, Telemetry
+
+
+def calibrate(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
+    """Time a few micro-batches, updates and evaluation batches of a run.
+
+    Args:
+        config: the run, with its data set.
+        on_event: not called; it is over in seconds.
+
+    Returns:
+        The fields of a :class:`storylab.planning.estimate.Calibration`.
+
+    Raises:
+        UserError: the data set or the device cannot be used.
+    """
+    dataset = load_dataset(config.data_dir)
+    dataset.require_window(config.block_size)
+    use = CoreUse()
+    timer = StepTimer(config, dataset.vocab_size)
+    steps = timer.measured(0.0, least=2)
+    split = dataset.splits[VALIDATION]
+    starts = evaluation_windows(split, config.block_size, EVAL_BATCH)
+    evaluation = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.compiler.set_stance("force_eager"):  # as training evaluates
+            window_losses(timer.model, split, starts, config.block_size, timer.precision)
+        evaluation = min(evaluation, time.perf_counter() - start)
+    windows = -(-len(split) // config.block_size)
+    calibration = Calibration(
+        micro_batch_seconds=steps.micro_batch,
+        update_seconds=steps.update,
+        evaluation_batch_seconds=evaluation * EVAL_BATCH / len(starts),
+        evaluation_batches=windows / EVAL_BATCH,
+        peak_memory_bytes=timer.memory(),
+        other_cores=use.read().others,
+    )
+    return asdict(calibration)
+
+
+def time_steps(
+    config: TrainConfig, on_event: OnEvent, vocab_size: int, seconds: float
+) -> dict[str, Any]:
+    """Time steps of one micro-batch on random tokens.
+
+    Args:
+        config: the run; its data set is not read.
+        on_event: not called.
+        vocab_size: number of token ids.
+        seconds: how long to repeat the step.
+
+    Returns:
+        ``seconds`` and ``joules`` (or None) of a step; ``memory``, its peak in bytes; ``shares`` of the
+        step's parts, or None where a library computes low precision in operations of its own; and
+        ``products``, the seconds of its matrix products alone, or None where they are quantized.
+
+    Raises:
+        UserError: this machine lacks the device or the precision.
+    """
+    timer = StepTimer(config, vocab_size)
+    timer.step(config.batch_size)
+    with Telemetry(timer.device, PowerTotals()) as telemetry:
+        times = timer.times(config.batch_size, seconds)
+        joules = telemetry.latest()["energy_joules"]
+    found: dict[str, Any] = {
+        "seconds": statistics.median(times),
+        "joules": None if joules is None else joules / len(times),
+        "memory": timer.memory(),
+        "shares": None if timer.precision.hardware else timer.shares(config.batch_size),
+        "products": None,
+    }
+    if timer.precision.recipe is None:
+        tokens = config.batch_size * config.block_size
+        found["products"] = products_seconds(config, vocab_size, tokens, timer.precision)
+    return found

@@ -1,0 +1,122 @@
+"""When checkpoints are due, and saving them without keeping a GPU waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder
+from storylab.training.run_progress import RunProgress
+from storylab.training.state import TrainState
+from storylab.training.telemetry import Telemetry
+
+
+class Checkpoints:
+    """The two checkpoints of a run: the last weights, with the state behind them, and the best weights."""
+
+    def __init__(
+        self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
+    ) -> None:
+        self.run, self.state, self.progress, self.telemetry = run, state, progress, telemetry
+        self.saver = Saver(state.precision.device)
+        self._saved_at = time.perf_counter()
+        self._saved_iteration: int | None = None
+
+    def save_first(self) -> bool:
+        """Save a checkpoint from before any fault unless the run has one; whether it had none."""
+        missing = not self.run.checkpoint("last").exists()
+        if missing:
+            self.save_last()
+        return missing
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the last checkpoint has the weights at hand."""
+        return self._saved_iteration == self.progress.next_iteration
+
+    def minutes_passed(self) -> bool:
+        """Whether the config's ``checkpoint_minutes`` have passed since the last save."""
+        minutes = (time.perf_counter() - self._saved_at) / 60
+        return minutes >= self.state.config.checkpoint_minutes
+
+    def save_last(self) -> None:
+        """Save the weights at hand with all that resuming needs.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        scaler = self.state.scaler.state_dict()
+        state = dataclasses.replace(self.progress, power=self.telemetry.totals(), scaler=scaler)
+        self.run.sync_metrics()
+        path = self.run.checkpoint("last")
+        self.saver.save(path, self.state.tensors(), dataclasses.asdict(state))
+        self._saved_at, self._saved_iteration = time.perf_counter(), self.progress.next_iteration
+
+    def save_best(self, iteration: int, val_loss: float) -> None:
+        """Save the weights at hand as the best ones.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        state = {"iteration": iteration, "val_loss": val_loss}
+        self.saver.save(self.run.checkpoint("best"), self.state.model.state_dict(), state)
+
+
+class Saver:
+    """Saves checkpoints: on a CPU at once, on a CUDA device from a copy in a thread.
+
+    The copy is queued on the device behind the step that it belongs to, so that the steps after it cannot
+    reach it. One checkpoint is written after the other, and one copy of each is kept in pinned memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if self._cuda else None
+        self._writing: dict[Path, Future[None]] = {}
+        self._copies: dict[Path, dict[str, Tensor]] = {}
+
+    def save(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint; what went wrong with those before comes to light here or in :meth:`wait`.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        if self._pool is None:
+            checkpoint.save(path, tensors, state)
+            return
+        if path in self._writing:
+            self._writing.pop(path).result()  # it still reads the copy
+        copies = self._copies.setdefault(path, {})
+        for name, tensor in tensors.items():
+            if name not in copies:
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            copies[name].copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def write() -> None:
+            copied.synchronize()
+            checkpoint.save(path, copies, state)
+
+        self._writing[path] = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        for path in list(self._writing):
+            self._writing.pop(path).result()
+
+    def close(self) -> None:
+        """End the thread, when it has written what it was given."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)

@@ -1,0 +1,20 @@
+"""Whether compiling a run's blocks pays. This module does not load torch."""
+
+from __future__ import annotations
+
+from storylab.config import TrainConfig
+from storylab.model.cost import training_flops
+
+# Compiling takes some 15 seconds and saves a sixth to a third of the time (docs/performance.md); this
+# much work in the blocks is several minutes on two CPU cores.
+COMPILE_FLOPS = 2e14
+
+
+def worth_compiling(config: TrainConfig) -> bool:
+    """Whether a run is long enough to win back the time that compiling its blocks takes.
+
+    Depends on the config alone and not on the machine, so that the same run is always computed the
+    same way.
+    """
+    flops = training_flops(config.model, 0, config.block_size)  # the head is not compiled
+    return flops * config.total_tokens >= COMPILE_FLOPS

@@ -1,0 +1,102 @@
+"""Writes the rows and log lines of a run, keeps its clocks, and shows both to observers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from storylab.config import TrainConfig
+from storylab.optim.schedule import learning_rate
+from storylab.record.folder import LOG, RunFolder
+from storylab.record.schema import IterationRow, Row
+from storylab.training import lines
+from storylab.training.observers import Observers
+from storylab.training.run_progress import InFlightStep, RunProgress
+from storylab.training.step import StepMetrics
+from storylab.training.telemetry import Telemetry, peak_memory_bytes
+
+
+class Recorder:
+    """The run folder's ``metrics.jsonl`` and ``log.txt``, and the clocks behind their numbers.
+
+    Clocks run from construction on; ``progress`` holds their sums, in seconds.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        progress: RunProgress,
+        device: torch.device,
+        observers: Observers,
+    ) -> None:
+        self.run, self.config, self.progress = run, config, progress
+        self.device, self.observers = device, observers
+        self.telemetry = Telemetry(device, progress.power)
+        self._lap_start = time.perf_counter()
+
+    def line(self, text: str) -> None:
+        """Add a line to the log."""
+        self.run.append(LOG, text)
+        self.observers.line(text)
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Add rows to the metrics."""
+        self.run.append_rows(rows)
+        for row in rows:
+            self.observers.row(row)
+
+    def steps(self, done: Sequence[tuple[InFlightStep, StepMetrics]], since: float) -> None:
+        """Record steps that are done, and the log line that is due at the last of them.
+
+        The clock, the meters and the files are looked at once for all, as a GPU idles meanwhile. Each step
+        is given its share of the time since ``since``, by ``time.perf_counter``, when the first began.
+        """
+        if not done:
+            return
+        progress, config = self.progress, self.config
+        now = time.perf_counter()
+        seconds = (now - since) / len(done)
+        progress.seconds += now - self._lap_start
+        progress.seconds_since_line += now - self._lap_start
+        self._lap_start = now
+        progress.training_seconds += seconds * len(done)
+        peak = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
+        progress.peak_memory_bytes = peak
+        meters = self.telemetry.latest()
+        self.rows([self._iteration_row(*step, seconds, meters) for step in done])
+        last, metrics = done[-1]
+        progress.next_iteration = last.iteration + 1
+        if last.iteration % config.log_interval == 0 or last.iteration == config.max_iters:
+            tokens = (last.iteration - progress.last_line) * config.tokens_per_iteration
+            rate = learning_rate(config, last.iteration)
+            elapsed = progress.seconds_since_line
+            self.line(lines.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate))
+            progress.last_line, progress.seconds_since_line = last.iteration, 0.0
+        self.observers.progress("training", last.iteration + 1, config.iterations)
+
+    def _iteration_row(
+        self,
+        step: InFlightStep,
+        metrics: StepMetrics,
+        seconds: float,
+        meters: Mapping[str, float | None],
+    ) -> IterationRow:
+        tokens = self.config.tokens_per_iteration
+        return IterationRow(
+            iteration=step.iteration,
+            loss=metrics.loss,
+            learning_rate=learning_rate(self.config, step.iteration),
+            grad_norm=metrics.grad_norm,
+            clipped=metrics.clipped,
+            tokens=(step.iteration + 1) * tokens,
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            data_seconds=step.waited,
+            peak_memory_bytes=self.progress.peak_memory_bytes,
+            power_watts=meters["power_watts"],
+            utilization_percent=meters["utilization_percent"],
+            energy_joules=meters["energy_joules"],
+        )

@@ -1,0 +1,105 @@
+"""How far a run has come, the steps in flight, and a request to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from storylab.decode import convert
+from storylab.errors import UserError
+from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
+from storylab.training.telemetry import PowerTotals
+
+
+class StopRequested(Exception):  # noqa: N818
+    """Unwinds the iteration or evaluation that a signal cut short."""
+
+
+@dataclass
+class RunProgress:
+    """What a run has done so far; saved with every checkpoint. Times in seconds."""
+
+    next_iteration: int = 0
+    last_line: int = 0
+    seconds_since_line: float = 0.0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_iteration: int | None = None
+    peak_memory_bytes: int = 0
+    power: PowerTotals = field(default_factory=PowerTotals)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunProgress:
+        """Rebuild what a checkpoint's header holds.
+
+        Raises:
+            UserError: it is of another version.
+        """
+        if unknown := values.keys() - {field.name for field in fields(cls)}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"the checkpoint is of another version of storylab (it has {names})")
+        return convert(cls, values, "its state")
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """An iteration under way: its result, and the seconds that the host waited for its batch."""
+
+    iteration: int
+    result: DeviceStepMetrics
+    waited: float
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C, noted when it comes and acted on where it is safe to leave."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def check(self) -> None:
+        """Leave the current work if a signal has come."""
+        if self.number is not None:
+            raise StopRequested
+
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.number = number
+
+
+class StepsInFlight:
+    """Steps that were started and not read yet, in order.
+
+    On a GPU the host runs ahead until a line is due, so only the time of all of them together is known.
+
+    Args:
+        runs_ahead: False where the host gains nothing by it.
+    """
+
+    def __init__(self, runs_ahead: bool) -> None:
+        self.runs_ahead = runs_ahead
+        self._steps: list[InFlightStep] = []
+        self._since = 0.0
+
+    def add(self, step: InFlightStep, started: float) -> None:
+        """Add a step that began at ``started``, by ``time.perf_counter``."""
+        if not self._steps:
+            self._since = started
+        self._steps.append(step)
+
+    def read(
+        self,
+    ) -> tuple[list[tuple[InFlightStep, StepMetrics]], float, NonFiniteError | None]:
+        """Wait for the steps; returns those before one that is not finite, when the first of them began,
+        and that fault. Steps after a fault are of no use."""
+        steps, self._steps = self._steps, []
+        done: list[tuple[InFlightStep, StepMetrics]] = []
+        for step in steps:
+            try:
+                done.append((step, step.result.read()))
+            except NonFiniteError as error:
+                return done, self._since, error
+        return done, self._since, None

@@ -1,0 +1,150 @@
+"""From a config to everything that a run needs before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storylab.compiler import missing_for_compiling
+from storylab.config import TrainConfig
+from storylab.data.batches import TrainingBatches
+from storylab.data.dataset import Dataset
+from storylab.data.layout import TRAIN
+from storylab.errors import UserError
+from storylab.precision.backends.protocol import require_aligned
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder, require_free
+from storylab.training.compile_check import CompileCheck
+from storylab.training.compile_policy import worth_compiling
+from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.run_progress import RunProgress
+from storylab.training.state import TrainState
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+    """Fill in every default of the config of a new run, and choose its precision, without the data.
+
+    Raises:
+        UserError: there is no such device, it lacks the dtype, ``out_dir`` is in use, or the learning
+            rate would rise after its warm-up.
+    """
+    config.require_no_rise()
+    method = "" if config.method == "record" else f"{config.method}-"
+    name = f"{config.preset}-{method}{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.out_dir or Path("runs") / name
+    config, precision = resolve_device(dataclasses.replace(config, out_dir=folder))
+    require_free(folder)
+    return config, precision
+
+
+def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+    """Fill in device, data seed and compiling, and choose the precision, for new and old runs.
+
+    Raises:
+        UserError: there is no such device, it lacks the dtype, or nothing can compile for it.
+    """
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.dtype, config.recipe, config.backend)
+    if precision.hardware is not None:
+        require_aligned(precision.hardware, config.model, config.block_size)
+    if config.quantization_stats and precision.hardware is not None:
+        raise UserError(
+            "--quantization_stats sees emulated tensors only: leave it out, or add "
+            "--backend emulated"
+        )
+    resolved = dataclasses.replace(
+        config,
+        device=str(precision.device),
+        data_seed=config.resolved_data_seed,
+        backend=precision.backend,
+        compile=resolve_compile(config, precision),
+    )
+    return resolved, precision
+
+
+def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
+    """Whether to compile the blocks: as the config says, or else where it pays and can be done.
+
+    Raises:
+        UserError: the config asks for it and it cannot be done.
+    """
+    device = precision.device.type
+    missing = missing_for_compiling(device)
+    if config.compile:
+        if precision.recipe is not None:
+            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
+        if missing is not None:
+            raise UserError(
+                f"--compile on {device} needs {missing}: install it, or leave --compile out"
+            )
+    if config.compile is not None:
+        return config.compile
+    return precision.recipe is None and missing is None and worth_compiling(config)
+
+
+class TrainingSetup:
+    """A run before its first step, or before its next one after :meth:`restore`.
+
+    Attributes:
+        state: what a step reads or updates.
+        batches: the training batch of every iteration.
+        progress: how far the run has come.
+        compile_checks: results of comparing compiled with uncompiled code.
+        compile_fault: why the run is not compiled although it was to be; None otherwise.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, precision: Precision) -> None:
+        self.config, self.dataset, self.precision = config, dataset, precision
+        self.state = TrainState(config, dataset.vocab_size, precision)
+        self.batches = TrainingBatches(
+            dataset.splits[TRAIN],
+            dataset.fingerprint,
+            config.resolved_data_seed,
+            config.block_size,
+            config.batch_size * config.gradient_accumulation_steps,
+        )
+        self.progress = RunProgress()
+        self.compile_checks: list[CompileCheck] = []
+        self.compile_fault: str | None = None
+
+    def restore(self, run: RunFolder) -> None:
+        """Go to the run's last checkpoint, or stay at the start if it has none yet.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another config.
+        """
+        if not run.checkpoint("last").exists() and not run.read_rows():
+            return  # killed before it had trained
+        tensors, values = checkpoint.load(run.checkpoint("last"))
+        self.progress = RunProgress.from_dict(values)
+        if self.state.quantization is not None:
+            self.state.quantization.advance(max(self.progress.next_iteration - 1, 0))
+        self.state.restore(tensors)
+        if self.progress.scaler:
+            self.state.scaler.load_state_dict(self.progress.scaler)
+
+    def identity(self) -> dict[str, Any]:
+        """Device, hashes of the initial weights and of the first batch, and the checks of compiled code,
+        for ``environment.json``. The hashes prove what runs share."""
+        device = self.precision.device
+        cuda = device.type == "cuda"
+        weights = {name: p.detach() for name, p in self.state.model.named_parameters()}
+        return {
+            "device": str(device),
+            "gpu": torch.cuda.get_device_name(device) if cuda else None,
+            "initial_weights_sha256": checkpoint.weights_sha256(weights),
+            "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
+            **self.compile_record(),
+        }
+
+    def compile_record(self) -> dict[str, Any]:
+        """The checks of the compiled code, for ``environment.json``; empty if there were none."""
+        if not self.compile_checks and self.compile_fault is None:
+            return {}
+        checks = [check.to_dict() for check in self.compile_checks]
+        return {"compile_checks": checks, "compile_fault": self.compile_fault}
