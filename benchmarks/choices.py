@@ -75,22 +75,24 @@ def head(kind: str) -> Callable[[], float]:
 def attention(kind: str, length: int) -> Callable[[], float]:
     import torch
 
+    from storylab.config import Window
     from storylab.model import attention as module
 
-    module.MAX_PRODUCT_LENGTH = 0 if "flash" in kind else 1 << 20
+    module.MAX_MATMUL_ATTENTION_LENGTH = 0 if "flash" in kind else 1 << 20
     shape = (POSITIONS // length, 12, length, 64)
     query = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     keys = (POSITIONS // length, 3, length, 64)
     key = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
     value = torch.randn(keys, dtype=torch.bfloat16, requires_grad=True)
 
-    mask = module._mask(length, length, WINDOW, query.device)
+    window = Window(WINDOW)
+    mask = module._mask(length, length, window, query.device)
 
     def attend() -> torch.Tensor:
         if kind == "window as a band":
-            return module._banded_attention(query, key, value, WINDOW)
+            return module._banded_attention(query, key, value, window, WINDOW)
         if kind == "window as a mask on products":
-            return module._product_attention(query, key, value, mask)
+            return module._matmul_attention(query, key, value, mask)
         return module.causal_attention(query, key, value)
 
     def run() -> float:

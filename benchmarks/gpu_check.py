@@ -922,6 +922,7 @@ def windows(here):
     """FlexAttention as the project calls it: right, the same again, and how fast."""
     import torch
 
+    from storylab.config import FULL, Window
     from storylab.model import attention
 
     device = torch.device(here.args.device, 0) if here.cuda else torch.device("cpu")
@@ -937,10 +938,11 @@ def windows(here):
             ]
             *inputs, direction = base
             inputs = [x.detach().requires_grad_(here.cuda) for x in inputs]
-            mask = attention.block_masks([window], time_, device)[0]
+            pattern = Window(window)
+            mask = attention.block_masks([pattern], time_, device, 64)[0]
 
-            def work(inputs=inputs, window=window, mask=mask, direction=direction):
-                out = attention.causal_attention(*inputs, window, mask)
+            def work(inputs=inputs, pattern=pattern, mask=mask, direction=direction):
+                out = attention.causal_attention(*inputs, pattern, mask)
                 return out, (torch.autograd.grad((out,), inputs, (direction,)) if here.cuda else ())
 
             begin = time.perf_counter()
@@ -959,11 +961,11 @@ def windows(here):
             full = [x.detach().requires_grad_(here.cuda) for x in inputs]
 
             def flash(full=full, direction=direction):
-                out = attention.causal_attention(*full, None, None)
+                out = attention.causal_attention(*full, FULL, None)
                 return torch.autograd.grad((out,), full, (direction,)) if here.cuda else out
 
-            def band(inputs=inputs, window=window, direction=direction):
-                out = attention.causal_attention(*inputs, window, None)
+            def band(inputs=inputs, pattern=pattern, direction=direction):
+                out = attention.causal_attention(*inputs, pattern, None)
                 return torch.autograd.grad((out,), inputs, (direction,)) if here.cuda else out
 
             if here.cuda:

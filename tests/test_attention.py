@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
 
 from conftest import TINY
-from storylab.config import ModelConfig, parse_attention
+from storylab.config import FULL, AttentionPattern, ModelConfig, Window, parse_attention
 from storylab.errors import UserError
 from storylab.model import attention
 from storylab.model.attention import causal_attention
@@ -43,6 +43,10 @@ def brute_force(
     return result
 
 
+def pattern_of(window: int | None) -> AttentionPattern:
+    return FULL if window is None else Window(window)
+
+
 def draw(time: int, source: int, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(time * 1000 + source)
     shapes = [(2, heads, time, 8), (2, kv_heads, source, 8), (2, kv_heads, source, 8)]
@@ -60,7 +64,7 @@ def test_every_window_is_that_of_the_brute_force(
     time: int, before: int, window: int | None, heads: tuple[int, int]
 ) -> None:
     query, key, value = draw(time, time + before, *heads)
-    ours = causal_attention(query, key, value, window)
+    ours = causal_attention(query, key, value, pattern_of(window))
     reference = brute_force(query, key, value, window)
     torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
     direction = torch.randn(ours.shape, dtype=torch.float64)
@@ -73,27 +77,27 @@ def test_every_window_is_that_of_the_brute_force(
 
 
 def test_a_long_window_takes_the_path_of_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", 0)
+    monkeypatch.setattr(attention, "MAX_MATMUL_ATTENTION_LENGTH", 0)
     for window in (None, 20, 40):
         query, key, value = draw(48, 48)
-        ours = causal_attention(query, key, value, window)
+        ours = causal_attention(query, key, value, pattern_of(window))
         reference = brute_force(query, key, value, window)
         torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
 
 
 def flex_mask(time: int, window: int) -> BlockMask:
-    return attention._block_mask(time, window, torch.device("cpu"))
+    return attention._block_mask(time, Window(window), torch.device("cpu"))
 
 
 def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and in evaluation alike, where FlexAttention can be compiled and takes the heads."""
-    cpu, cuda, windows = torch.device("cpu"), torch.device("cuda"), (None, 64, 200)
-    monkeypatch.setattr(attention, "_block_mask", lambda time, window, device: (time, window))
+    cpu, cuda, windows = torch.device("cpu"), torch.device("cuda"), (FULL, Window(64), Window(200))
+    monkeypatch.setattr(attention, "_block_mask", lambda time, pattern, device: (time, pattern))
     monkeypatch.setattr(attention, "missing_for_compiling", lambda device: None)
     assert attention.block_masks(windows, 128, cpu, 64) == [None] * 3
-    assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, 64), None]
+    assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, Window(64)), None]
     with torch.no_grad():
-        assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, 64), None]
+        assert attention.block_masks(windows, 128, cuda, 64) == [None, (128, Window(64)), None]
     assert attention.block_masks(windows, 128, cuda, 8) == [None] * 3
     monkeypatch.setattr(attention, "missing_for_compiling", lambda device: "a C compiler")
     assert attention.block_masks(windows, 128, cuda, 64) == [None] * 3
@@ -129,7 +133,7 @@ def test_the_graphics_card_path_computes_the_same_window() -> None:
     query, key, value = (x.detach() for x in draw(150, 150))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that uncompiled is slow
-        ours = causal_attention(query, key, value, 20, flex_mask(150, 20))
+        ours = causal_attention(query, key, value, Window(20), flex_mask(150, 20))
     reference = brute_force(query, key, value, 20)
     torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5)
 
@@ -158,7 +162,7 @@ def test_nothing_beyond_the_receptive_field_influences_an_output(pattern: str, r
 def test_one_full_layer_reaches_everything() -> None:
     config = dataclasses.replace(TINY, attention="window:2,full")
     assert config.receptive_field is None
-    assert config.layer_windows == (2, None)
+    assert config.layer_patterns == (Window(2), FULL)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +175,25 @@ def test_one_full_layer_reaches_everything() -> None:
     ],
 )
 def test_patterns_are_dealt_out_to_the_layers(pattern: str, windows: tuple[int | None]) -> None:
-    assert parse_attention(pattern) == windows
+    patterns = tuple(map(pattern_of, windows))
+    assert parse_attention(pattern) == patterns
     config = ModelConfig(attention=pattern)
-    assert config.layer_windows == tuple(windows[i % len(windows)] for i in range(12))
+    assert config.layer_patterns == tuple(patterns[i % len(patterns)] for i in range(12))
+
+
+@pytest.mark.parametrize("text", ["full", "window:1", "window:7", "window:40"])
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 40])
+def test_a_patterns_facts_are_those_of_its_mask(text: str, length: int) -> None:
+    """Counted position by position, in Python's integers."""
+    (pattern,) = parse_attention(text)
+    read = [[k for k in range(length) if pattern.allows(q, k)] for q in range(length)]
+    assert all(k <= q for q, keys in enumerate(read) for k in keys)
+    assert pattern.pairs(length) == sum(map(len, read)) == AttentionPattern.pairs(pattern, length)
+    assert pattern.most_read(length) == max(map(len, read))
+    assert pattern.most_read(length) == AttentionPattern.most_read(pattern, length)
+    assert pattern.covers(length) == all(len(keys) == q + 1 for q, keys in enumerate(read))
+    if pattern.reach is not None:
+        assert all(q - k < pattern.reach for q, keys in enumerate(read) for k in keys)
 
 
 @pytest.mark.parametrize("pattern", ["", "window", "window:0", "window:-3", "flash", "full,,full"])

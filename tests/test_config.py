@@ -8,19 +8,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from storylab import config as configs
 from storylab.config import (
+    PRESENTATION_FIELDS,
     PRESETS,
+    SEED_FIELDS,
     ModelConfig,
     TrainConfig,
     differences,
+    flat,
     from_dict,
     preset_config,
+    recipe_digest,
+    timing_key,
     to_dict,
 )
+from storylab.config.marks import mark, marks_of
 from storylab.errors import UserError
 from storylab.experiments.factors import changed_fields, factor_fields
 from storylab.flags import default_for, parse
@@ -204,6 +211,47 @@ def test_differences_name_what_changes_the_result_only() -> None:
     )
     assert differences(a, b) == {"beta1": (0.9, 0.8), "n_layer": (12, 2)}
     assert differences(a, dataclasses.replace(a, data_seed=a.seed)) == {}
+
+
+def test_digests_are_those_of_earlier_versions() -> None:
+    """As commit e30b07b had them, which had more fields: runs are found by their folders' names."""
+    nvfp4 = {"dtype": "nvfp4", "recipe": "hadamard=false", "backend": "emulated"}
+    for config, digest in (
+        (TrainConfig(), "d950f9b7a8"),
+        (preset_config("nano"), "5e9ef6d6ae"),
+        (preset_config("3m", "fast"), "256fcb7be6"),
+        (dataclasses.replace(preset_config("10m"), block_size=256, **nvfp4), "4d7248bcd0"),  # type: ignore[arg-type]
+    ):
+        assert recipe_digest(config, "f") == digest
+
+
+def test_a_digest_leaves_out_what_changes_no_result() -> None:
+    config = TrainConfig()
+    values = flat(config)
+    assert "model" not in values and values["n_layer"] == 12
+    for name in PRESENTATION_FIELDS | SEED_FIELDS:
+        changed = {bool: True, int: 7, float: 7.0}.get(type(values[name]), Path("elsewhere"))
+        changed = 7 if name == "data_seed" else changed
+        other = dataclasses.replace(config, **{name: changed})
+        assert flat(other)[name] != values[name]
+        assert recipe_digest(other, "f") == recipe_digest(config, "f"), name
+    # The same batch in other micro-batches is the same run; its time is another.
+    split = dataclasses.replace(config, batch_size=32, gradient_accumulation_steps=32)
+    assert recipe_digest(split, "f") == recipe_digest(config, "f")
+    assert timing_key(split) != timing_key(config)
+    assert timing_key(dataclasses.replace(config, learning_rate=1.0)) == timing_key(config)
+
+
+def test_a_field_without_marks_is_an_error() -> None:
+    @dataclasses.dataclass
+    class Forgetful:
+        known: Annotated[int, mark("size")] = 1
+        forgotten: int = 2
+
+    # Annotations are text here, and names of a function's are not found from its text.
+    Forgetful.__annotations__ = {"known": Annotated[int, mark("size")], "forgotten": int}
+    with pytest.raises(TypeError, match=r"Forgetful\.forgotten has no mark"):
+        marks_of(Forgetful)
 
 
 def test_every_field_is_read_somewhere() -> None:

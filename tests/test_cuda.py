@@ -9,7 +9,6 @@ steps run on the CPU, where what would wait is counted.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
-from storylab.optim.build import build_optimizers, require_skipping, skip_where
 from storylab.record import checkpoint
 from storylab.training.checkpointing import Saver
 from storylab.training.precision import Precision, choose_device, require_same_bits
@@ -181,57 +179,6 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
     # The layers differ in what they are given only where values are handed on.
     assert len(graphs) <= 2
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
-def test_a_step_that_is_not_finite_changes_nothing_on_the_device(optimizer: str) -> None:
-    """What CUDA relies on, on the CPU: the skip is part of the update."""
-    config = TrainConfig(model=MODEL, optimizer=optimizer, weight_decay=0.3)  # type: ignore[arg-type]
-    model = Transformer(MODEL, VOCAB)
-    optimizers = build_optimizers(model, config)
-
-    def update(value: float, skip: bool) -> None:
-        for p in model.parameters():
-            p.grad = torch.full_like(p, value)
-        skip_where(optimizers, torch.tensor(skip))
-        for each in optimizers:
-            each.step()
-
-    def state() -> list[torch.Tensor]:
-        kept = [t for o in optimizers for s in o.state.values() for t in s.values()]
-        return [t.clone() for t in (*model.parameters(), *kept)]
-
-    update(0.1, False)
-    before = state()
-    update(float("nan"), True)
-    after = state()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    update(0.1, False)
-    assert not any(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-
-
-def after_a_bad_step(optimizer: torch.optim.Optimizer) -> list[float]:
-    weight = optimizer.param_groups[0]["params"][0]
-    weight.grad = torch.full_like(weight, float("nan"))
-    skip_where([optimizer], torch.tensor(True))
-    optimizer.step()
-    return weight.tolist()
-
-
-@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RMSprop])
-def test_an_optimizer_that_ignores_the_skip_is_refused(kind: Any) -> None:
-    """It would write NaN on a card."""
-    optimizer = kind([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(TypeError, match=f"{kind.__name__} does not heed found_inf"):
-        require_skipping(optimizer)
-    assert all(math.isnan(x) for x in after_a_bad_step(optimizer))
-
-
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_an_optimizer_that_heeds_the_skip_is_taken(kind: Any) -> None:
-    optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, fused=True)
-    require_skipping(optimizer)
-    assert after_a_bad_step(optimizer) == [1.0] * 3
 
 
 def test_a_lone_query_takes_no_mask(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:

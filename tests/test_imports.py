@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import storylab
 from storylab.data.dataset import Dataset
 
@@ -40,7 +38,5 @@ load_dataset(Path({str(dataset.folder)!r}))"""
     assert "pyarrow" not in loaded(script)
 
 
-# To be taken off as soon as it passes, which strict makes an error of.
-@pytest.mark.xfail(strict=True, reason="planning imports modules that import torch")
 def test_a_plan_loads_no_torch() -> None:
     assert "torch" not in loaded("import storylab.planning.roofline, storylab.planning.plan_text")

@@ -20,7 +20,7 @@ from storylab.compiler import missing_for_compiling
 from storylab.config import ModelConfig
 from storylab.errors import UserError
 from storylab.model import head
-from storylab.model.attention import MAX_PRODUCT_LENGTH, causal_attention
+from storylab.model.attention import MAX_MATMUL_ATTENTION_LENGTH, causal_attention
 from storylab.model.cache import KVCache
 from storylab.model.generate import Sampling, generate, next_token_probabilities
 from storylab.model.head import ChunkSizes, linear_cross_entropy, token_losses
@@ -175,11 +175,11 @@ def brute_force_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("time", "past"), [(7, 0), (1, 6), (3, 4)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("limit", [0, MAX_PRODUCT_LENGTH])
+@pytest.mark.parametrize("limit", [0, MAX_MATMUL_ATTENTION_LENGTH])
 def test_attention_is_that_of_the_definition(
     time: int, past: int, kv_heads: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storylab.model.attention.MAX_PRODUCT_LENGTH", limit)
+    monkeypatch.setattr("storylab.model.attention.MAX_MATMUL_ATTENTION_LENGTH", limit)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, time, 8, generator=generator)
     key = torch.randn(2, kv_heads, time + past, 8, generator=generator)

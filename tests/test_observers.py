@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from storylab.config import TrainConfig
 from storylab.errors import Diverged
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder
+from storylab.record.schema import Row, Summary
 from storylab.training.observers import Observer
 from storylab.training.train import train
 
@@ -30,8 +31,8 @@ class Everything(Observer):
     def start(self, folder: Path) -> None:
         self.seen.append(("start", folder))
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        self.seen.append(("row", dict(row)))
+    def row(self, row: Row) -> None:
+        self.seen.append(("row", row))
 
     def line(self, text: str) -> None:
         self.seen.append(("line", text))
@@ -39,8 +40,8 @@ class Everything(Observer):
     def progress(self, name: str, done: int, total: int) -> None:
         self.seen.append(("progress", (name, done, total)))
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
-        self.seen.append(("end", summary and dict(summary)))
+    def end(self, summary: Summary | None) -> None:
+        self.seen.append(("end", summary))
 
     def all(self, kind: str) -> list[Any]:
         return [value for name, value in self.seen if name == kind]

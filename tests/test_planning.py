@@ -414,7 +414,7 @@ def test_predicted_parts_are_those_that_are_measured(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "code",
     [
-        "import storylab.planning.roofline, storylab.planning.plan_text, storylab.plan_cli",
+        "import storylab.planning.roofline, storylab.planning.plan_text, storylab.cli.verbs.plan",
         "from storylab.cli import main; main(['plan', '--gpu', 'rtx5090', '--dtype', 'nvfp4'])",
     ],
 )

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import storylab
 from conftest import TINY
+from stepping import FLOAT32, VOCAB, batch, new, step
 from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
 from storylab.data import builtin
@@ -32,17 +33,14 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.optim.build import build_optimizers
-from storylab.optim.orthogonal import Muon, orthogonalize
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import NON_NUMERIC_MODULES, bare_source
 from storylab.record.schema import EvaluationRow, IterationRow, Summary
-from storylab.training import loop, state
+from storylab.training import loop
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
 from storylab.training.precision import (
-    Precision,
     choose_device,
     choose_precision,
 )
@@ -50,35 +48,12 @@ from storylab.training.resume import resume
 from storylab.training.run_progress import StopRequested
 from storylab.training.sampling import load_story_model
 from storylab.training.setup import TrainingSetup, resolve_compile
-from storylab.training.step import NonFiniteError, StepMetrics, training_step
+from storylab.training.step import NonFiniteError, training_step
 from storylab.training.telemetry import PowerTotals, Telemetry
 from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
-FLOAT32 = Precision(CPU, torch.float32)
-VOCAB = 300
-
-
-def batch(sequences: int = 8, time: int = 17) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(VOCAB, (sequences, time), generator=generator)
-
-
-def step(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], **changes: Any
-) -> StepMetrics:
-    values: dict[str, Any] = {"micro_batch": 8, "learning_rate": 1e-2, "grad_clip": 1.0}
-    precision = changes.pop("precision", FLOAT32)
-    scaler = precision.grad_scaler()
-    return training_step(
-        model, optimizers, scaler, precision, changes.pop("batch", batch()), **(values | changes)
-    ).read()
-
-
-def new(**changes: Any) -> tuple[Transformer, list[torch.optim.Optimizer]]:
-    model = Transformer(TINY, VOCAB, seed=0)
-    return model, build_optimizers(model, TrainConfig(**changes))
 
 
 # --- the step
@@ -93,131 +68,6 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch: int) -> No
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for p, q in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_a_step_is_adamw_in_float64() -> None:
-    """Two steps against Loshchilov & Hutter's algorithm 2 written out, gradients from plain loss."""
-    model, optimizers = new(beta1=0.8, beta2=0.9, weight_decay=0.3)
-    reference = Transformer(TINY, VOCAB, seed=0).double()
-    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in
-               reference.named_parameters()}  # fmt: skip
-    for t in (1, 2):
-        step(model, optimizers, grad_clip=0.0)
-        logits = reference(batch()[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch()[:, 1:].flatten())
-        reference.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for name, p in reference.named_parameters():
-                assert p.grad is not None
-                m, v = moments[name]
-                m.mul_(0.8).add_(0.2 * p.grad)
-                v.mul_(0.9).add_(0.1 * p.grad**2)
-                update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
-                decay = 0.3 if p.dim() == 2 else 0.0  # norm gains are not decayed
-                p.sub_(1e-2 * (update + decay * p))
-    expected = dict(reference.named_parameters())
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=2e-5)
-
-
-def test_muon_is_that_of_torch_for_each_projection() -> None:
-    """Three steps against torch.optim.Muon, given the joined matrices in their parts."""
-    model, optimizers = new(optimizer="muon", matrix_lr=0.05, weight_decay=0.3)
-    reference = Transformer(TINY, VOCAB, seed=0)
-    parts = {
-        name: [torch.nn.Parameter(part.clone()) for part in p.detach().split(rows)]
-        for name, p in reference.named_parameters()
-        for matrix, rows in reference.block_matrices()
-        if matrix is p
-    }
-    theirs = torch.optim.Muon(
-        [p for group in parts.values() for p in group], lr=0.05, weight_decay=0.3
-    )
-    for _ in range(3):
-        step(model, optimizers, grad_clip=0.0)
-        for name, p in model.named_parameters():
-            if name in parts:
-                assert p.grad is not None
-                rows = [len(part) for part in parts[name]]
-                for part, grad in zip(parts[name], p.grad.split(rows), strict=True):
-                    part.grad = grad.clone()
-        theirs.param_groups[0]["lr"] = 1e-2 * 0.05 / 1e-4  # as the step's learning rate is
-        theirs.step()
-    for name, p in model.named_parameters():
-        if name in parts:
-            torch.testing.assert_close(p, torch.cat(parts[name]), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 12), (2, 12, 40)])
-def test_orthogonalized_matrices_have_singular_values_near_one(
-    shape: tuple[int, int, int],
-) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(matrices)
-    values = torch.linalg.svdvals(result.double())
-    assert values.min() > 0.5 and values.max() < 1.35
-    u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
-    cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).float().flatten(1))
-    assert cosine.min() > 0.95
-
-
-def test_normuon_is_muon_with_rows_alike() -> None:
-    """Four updates, from gradients whose rows change in size, against Li et al. 2025, algorithm 1, in
-    float64 for everything after the orthogonalization, with the norm of Muon's update."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(9, 6))
-    optimizer = Muon([(weight, (6, 3))], 1.0, 0.0, normalize_rows=True)
-    momentum = torch.zeros_like(weight)
-    squares = torch.zeros(9, 1, dtype=torch.float64)
-    for _ in range(4):
-        sizes = torch.rand(9, 1, generator=generator) ** 4
-        weight.grad = sizes * torch.randn(weight.shape, generator=generator)
-        before = weight.detach().clone()
-        optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * weight.grad
-        ahead = 0.95 * momentum + 0.05 * weight.grad
-        expected = []
-        for part, mean in zip(ahead.split((6, 3)), squares.split((6, 3)), strict=True):
-            update = orthogonalize(part.unsqueeze(0))[0].double()
-            mean.mul_(0.95).add_(0.05 * update.square().mean(1, keepdim=True))
-            alike = update / mean.sqrt()
-            expected.append(alike * update.norm() / alike.norm())
-        kept = optimizer.state[weight]["row_squares"].double()
-        torch.testing.assert_close(kept, squares, rtol=0.01, atol=0)
-        change = (before - weight.detach()).double()
-        torch.testing.assert_close(change, torch.cat(expected), rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
-def test_a_matrix_whose_first_gradient_is_zero_is_trained(optimizer: str) -> None:
-    """As most matrices' is where those that write to the residual stream begin at zero."""
-    config = TrainConfig(model=TINY, optimizer=optimizer, batch_size=8, weight_decay=0.0)  # type: ignore[arg-type]
-    trained = state.TrainState(config, VOCAB, FLOAT32)
-    for block in trained.model.blocks:
-        block.attention.out.weight.data.zero_()
-        block.feed_forward.down.weight.data.zero_()
-    weight = trained.model.blocks[0].feed_forward.gate_up.weight
-    begun = weight.detach().clone()
-    losses = [trained.step(i, batch(), learning_rate=1e-3).read().loss for i in range(3)]
-    assert all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
-    assert not torch.equal(weight, begun)
-
-
-def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
-    """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
-    config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
-    trained = state.TrainState(config, VOCAB, FLOAT32)
-    weight = trained.model.embedding.weight
-    expected = torch.zeros_like(weight, dtype=torch.float64)
-    for number in range(1, 11):
-        trained.step(number - 1, batch(), learning_rate=1e-2)
-        newest = 1 / min(number, 4)
-        expected = (1 - newest) * expected + newest * weight.detach().double()
-        own = weight.detach().clone()
-        with trained.averaged():
-            torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
-        assert torch.equal(weight, own)
 
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:

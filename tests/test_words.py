@@ -23,7 +23,6 @@ ALLOWANCE: dict[str, int] = {
     "src/storylab/experiments/factors.py": 2,
     "src/storylab/experiments/spec.py": 2,
     "src/storylab/experiments/verdicts.py": 1,
-    "src/storylab/model/attention.py": 1,
     "src/storylab/precision/backends/protocol.py": 1,
     "src/storylab/precision/linear.py": 1,
     "src/storylab/precision/quantize.py": 1,

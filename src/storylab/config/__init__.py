@@ -23,7 +23,8 @@ from storylab.config.identity import (
     without_removed,
 )
 from storylab.config.marks import at_most, check_seed
-from storylab.config.model import Matrix, ModelConfig, parse_attention
+from storylab.config.model import Matrix, ModelConfig
+from storylab.config.patterns import FULL, AttentionPattern, Window, parse_attention
 from storylab.config.presets import (
     GPT2_VOCAB_SIZE,
     METHODS,
@@ -51,6 +52,7 @@ __all__ = [
     "DEFAULT_DATA_DIR",
     "DEFAULT_PRESET",
     "FIELDS",
+    "FULL",
     "GPT2_VOCAB_SIZE",
     "LAST_WITH_REMOVED",
     "METHODS",
@@ -61,6 +63,7 @@ __all__ = [
     "SMALL_VOCAB_SIZE",
     "SPLIT_FIELDS",
     "WIDE_DTYPES",
+    "AttentionPattern",
     "Backend",
     "Dtype",
     "Matrix",
@@ -71,6 +74,7 @@ __all__ = [
     "PresetName",
     "ScheduleName",
     "TrainConfig",
+    "Window",
     "at_most",
     "check_seed",
     "differences",

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 from storylab.config.marks import COUNT, at_least, at_most, check_fields, mark
+from storylab.config.patterns import AttentionPattern, parse_attention
 from storylab.errors import UserError
 
 ValueResidual = Literal["none", "first_layer"]
 
 # Layers are built one by one.
 LAYERS = (partial(at_least, 1), partial(at_most, 10_000))
-
-
-def parse_attention(pattern: str) -> tuple[int | None, ...]:
-    """The windows that an attention pattern names, e.g. ``window:64*2,full`` -> (64, 64, None).
-
-    Raises:
-        UserError: it is not a pattern.
-    """
-    windows: list[int | None] = []
-    for part in pattern.split(","):
-        found = re.fullmatch(r"\s*(?:full|window:([1-9]\d{0,8}))(?:\*([1-9]\d{0,2}))?\s*", part)
-        if not found:
-            raise UserError(
-                f"attention pattern '{pattern}' has '{part}': write full or window:N, or a list "
-                "for the layers in turn such as window:64*3,full"
-            )
-        window = int(found[1]) if found[1] else None
-        windows += [window] * int(found[2] or 1)
-    return tuple(windows)
 
 
 @dataclass(frozen=True)
@@ -110,10 +91,10 @@ class ModelConfig:
         return (self.n_head + 2 * self.n_kv_head) * self.head_size
 
     @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """Positions that each layer's queries read, their own included; None: all before them."""
-        pattern = parse_attention(self.attention)
-        return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layer))
+    def layer_patterns(self) -> tuple[AttentionPattern, ...]:
+        """The attention pattern of each layer."""
+        patterns = parse_attention(self.attention)
+        return tuple(patterns[layer % len(patterns)] for layer in range(self.n_layer))
 
     def adds_values(self, layer: int) -> bool:
         """Whether ``layer`` adds to its attention values, see ``value_residual``."""
@@ -123,10 +104,10 @@ class ModelConfig:
     def receptive_field(self) -> int | None:
         """Positions that can influence an output through all layers; None: all before it."""
         reach = 1
-        for window in self.layer_windows:
-            if window is None:
+        for pattern in self.layer_patterns:
+            if pattern.reach is None:
                 return None
-            reach += window - 1
+            reach += pattern.reach - 1
         return reach
 
     def matrices(self) -> tuple[Matrix, ...]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from storylab.config import (
     FIELDS,
+    FULL,
     PRESENTATION_FIELDS,
     SEED_FIELDS,
     SPLIT_FIELDS,
+    AttentionPattern,
     TrainConfig,
     differences,
     fields_of,
@@ -79,7 +81,7 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
         changed = {k: v for k, v in changed.items() if k not in SPLIT_FIELDS}
     if same_learning_rates(a, b):
         changed = {k: v for k, v in changed.items() if k not in FACTORS["learning_rate"]}
-    if windows(a) == windows(b):
+    if patterns_in_effect(a) == patterns_in_effect(b):
         changed.pop("attention", None)
     # Preset and method are names of values: where those are the same, they say nothing.
     for name, fields in (("preset", FACTORS["size"]), ("method", FACTORS["method"])):
@@ -112,12 +114,11 @@ def same_learning_rates(a: TrainConfig, b: TrainConfig) -> bool:
     )
 
 
-def windows(config: TrainConfig) -> tuple[int | None, ...]:
-    """Window of every layer; one that no sequence fills is full attention."""
+def patterns_in_effect(config: TrainConfig) -> tuple[AttentionPattern, ...]:
+    """Attention pattern of every layer; full where it leaves nothing out at the config's length."""
     block = config.block_size
     return tuple(
-        None if window is None or window >= block else window
-        for window in config.model.layer_windows
+        FULL if pattern.covers(block) else pattern for pattern in config.model.layer_patterns
     )
 
 

@@ -1,7 +1,8 @@
-"""Causal attention, whole or in a sliding window, on the fast path of each device.
+"""Causal attention in the pattern of a layer, on the fast path of each device.
 
-A window of W positions: a query reads its own position and the W - 1 before it (Beltagy et al.
-2020, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825). W of None reads everything before it.
+:mod:`storylab.config.patterns` has the patterns. A pattern with a reach is computed in bands, at a cost of
+T times the reach; on CUDA FlexAttention skips the blocks that any pattern leaves out; elsewhere a pattern's
+mask is a tensor.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from storylab.compiler import missing_for_compiling
+from storylab.config import FULL, AttentionPattern
 
 # Up to this length the CPU is faster with plain batched products than with the flash kernel, whose
 # backward pass is slow on short sequences (docs/performance.md has the measurement).
-MAX_PRODUCT_LENGTH = 512
+MAX_MATMUL_ATTENTION_LENGTH = 512
 # FlexAttention refuses smaller heads.
 MIN_FLEX_HEAD = 16
 # Blocks below this are too small for a matrix product to be worth its call.
@@ -30,7 +32,7 @@ def causal_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window: int | None = None,
+    pattern: AttentionPattern = FULL,
     block_mask: BlockMask | None = None,
 ) -> Tensor:
     """softmax(QK'/sqrt(D) + mask) V with grouped key/value heads.
@@ -39,8 +41,8 @@ def causal_attention(
         query: ``[B, H, T, D]``; its positions are the last T of the S key positions.
         key: ``[B, K, S, D]``; query head h reads key/value head h * K // H.
         value: ``[B, K, S, D]``.
-        window: number of positions that a query reads, its own included; None: all before it.
-        block_mask: the window as :func:`block_masks` has it, for training on CUDA.
+        pattern: the positions that a query reads.
+        block_mask: the pattern's, as :func:`block_masks` has it, for FlexAttention on CUDA.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of ``query``.
@@ -48,27 +50,26 @@ def causal_attention(
     if block_mask is not None:
         return _flex_attention(query, key, value, block_mask)
     time, source = query.shape[2], key.shape[2]
-    if window is not None and window >= source:
-        window = None
-    whole = time == source
-    if whole and window is not None and source > 2 * window:
-        return _banded_attention(query, key, value, window)
-    if query.device.type == "cpu" and source <= MAX_PRODUCT_LENGTH:
-        return _product_attention(query, key, value, _mask(time, source, window, query.device))
-    if window is None and (whole or time == 1):
+    whole, reads_all = time == source, pattern.covers(source)
+    if whole and not reads_all and pattern.reach is not None and source > 2 * pattern.reach:
+        return _banded_attention(query, key, value, pattern, pattern.reach)
+    if query.device.type == "cpu" and source <= MAX_MATMUL_ATTENTION_LENGTH:
+        return _matmul_attention(query, key, value, _mask(time, source, pattern, query.device))
+    if reads_all and (whole or time == 1):
         # A lone query reads everything, and flash attention takes no mask.
         return F.scaled_dot_product_attention(query, key, value, is_causal=whole, enable_gqa=True)
-    mask = _mask(time, source, window, query.device)
+    mask = _mask(time, source, pattern, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def _mask(time: int, source: int, window: int | None, device: torch.device) -> Tensor:
-    """True where query i of the last ``time`` positions may read key j: ``[time, source]``."""
-    mask = torch.ones(time, source, dtype=torch.bool, device=device).tril(source - time)
-    return mask if window is None else mask.triu(source - time - window + 1)
+def _mask(time: int, source: int, pattern: AttentionPattern, device: torch.device) -> Tensor:
+    """True where query i of the last ``time`` positions may read key j: bool ``[time, source]``."""
+    keys = torch.arange(source, device=device)
+    mask: Tensor = pattern.allows(keys[source - time :].unsqueeze(1), keys.unsqueeze(0))
+    return mask
 
 
-def _product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention by two batched products; the heads of a group are stacked along time, not copied.
 
     ``query [B, H, T, D]``, ``key`` and ``value [B, K, S, D]``, ``mask`` bool of ``[T, S]``, or of
@@ -95,14 +96,16 @@ def _product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) 
     return mixed.view(batch, heads, time, size)
 
 
-def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention in a window, at a cost of T * W rather than T * T.
+def _banded_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, reach: int
+) -> Tensor:
+    """Attention in a pattern of limited reach, at a cost of T * reach rather than T * T.
 
-    Time is cut into blocks at least as long as the window, so a block of queries needs the keys
-    of its own block and of the one before it only.
+    Time is cut into blocks at least as long as the reach, so a block of queries needs only the keys
+    of its own block and of the one before it.
     """
     batch, heads, time, size = query.shape
-    block = max(window, MIN_BLOCK)
+    block = max(reach, MIN_BLOCK)
     blocks = -(-time // block)
     query, key, value = (F.pad(x, (0, 0, 0, blocks * block - time)) for x in (query, key, value))
 
@@ -112,13 +115,13 @@ def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) ->
         return x.reshape(batch * blocks, -1, block, size)
 
     def with_block_before(x: Tensor) -> Tensor:
-        """Each block behind the one before it, zeros before the first: ``[B * n, K, 2 * block, D]``."""
+        """Each block after the previous one, zeros before the first: ``[B * n, K, 2 * block, D]``."""
         before = F.pad(x, (0, 0, block, 0))[:, :, :-block]
         return torch.cat((cut(before), cut(x)), dim=2)
 
-    mask = _mask(block, 2 * block, window, query.device).repeat(blocks, 1, 1)
+    mask = _mask(block, 2 * block, pattern, query.device).repeat(blocks, 1, 1)
     mask[0, :, :block] = False
-    mixed = _product_attention(
+    mixed = _matmul_attention(
         cut(query), with_block_before(key), with_block_before(value), mask.repeat(batch, 1, 1)
     )
     mixed = mixed.view(batch, blocks, heads, block, size).transpose(1, 2)
@@ -126,13 +129,13 @@ def _banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int) ->
 
 
 def block_masks(
-    windows: Sequence[int | None], time: int, device: torch.device, head_size: int
+    patterns: Sequence[AttentionPattern], time: int, device: torch.device, head_size: int
 ) -> list[BlockMask | None]:
-    """For each layer's window the blocks of a sequence of ``time`` positions that FlexAttention reads, or
-    None where it is not used: on other devices than CUDA, where it cannot be compiled, for heads that
-    it does not take, and where nothing is left out.
+    """One FlexAttention block mask per layer, for sequences of ``time`` positions; None where another path
+    is taken: on other devices than CUDA, where FlexAttention cannot be compiled, for heads that it does
+    not take, and where a pattern leaves nothing out.
 
-    Made outside of compiled blocks, which would make them anew in every pass.
+    Called outside of compiled blocks, which would build the masks again in every pass.
     """
     used = (
         device.type == "cuda"
@@ -140,28 +143,29 @@ def block_masks(
         and missing_for_compiling("cuda") is None
     )
     return [
-        _block_mask(time, window, device) if used and window is not None and window < time else None
-        for window in windows
+        _block_mask(time, pattern, device) if used and not pattern.covers(time) else None
+        for pattern in patterns
     ]
 
 
 @cache
-def _block_mask(time: int, window: int, device: torch.device) -> BlockMask:
+def _block_mask(time: int, pattern: AttentionPattern, device: torch.device) -> BlockMask:
     def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row - column < window)
+        mask: Tensor = pattern.allows(row, column)
+        return mask
 
     return create_block_mask(allowed, None, None, time, time, device=str(device))
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
-    """Attention in a window by FlexAttention, which skips the blocks that the mask leaves empty.
+    """Attention by FlexAttention, which skips the blocks that the mask leaves empty.
 
     https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
     """
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         mixed: Tensor = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
         return mixed
-    # Evaluation runs uncompiled but for this, which would make all scores and round them.
+    # Evaluation runs uncompiled, except for this: uncompiled it would store and round all scores.
     with torch.compiler.set_stance("default"):
         mixed = _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=True)
     return mixed
@@ -169,5 +173,5 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Block
 
 @cache
 def _compiled_flex() -> Any:
-    # For each length a kernel of its own: one for all lengths is slower.
+    # A separate kernel for each length: one for all lengths is slower.
     return torch.compile(flex_attention, dynamic=False)

@@ -60,6 +60,8 @@ class KVCache:
         shape = (batch, config.n_kv_head, max_length, config.head_size)
         self.length = 0
         self.layers: list[AnyLayerCache] = [
-            LayerKVCache(shape, device) if window is None else SlidingWindowKVCache(window - 1)
-            for window in config.layer_windows
+            LayerKVCache(shape, device)
+            if pattern.reach is None
+            else SlidingWindowKVCache(pattern.reach - 1)
+            for pattern in config.layer_patterns
         ]

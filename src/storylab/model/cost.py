@@ -46,11 +46,8 @@ def attention_flops(config: ModelConfig, block_size: int) -> float:
     """FLOPs a token of the attention products of all blocks in the forward pass, the mean over the
     tokens of a sequence: scores and mixed values of the positions that a token reads."""
     total = 0.0
-    for window in config.layer_windows:
-        reach = min(window or block_size, block_size)
-        # Tokens before the window is full read 1, 2, ... positions.
-        positions = reach * (reach + 1) / 2 + (block_size - reach) * reach
-        total += 4 * config.n_embd * positions / block_size
+    for pattern in config.layer_patterns:
+        total += 4 * config.n_embd * pattern.pairs(block_size) / block_size
     return total
 
 

@@ -37,7 +37,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.n_head, config.n_kv_head
-        self.window, self.qk_norm = config.layer_windows[layer], config.qk_norm
+        self.pattern, self.qk_norm = config.layer_patterns[layer], config.qk_norm
         # Query, key and value rows in one matrix: one product instead of three, two of them thin.
         self.qkv = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         query, key = apply_rotary_emb(query, *rotary), apply_rotary_emb(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = causal_attention(query, key, value, self.window, block_mask)
+        mixed = causal_attention(query, key, value, self.pattern, block_mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -254,9 +254,11 @@ class Transformer(nn.Module):
         rotary = rope_cos_sin(self.config, positions)
         x = x0 = self.embedding(tokens)
         value_residual: Tensor | None = None
-        # Sampling meets a new length at every token, and FlexAttention compiles for each length.
-        windows = self.config.layer_windows if cache is None else [None] * len(self.blocks)
-        masks = block_masks(windows, tokens.shape[1], tokens.device, self.config.head_size)
+        masks: list[BlockMask | None] = [None] * len(self.blocks)
+        if cache is None:
+            # Sampling meets a new length at every token, and FlexAttention compiles for each length.
+            size = self.config.head_size
+            masks = block_masks(self.config.layer_patterns, tokens.shape[1], tokens.device, size)
         for layer, block in enumerate(self.blocks):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, value_residual = block(x, rotary, layer_cache, x0, value_residual, masks[layer])

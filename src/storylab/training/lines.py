@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from storylab.config import ModelConfig, TrainConfig
-from storylab.data.batches import TrainingBatches
+from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
 from storylab.record.schema import Summary
+
+if TYPE_CHECKING:  # a plan prints durations without loading torch
+    from storylab.data.batches import TrainingBatches
 
 UNKNOWN = "unknown on this device"
 
@@ -44,7 +46,9 @@ def best_line(val_loss: float) -> str:
 
 def idle_windows(model: ModelConfig, block_size: int) -> str | None:
     """Why windows save no time on a GPU in sequences of ``block_size`` tokens; None where they may."""
-    if block_size > SKIPPED_BLOCK or not any(w and w < block_size for w in model.layer_windows):
+    if block_size > SKIPPED_BLOCK or all(
+        pattern.covers(block_size) for pattern in model.layer_patterns
+    ):
         return None
     return (
         f"on a GPU these windows save no time at {block_size} tokens: what attention skips there are "
@@ -54,13 +58,12 @@ def idle_windows(model: ModelConfig, block_size: int) -> str | None:
 
 def attention_lines(model: ModelConfig, block_size: int, cuda: bool = False) -> list[str]:
     """The effective window of every layer and how far back they reach together; none if full."""
-    if set(model.layer_windows) == {None}:
+    if set(model.layer_patterns) == {FULL}:
         return []
     lines = []
-    for layer, window in enumerate(model.layer_windows, start=1):
-        reads = block_size if window is None else min(window, block_size)
-        kind = "full attention" if window is None else f"window of {window}"
-        lines.append(f"layer {layer:>2}: {kind}, reads up to {reads} of {block_size} positions")
+    for layer, pattern in enumerate(model.layer_patterns, start=1):
+        reads = f"reads up to {pattern.most_read(block_size)} of {block_size} positions"
+        lines.append(f"layer {layer:>2}: {pattern.label}, {reads}")
     field = model.receptive_field
     reach = block_size if field is None else min(field, block_size)
     lines.append(f"receptive field of an output: {reach} of {block_size} positions")

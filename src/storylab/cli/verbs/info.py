@@ -34,7 +34,7 @@ def run(call: Call) -> int:
         value = getattr(model, f.name)
         print(f"{f.name:<12} {value if isinstance(value, str) else f'{value:,}'}")
     print(f"{'head size':<12} {model.head_size}")
-    windows = ", ".join("full" if w is None else str(w) for w in model.layer_windows)
+    windows = ", ".join(pattern.short for pattern in model.layer_patterns)
     print(f"{'windows':<12} {windows} (receptive field: {model.receptive_field or 'all'})")
     print(f"{'vocabulary':<12} {vocab_size:,}")
     print(f"{model.parameter_count(vocab_size):,} parameters")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from storylab.experiments.factors import windows
+from storylab.experiments.factors import patterns_in_effect
 from storylab.experiments.outcome import Outcome
 
 
@@ -17,7 +17,7 @@ def windows_observations(outcome: Outcome) -> Iterable[str]:
             continue
         model, block = cell.config.model, cell.config.block_size
         reach = model.receptive_field
-        shown = ", ".join("full" if w is None else str(w) for w in windows(cell.config))
+        shown = ", ".join(pattern.short for pattern in patterns_in_effect(cell.config))
         yield (
             f"{cell.name}: windows by layer {shown}; receptive field "
             f"{block if reach is None else min(reach, block)} of {block} positions."
