@@ -746,7 +746,7 @@ def test_a_run_can_be_extended_where_its_schedule_permits(
     )
     assert any("8 -> 16" in text for text in told)
     assert weights(extended) == weights(train(long))
-    assert extended.config.max_iters == 16
+    assert extended.read_config().max_iters == 16
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
