@@ -14,8 +14,8 @@ from storylab.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.execution.job import Executor
+    from storylab.experiments.experiment import Experiment
     from storylab.experiments.plan import PlannedRun
-    from storylab.experiments.spec import Experiment
     from storylab.planning.estimate import Estimate
 
 
