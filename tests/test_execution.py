@@ -207,8 +207,8 @@ class Endless(Pool):
     """Jobs that end when they are stopped."""
 
     def run(self, job: Job, on_event: OnEvent) -> Outcome:
-        self._full.wait(60)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if self._full.wait(60) == 0:  # one of the threads
+            os.kill(os.getpid(), signal.SIGTERM)
         assert self.stopped.wait(60)
         return Outcome("interrupted", "stopped")
 

@@ -115,7 +115,8 @@ class _Scheduler:
     def run(self) -> list[str]:
         """See :func:`run_experiment`."""
         slots = self._executor.slots
-        with ThreadPoolExecutor(slots) as pool, stop_signals(self._stop):
+        # In this order, so that signals are heard until the last thread has ended.
+        with stop_signals(self._stop), ThreadPoolExecutor(slots) as pool:
             try:
                 # This thread fills one of the slots.
                 others = [pool.submit(self._work) for _ in range(slots - 1)]
