@@ -18,7 +18,7 @@ from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import outcome, spec
+from storylab.experiments import experiment, outcome
 from storylab.experiments.comparison import (
     BETTER,
     CANT_TELL,
@@ -479,4 +479,4 @@ def test_detail_lines_name_what_is_behind_a_verdict(low: Result) -> None:
 
 
 def test_every_metric_of_an_expectation_can_be_computed() -> None:
-    assert set(spec.METRICS) == set(outcome._METRICS)
+    assert set(experiment.METRICS) == set(outcome._METRICS)

@@ -79,6 +79,7 @@ def test_every_action_can_be_found() -> None:
     assert set(REMEDIES) <= set(get_args(Status))
 
 
+@pytest.mark.slow
 def test_the_worker_starts_without_torch() -> None:
     """So that a job that cannot be read fails in a moment, and planning is not loaded to train."""
     script = "import sys, storylab.execution.worker, storylab.execution.local as local; sys.exit("
@@ -102,6 +103,7 @@ def test_whatever_goes_wrong_is_an_outcome(
     assert wild.status == "diverged" and "learning_rate" in wild.reason
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_from_one_that_fails(tiny_config: MakeConfig) -> None:
     def kill(event: Event) -> None:
         # The worker leads a session of its own, so its parent is this process.
@@ -111,6 +113,7 @@ def test_a_process_that_is_killed_is_told_from_one_that_fails(tiny_config: MakeC
     assert outcome.status == "killed" and "SIGKILL" in outcome.reason
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_start_its_work_names_its_last_line(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +125,7 @@ def test_a_process_that_cannot_start_its_work_names_its_last_line(
 # Stopping
 
 
+@pytest.mark.slow
 def test_an_executor_that_is_stopped_saves_its_jobs(tiny_config: MakeConfig) -> None:
     executor = LocalExecutor()
     config = tiny_config(max_iters=4000)
@@ -184,6 +188,7 @@ def losses(planned: list[PlannedRun]) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_experiment_runs_on_another_executor(
     dataset: Dataset, planned: list[PlannedRun], tmp_path: Path
 ) -> None:

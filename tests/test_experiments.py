@@ -30,6 +30,7 @@ from storylab.execution.job import Job, Outcome
 from storylab.execution.local import LocalExecutor
 from storylab.experiments import factors
 from storylab.experiments.attempts import MICROBATCH_NOTE
+from storylab.experiments.experiment import Experiment
 from storylab.experiments.factors import (
     changed_fields,
     factor_fields,
@@ -41,7 +42,8 @@ from storylab.experiments.outcome import load_outcome
 from storylab.experiments.plan import PlannedRun, plan_runs, write_record
 from storylab.experiments.results import run_state
 from storylab.experiments.scheduler import run_experiment
-from storylab.experiments.spec import Experiment, load_experiment, skeleton
+from storylab.experiments.skeleton import skeleton
+from storylab.experiments.spec import load_experiment
 from storylab.model.cost import training_flops
 from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.planning.estimate import estimate_runs

@@ -65,6 +65,7 @@ def result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
     return digests, kept, (summary["validation"], summary["samples"])
 
 
+@pytest.mark.slow
 def test_a_run_with_all_observers_equals_one_with_none(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

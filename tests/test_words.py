@@ -18,14 +18,10 @@ DIALECT = re.compile(
 DOCSTRING_START = re.compile(r"What\b")  # a clause is no name for a thing
 ALLOWANCE: dict[str, int] = {
     "src/storylab/compiler.py": 2,
-    "src/storylab/config/identity.py": 1,
-    "src/storylab/doctor.py": 2,
     "src/storylab/experiments/comparison.py": 3,
-    "src/storylab/experiments/factors.py": 2,
     "src/storylab/experiments/listing.py": 1,
     "src/storylab/experiments/outcome.py": 3,
     "src/storylab/experiments/results.py": 4,
-    "src/storylab/experiments/spec.py": 2,
     "src/storylab/experiments/verdicts.py": 1,
     "src/storylab/precision/backends/protocol.py": 1,
     "src/storylab/precision/linear.py": 1,

@@ -1,11 +1,11 @@
-"""What this machine can run, and how fast: measured on real training steps, never looked up."""
+"""Examines this machine: devices, precisions, and speeds measured on real training steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import psutil
 import torch
@@ -28,40 +28,24 @@ TEST_LAYER = (2048, 768)
 
 
 def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
-    """Lines that describe the machine, then measured speeds, as they become known."""
+    """Lines that describe the machine, then measured speeds, as they become known.
+
+    Args:
+        device_name: auto, cpu, cuda or mps.
+        presets: models to time a few micro-batches of.
+
+    Raises:
+        UserError: there is no such device.
+    """
     device = choose_device(device_name)
-    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    yield f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
-    memory = psutil.virtual_memory()
-    yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
-    yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
-    missing = missing_for_compiling(device.type)
-    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(i)
-            yield (
-                f"cuda:{i}: {card.name}, {card.total_memory / 1e9:.1f} GB, "
-                f"compute capability {card.major}.{card.minor}"
-            )
-    else:
-        yield "CUDA: no device, or a CPU build of torch"
+    yield from _machine_lines(device)
     yield ""
-    use = CoreUse()
     yield f"matrix products on {device} (rows {MATRIX[0]}, {MATRIX[1]} to {MATRIX[2]} columns):"
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-    rates: dict[Dtype, float] = {}
-    for dtype in dtypes:
-        try:
-            use.restart()
-            rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
-            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s{company(use)}"
-        except (UserError, RuntimeError) as error:
-            yield f"  {dtype:<9} cannot run: {error}"
-    best = max(rates, key=lambda dtype: rates[dtype])
+    best = yield from _product_lines(device)
     yield f"fastest: --dtype {best}"
     yield ""
     yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
+    use = CoreUse()
     for name in presets:
         use.restart()
         try:
@@ -72,12 +56,47 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
         whole = duration(RECORD_TOKENS / speed)
         yield (
             f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
-            f"{company(use)}"
+            f"{other_programs(use)}"
         )
 
 
-def company(use: CoreUse) -> str:
-    """What to say of a speed that was measured beside other programs; nothing where there were none."""
+def _machine_lines(device: torch.device) -> Iterator[str]:
+    """Versions, CPU, memory, disk, compiler and CUDA devices."""
+    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    yield f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
+    memory = psutil.virtual_memory()
+    yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
+    yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
+    missing = missing_for_compiling(device.type)
+    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
+    if not torch.cuda.is_available():
+        yield "CUDA: no device, or a CPU build of torch"
+        return
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        yield (
+            f"cuda:{i}: {card.name}, {card.total_memory / 1e9:.1f} GB, "
+            f"compute capability {card.major}.{card.minor}"
+        )
+
+
+def _product_lines(device: torch.device) -> Generator[str, None, Dtype]:
+    """The speed of matrix products in each dtype; returns the fastest."""
+    use = CoreUse()
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+    rates: dict[Dtype, float] = {}
+    for dtype in dtypes:
+        try:
+            use.restart()
+            rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
+            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s{other_programs(use)}"
+        except (UserError, RuntimeError) as error:
+            yield f"  {dtype:<9} cannot run: {error}"
+    return max(rates, key=lambda dtype: rates[dtype])
+
+
+def other_programs(use: CoreUse) -> str:
+    """A remark on a speed that was measured while other programs ran; empty if none did."""
     others = use.read().others
     if others < SOME_CORES:
         return ""
@@ -85,8 +104,13 @@ def company(use: CoreUse) -> str:
 
 
 def examine_precision(device_name: str) -> Iterator[str]:
-    """Lines of the precision self-test: each recipe with each backend on a layer of normal draws, the
-    relative errors of its three products, or why it cannot run here."""
+    """Lines of the precision self-test: each recipe with each backend on a layer of normal draws.
+
+    A line has the relative errors of the layer's three products, or the reason why the recipe cannot run.
+
+    Raises:
+        UserError: there is no such device.
+    """
     device = choose_device(device_name)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -115,7 +139,7 @@ def examine_precision(device_name: str) -> Iterator[str]:
 
 
 def _matrix_units() -> str:
-    """Names the bfloat16 hardware of an x86 CPU, where the kernel tells."""
+    """The bfloat16 units of an x86 CPU; empty where the kernel does not list them."""
     flags = processor_flags()
     if not flags:
         return ""
@@ -124,7 +148,7 @@ def _matrix_units() -> str:
 
 
 def _training_speed(name: PresetName, device: torch.device, dtype: Dtype) -> float:
-    """Tokens a second of whole training steps of a preset, optimizer included."""
+    """Tokens per second of whole training steps of a preset, optimizer included."""
     config = preset_config(name)
     sequences = 16 if device.type == "cpu" else config.batch_size
     config = dataclasses.replace(

@@ -14,8 +14,9 @@ from storylab.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.execution.job import Executor
+    from storylab.experiments.experiment import Experiment
     from storylab.experiments.plan import PlannedRun
-    from storylab.experiments.spec import Experiment
+    from storylab.planning.estimate import Estimate
 
 
 def prepare_and_plan(
@@ -115,15 +116,13 @@ def plan_lines(
         state = run.read_state()
         if fresh and state != "new":
             state = "again"
-        told = f"{'cannot be calibrated':>35}"
         if estimate is not None:
             if state not in ENDED:
                 left[run.folder] = estimate.seconds  # once, however many cells share the run
             others = max(others, estimate.other_cores)
-            kind = "as before" if estimate.measured else "predicted"
-            memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
-            told = f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
-        rows.append(f"  {run.label:<44} {run.tokens:>13,} tokens  {told}  {state}")
+        rows.append(
+            f"  {run.label:<44} {run.tokens:>13,} tokens  {_estimate_columns(estimate)}  {state}"
+        )
     yield (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
         f"{len(planned)} runs, about {duration(sum(left.values()))} to go (as a like run took before, or "
@@ -135,3 +134,13 @@ def plan_lines(
             f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "
             "the runs are faster without them"
         )
+
+
+def _estimate_columns(estimate: Estimate | None) -> str:
+    from storylab.training.lines import duration
+
+    if estimate is None:
+        return f"{'cannot be calibrated':>35}"
+    kind = "as before" if estimate.measured else "predicted"
+    memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
+    return f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"

@@ -43,8 +43,8 @@ SEED_FIELDS = fields_of("seed")
 # How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
 SPLIT_FIELDS = fields_of("batch")
 ADDED_FIELDS, ADDED_MODEL_FIELDS = _added(TrainConfig), _added(ModelConfig)
-# Fields that storylab once had, with the one value that changed nothing: docs/time-to-loss.md has what was
-# found of each. Under a name that is still there, a value that is not.
+# Fields that storylab once had, each with the value that changed nothing, and removed values of a field
+# that remains: docs/time-to-loss.md has the measurements.
 REMOVED_FIELDS: dict[str, Any] = {
     "cautious_decay": False,
     "short_share": 0.0,
@@ -147,7 +147,7 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
 
 
 def timing_key(config: TrainConfig) -> str:
-    """What a step's time and memory depend on, as text: runs with the same key share a calibration."""
+    """Join the fields that change a step's time or memory. Runs with the same key share a calibration."""
     values = flat(config, PRESENTATION_FIELDS | fields_that_change("result"))
     values["gradient_accumulation_steps"] = config.gradient_accumulation_steps > 1
     values["average_share"] = config.average_share > 0

@@ -74,17 +74,28 @@ class Marks:
     """
 
     groups: frozenset[Group]
-    checks: tuple[Check, ...] = ()
-    effect: Effect = "result and speed"
-    before: Any = ALWAYS
-    weights: bool = False
-    by_length: str = ""
-    set_by: str = ""
+    checks: tuple[Check, ...]
+    effect: Effect
+    before: Any
+    weights: bool
+    by_length: str
+    set_by: str
 
 
-def mark(*groups: Group, **facts: Any) -> Marks:
-    """The marks of a field of ``groups``; see :class:`Marks` for the other facts."""
-    return Marks(frozenset(groups), **facts)
+def mark(
+    *groups: Group,
+    checks: tuple[Check, ...] = (),
+    effect: Effect = "result and speed",
+    before: Any = ALWAYS,
+    weights: bool = False,
+    by_length: str = "",
+    set_by: str = "",
+) -> Marks:
+    """The marks of a field of ``groups``; :class:`Marks` explains the other facts.
+
+    A new field needs ``before``, or every run would get another digest.
+    """
+    return Marks(frozenset(groups), checks, effect, before, weights, by_length, set_by)
 
 
 def marks_of(kind: type[Any]) -> dict[str, Marks]:

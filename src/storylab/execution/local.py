@@ -47,21 +47,21 @@ class LocalExecutor:
             try:
                 with child:
                     if self._stopped:  # before the child was in the set
-                        child.terminate()
+                        _ask_to_stop(child)
                     try:
                         outcome = _converse(child, job, on_event)
                     except BaseException:  # a second Ctrl-C, say: leave no process behind
-                        child.terminate()
+                        _ask_to_stop(child)
                         raise
             finally:
                 self._children.discard(child)
             return outcome or self._sudden_end(child, errors)
 
     def stop(self) -> None:
-        """See :class:`storylab.execution.job.Executor`. On Windows a job ends without saving."""
+        """See :class:`storylab.execution.job.Executor`."""
         self._stopped = True
         for child in tuple(self._children):
-            child.terminate()
+            _ask_to_stop(child)
 
     def _sudden_end(self, child: subprocess.Popen[str], errors: IO[bytes]) -> Outcome:
         """The outcome of a process that ended without naming one."""
@@ -72,6 +72,14 @@ class LocalExecutor:
         errors.seek(0)
         last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
         return Outcome("failed", f"the process ended with {child.returncode}: {' '.join(last)}")
+
+
+def _ask_to_stop(child: subprocess.Popen[str]) -> None:
+    """Send the signal at which a worker saves its run and ends."""
+    if sys.platform == "win32":  # where terminate() leaves no time to save
+        child.send_signal(signal.CTRL_BREAK_EVENT)
+    else:
+        child.terminate()
 
 
 def _converse(child: subprocess.Popen[str], job: Job, on_event: OnEvent) -> Outcome | None:

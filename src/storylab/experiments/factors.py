@@ -1,5 +1,4 @@
-"""What an experiment may vary: factors, the config fields each one covers, and what counts as a
-difference between two configs."""
+"""The factors that an experiment may vary: the config fields of each, and the differences that count."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def allowed_fields(factor: str, matched: bool) -> frozenset[str]:
 def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Fields in which two runs differ beyond their seeds, as name -> (a's, b's).
 
-    A split into micro-batches of another size but the same batch is no difference here.
+    Micro-batches of another size make no difference where the batch is the same.
     """
     changed = differences(a, b)
     if a.tokens_per_iteration == b.tokens_per_iteration and a.block_size == b.block_size:
@@ -83,7 +82,7 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
         changed = {k: v for k, v in changed.items() if k not in FACTORS["learning_rate"]}
     if patterns_in_effect(a) == patterns_in_effect(b):
         changed.pop("attention", None)
-    # Preset and method are names of values: where those are the same, they say nothing.
+    # Preset and method only name values: they do not count where those are the same.
     for name, fields in (("preset", FACTORS["size"]), ("method", FACTORS["method"])):
         if not set(changed) & (fields - {name}):
             changed.pop(name, None)
@@ -93,10 +92,9 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
 def unexplained(
     a: TrainConfig, b: TrainConfig, allowed: frozenset[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs between two runs besides the ``allowed`` fields, as name -> (a's, b's).
+    """Fields other than the ``allowed`` ones in which two runs differ, as name -> (a's, b's).
 
-    Another length of the sequences changes how many fit into a batch of as many tokens; a batch of
-    other tokens it does not explain.
+    A change of block_size may change the number of sequences in a batch, but not its number of tokens.
     """
     changed = {k: v for k, v in changed_fields(a, b).items() if k not in allowed}
     if "block_size" in allowed and not SPLIT_FIELDS & allowed:
@@ -125,7 +123,7 @@ def patterns_in_effect(config: TrainConfig) -> tuple[AttentionPattern, ...]:
 def infer_factor(changed: set[str]) -> str | None:
     """The one factor that covers all of ``changed``, the narrowest first; None if none does.
 
-    Runs that differ in several things are not one factor apart because a recipe is made of them all.
+    A factor that is a whole recipe covers runs only where its own field differs too.
     """
     if len(changed) == 1:
         (name,) = changed

@@ -20,10 +20,10 @@ from storylab.experiments.comparison import (
     correct,
 )
 from storylab.experiments.curves import fit_power_law
+from storylab.experiments.experiment import METRICS, Expectation
 from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.experiments.results import Result, load_result, run_state
-from storylab.experiments.spec import METRICS, Expectation
 from storylab.experiments.statistics import mean_interval
 from storylab.files import exists, read_record, reading
 from storylab.record import CellRecord, ExperimentRecord

@@ -12,9 +12,9 @@ from storylab import config as configs
 from storylab.config import TrainConfig, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
+from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import under
 from storylab.experiments.results import ENDED, load_result, run_state
-from storylab.experiments.spec import Cell, Experiment
 from storylab.files import make_folder, read_record, write_json
 from storylab.record import ExperimentRecord
 from storylab.training.run_folder import Run, code_sha256

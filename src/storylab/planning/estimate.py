@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from storylab.config import TrainConfig, timing_key
 from storylab.execution.job import Executor, Job, run_interruptibly
+from storylab.experiments.experiment import Cell
 from storylab.experiments.plan import PlannedRun
-from storylab.experiments.spec import Cell
 from storylab.training.measure import Measured
 from storylab.training.run_folder import Run
 

@@ -15,10 +15,10 @@ from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
 from storylab.experiments.attempts import MICROBATCH_NOTE
 from storylab.experiments.comparison import EQUIVALENT
 from storylab.experiments.curves import fit_power_law, parabola_minimum
+from storylab.experiments.experiment import METRICS
 from storylab.experiments.factors import patterns_in_effect, under
 from storylab.experiments.outcome import CellResult, Checked, Outcome, curve_after_warmup
 from storylab.experiments.results import ENDED, Result
-from storylab.experiments.spec import METRICS
 from storylab.experiments.statistics import mean_interval
 from storylab.experiments.verdicts import nats
 from storylab.planning.gpus import GPUS

@@ -26,7 +26,7 @@ class ExperimentNewCommand:
 def run(call: Call) -> int:
     """Write the skeleton of an experiment file."""
     command = call.parse(ExperimentNewCommand)
-    from storylab.experiments.spec import skeleton
+    from storylab.experiments.skeleton import skeleton
     from storylab.files import exists, write_text
 
     if exists(command.file):

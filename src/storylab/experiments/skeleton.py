@@ -1,0 +1,51 @@
+"""The text of a new experiment file."""
+
+from __future__ import annotations
+
+import json
+
+from storylab.checked import is_unicode
+from storylab.errors import UserError
+from storylab.experiments.factors import FACTORS
+
+SKELETON = """\
+title = {title}
+purpose = "What do you want to know?"
+factor = "learning_rate"          # a field of `storylab train --help`, or: {factors}
+baseline = "1e-3"
+seeds = [1337, 1338, 1339]        # each seed is one pair of runs: same weights, same data order
+
+[data]
+source = "builtin"                # tinystories, or builtin to try this without a download
+tokenizer = "bpe:1024"
+
+[config]                          # shared by all arms; what is not here is the record's
+preset = "nano"
+max_iters = 300
+batch_size = 32
+gradient_accumulation_steps = 1
+warmup_iters = 30
+learning_rate = 1e-3
+min_lr = 0.0
+eval_interval = 50
+eval_iters = 2
+
+[arms]                            # each arm states what it changes
+"1e-3" = {{ learning_rate = 1e-3 }}
+"3e-3" = {{ learning_rate = 3e-3 }}
+"""
+
+
+def skeleton(title: str) -> str:
+    """The text of a new experiment file, which runs as it is.
+
+    Raises:
+        UserError: no file can have the title.
+    """
+    if not title.strip():
+        raise UserError("the title is empty: give a line of text")
+    if not is_unicode(title):
+        raise UserError("the title is not UTF-8 text: write it again")
+    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
+    quoted = json.dumps(title, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return SKELETON.format(title=quoted, factors=", ".join(FACTORS))
