@@ -63,7 +63,7 @@ class fused:  # noqa: N801 - used as a decorator
 
 
 def _kind(values: Tensor, others: tuple[object, ...]) -> object:
-    """What the compiler makes separate kernels for: dtypes, axes, layouts and constants."""
+    """Key of the arguments for which the compiler makes a separate kernel."""
     return tuple(
         (x.dtype, x.dim(), x.is_contiguous()) if isinstance(x, Tensor) else x
         for x in (values, *others)

@@ -53,7 +53,7 @@ class BackendLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a scaling can ask of a layer about the tensor that it quantizes (:class:`TensorContext`)."""
+    """The :class:`TensorContext` of one tensor of a layer."""
 
     layer: QuantizedLinear
     kind: str
