@@ -15,10 +15,10 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from storylab.experiments.comparison import BETTER, WORSE, Arm, Noise, compare_arms, noise_of
 from storylab.experiments.outcome import experiment_records, load_outcome
-from storylab.experiments.results import Result
 from storylab.experiments.statistics import (
     ALPHA,
     detectable_difference,
@@ -26,20 +26,21 @@ from storylab.experiments.statistics import (
     power,
     story_interval,
 )
+from storylab.record.run import Run
 
 DRAWS = 2000
 FOUND = (BETTER, WORSE)
 
 
-def with_seed(run: Result, seed: int) -> Result:
+def with_seed(run: Run, seed: int) -> Run:
     """The run under another seed's name, so that two runs of different seeds make a pair."""
     config = dataclasses.replace(run.config, seed=seed, data_seed=seed)
     # Their weights and first batches do differ: here that is the noise to be measured.
-    environment = run.environment | {"initial_weights_sha256": "", "first_batch_sha256": ""}
+    environment = structs.replace(run.environment, initial_weights_sha256="", first_batch_sha256="")
     return dataclasses.replace(run, config=config, environment=environment)
 
 
-def false_positives(runs: list[Result], size: int, paired: bool, rng: np.random.Generator) -> float:
+def false_positives(runs: list[Run], size: int, paired: bool, rng: np.random.Generator) -> float:
     """Share of comparisons between two arms of the same recipe that name a winner."""
     wrong = 0
     for _ in range(DRAWS):
@@ -51,7 +52,7 @@ def false_positives(runs: list[Result], size: int, paired: bool, rng: np.random.
     return wrong / DRAWS
 
 
-def false_positives_of_one_pair(runs: list[Result], floor: int, rng: np.random.Generator) -> float:
+def false_positives_of_one_pair(runs: list[Run], floor: int, rng: np.random.Generator) -> float:
     """The same for one pair of runs, with a noise floor from ``floor`` other seeds."""
     wrong = 0
     for _ in range(DRAWS):

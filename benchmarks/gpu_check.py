@@ -533,22 +533,25 @@ def real_run(here, compiled, **changes):
     begin = time.perf_counter()
     run = train.train(config, Quiet())
     seconds = time.perf_counter() - begin
-    rows = [row for row in run.metrics if row["kind"] == "iteration"]
-    settled = [row["tokens_per_second"] for row in rows[len(rows) // 3 :]]
+    from storylab.record.run import load_run
+
+    loaded = load_run(run.folder)
+    rows, summary = loaded.iterations, loaded.results
+    settled = [row.tokens_per_second for row in rows[len(rows) // 3 :]]
     here.record(
         "run",
         compiled=compiled,
         tokens_per_second=statistics.median(settled),
         best_tokens_per_second=max(settled),
-        step_seconds=[row["step_seconds"] for row in rows],
-        losses=[row["loss"] for row in rows],
-        grad_norms=[row["grad_norm"] for row in rows][:5],
-        waited_for_data=statistics.median(row["data_seconds"] for row in rows),
-        peak_gb=run.summary["peak_memory_bytes"] / 1e9,
-        power_watts=run.summary["power_watts"],
-        utilisation=run.summary["utilisation_percent"],
-        energy_joules=run.summary["energy_joules"],
-        whole_validation=run.summary["validation"]["loss"],
+        step_seconds=[row.step_seconds for row in rows],
+        losses=[row.loss for row in rows],
+        grad_norms=[row.grad_norm for row in rows][:5],
+        waited_for_data=statistics.median(row.data_seconds for row in rows),
+        peak_gb=summary.peak_memory_bytes / 1e9,
+        power_watts=summary.power_watts,
+        utilisation=summary.utilization_percent,
+        energy_joules=summary.energy_joules,
+        whole_validation=summary.validation.loss,
         seconds=seconds,
         **{f"seconds{name}": values for name, values in times.items()},
     )
@@ -631,7 +634,9 @@ def deterministic(here):
 def hidden_run(here):
     """One small run in a process of its own, for :func:`bits`; told what by the environment."""
     from storylab.errors import Interrupted
-    from storylab.training import checkpoint, evaluator, train
+    from storylab.record import checkpoint
+    from storylab.record.schema import IterationRow
+    from storylab.training import evaluator, train
     from storylab.training.resume import resume
 
     spec = json.loads(os.environ["GPU_CHECK_RUN"])
@@ -649,8 +654,8 @@ def hidden_run(here):
         print("INTERRUPTED", stop, flush=True)
         return
     tensors, _ = checkpoint.load(run.checkpoint("last"))
-    losses = [row["loss"] for row in run.metrics if row["kind"] == "iteration"]
-    norms = [row["grad_norm"] for row in run.metrics if row["kind"] == "iteration"]
+    rows = [row for row in run.read_rows() if isinstance(row, IterationRow)]
+    losses, norms = [row.loss for row in rows], [row.grad_norm for row in rows]
     found = {"losses": losses, "norms": norms, "sha256": checkpoint.weights_sha256(tensors)}
     print("RUN", json.dumps(found), flush=True)
 

@@ -11,15 +11,14 @@ import storylab
 
 def main() -> None:
     run = storylab.load_run(sys.argv[1])
-    training = [row for row in run.metrics if row["kind"] == "iteration"]
-    evaluations = [row for row in run.metrics if row["kind"] == "evaluation"]
+    training, evaluations = run.iterations, run.evaluations
     plt.rcParams["svg.hashsalt"] = "storylab"  # the same run gives the same bytes
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    iterations = [row["iteration"] for row in training]
-    axes.plot(iterations, [row["loss"] for row in training], lw=0.8, label="batch")
-    at = [row["iteration"] for row in evaluations]
-    axes.plot(at, [row["train_loss"] for row in evaluations], "s--", ms=4, label="train windows")
-    axes.plot(at, [row["val_loss"] for row in evaluations], "o-", ms=4, label="validation windows")
+    iterations = [row.iteration for row in training]
+    axes.plot(iterations, [row.loss for row in training], lw=0.8, label="batch")
+    at = [row.iteration for row in evaluations]
+    axes.plot(at, [row.train_loss for row in evaluations], "s--", ms=4, label="train windows")
+    axes.plot(at, [row.val_loss for row in evaluations], "o-", ms=4, label="validation windows")
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

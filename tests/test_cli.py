@@ -29,10 +29,10 @@ from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.data.dataset import Dataset
 from storylab.errors import Diverged, Interrupted, UserError
-from storylab.experiments.results import load_result
 from storylab.flags import default_for, parse
-from storylab.training import checkpoint
-from storylab.training.run_folder import open_run
+from storylab.record import checkpoint
+from storylab.record.folder import open_run
+from storylab.record.run import load_run
 
 if sys.platform != "win32":
     import pty
@@ -402,7 +402,7 @@ def test_sigterm_saves_and_leaves_with_a_hint(tmp_path: Path, dataset: Dataset) 
     assert f"storylab resume {tmp_path / 'a'}" in err and err.count("\n") == 1
     saved = open_run(tmp_path / "a")
     _, state = checkpoint.load(saved.checkpoint("last"))
-    assert state["next_iteration"] == len(saved.metrics) > 0
+    assert state["next_iteration"] == len(saved.read_rows()) > 0
 
 
 def limit_file_size(limit: int) -> None:
@@ -479,8 +479,8 @@ def test_a_closed_output_is_no_fault(trained: Path, tmp_path: Path, outputs: str
     command[-1] = str(tmp_path / "run")
     result = subprocess.run(f"{shlex.join(command)} {outputs}", shell=True, capture_output=True)
     assert result.returncode == 0 and result.stdout + result.stderr == b""
-    again = load_result(tmp_path / "run")
-    assert again.finished and again.loss == load_result(trained).loss
+    again = load_run(tmp_path / "run")
+    assert again.finished and again.loss == load_run(trained).loss
 
 
 @pytest.mark.slow

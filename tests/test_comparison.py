@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import TINY
 from storylab.cli import main
@@ -37,8 +38,8 @@ from storylab.experiments.comparison import (
     group_runs,
     noise_floor,
 )
-from storylab.experiments.results import Result, load_result
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
+from storylab.record.run import Run, load_run
 from storylab.training.train import train
 
 RATES = frozenset({"learning_rate"})
@@ -79,8 +80,8 @@ def runs(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def low(trained: Path) -> Result:
-    return load_result(trained / "low-s1")
+def low(trained: Path) -> Run:
+    return load_run(trained / "low-s1")
 
 
 def change(folder: Path, file: str, **values: Any) -> None:
@@ -88,31 +89,31 @@ def change(folder: Path, file: str, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def made(result: Result, losses: list[float], name: str = "arm", **config: Any) -> Arm:
+def made(result: Run, losses: list[float], name: str = "arm", **config: Any) -> Arm:
     """An arm whose runs, seeds 1 on, have these losses: every story's loss per token is the same."""
     runs = []
     for seed, loss in enumerate(losses, start=1):
         stories = result.story_losses.copy()
         stories[:, 0] = loss * stories[:, 1]
-        validation = result.summary["validation"] | {"loss": loss}
+        validation = structs.replace(result.validation, loss=loss)
         runs.append(
             dataclasses.replace(
                 result,
                 config=dataclasses.replace(result.config, seed=seed, data_seed=seed, **config),
-                summary=result.summary | {"validation": validation},
+                summary=structs.replace(result.results, validation=validation),
                 story_losses=stories,
             )
         )
     return Arm(name, tuple(runs))
 
 
-def compared(low: Result, arm: list[float], baseline: list[float], **options: Any) -> Comparison:
+def compared(low: Run, arm: list[float], baseline: list[float], **options: Any) -> Comparison:
     return compare_arms(
         made(low, arm, "arm", learning_rate=0.5), made(low, baseline, "base"), RATES, **options
     )
 
 
-def test_a_difference_of_the_recipes_is_paired_by_seed(low: Result) -> None:
+def test_a_difference_of_the_recipes_is_paired_by_seed(low: Run) -> None:
     base = [3.50, 3.40, 3.60]
     c = compared(low, [x - 0.1 + e for x, e in zip(base, (0.001, 0, -0.001), strict=True)], base)
     assert c.verdict == BETTER and c.pairs == 3 and c.paired
@@ -136,7 +137,7 @@ def test_a_difference_of_the_recipes_is_paired_by_seed(low: Result) -> None:
     ],
 )
 def test_the_verdicts(
-    low: Result, differences: list[float], margin: float | None, verdict: str
+    low: Run, differences: list[float], margin: float | None, verdict: str
 ) -> None:
     base = [3.5, 3.4, 3.6]
     c = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base, margin=margin)
@@ -147,7 +148,7 @@ def test_the_verdicts(
         assert "equivalent within 0.02 nats" in verdict_line(c)
 
 
-def test_one_seed_cannot_tell_without_a_noise_floor(low: Result, tmp_path: Path) -> None:
+def test_one_seed_cannot_tell_without_a_noise_floor(low: Run, tmp_path: Path) -> None:
     low = dataclasses.replace(low, folder=tmp_path / "alone-s1")
     c = compared(low, [3.4], [3.5])
     assert c.verdict == CANT_TELL and c.stories is not None
@@ -158,7 +159,7 @@ def test_one_seed_cannot_tell_without_a_noise_floor(low: Result, tmp_path: Path)
     assert "noise of 5 seeds" in verdict_line(compared(low, [3.4], [3.5], noise=floor))
 
 
-def test_arms_without_a_common_seed_are_compared_unpaired(low: Result) -> None:
+def test_arms_without_a_common_seed_are_compared_unpaired(low: Run) -> None:
     arm = made(low, [3.40, 3.41, 3.42], learning_rate=0.5)
     shifted = tuple(
         dataclasses.replace(
@@ -171,7 +172,7 @@ def test_arms_without_a_common_seed_are_compared_unpaired(low: Result) -> None:
     assert "3 unpaired seeds" in verdict_line(c)
 
 
-def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Result) -> None:
+def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Run) -> None:
     base = made(low, [3.5, 3.4, 3.6], "base")
     arm = made(low, [3.1, 3.0, 3.2], "arm", learning_rate=0.5)
     lost = dataclasses.replace(arm.runs[2], state="diverged", reason="loss is nan")
@@ -182,19 +183,19 @@ def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Result) -> None:
     assert back.verdict == CANT_TELL and "runs of the baseline diverged" in verdict_line(back)
 
 
-def test_a_seed_counts_once(runs: Path, low: Result) -> None:
+def test_a_seed_counts_once(runs: Path, low: Run) -> None:
     """A copy of a run, or one set aside, is no second measurement."""
     shutil.copytree(runs / "low-s1", runs / "low-s1.old1")
     shutil.rmtree(runs / "low-s2")
-    assert noise_floor(load_result(runs / "low-s1")) is None
+    assert noise_floor(load_run(runs / "low-s1")) is None
     folders = [runs / "low-s1", runs / "low-s1.old1", runs / "high-s1"]
-    (c,) = compare_runs([load_result(folder) for folder in folders])
+    (c,) = compare_runs([load_run(folder) for folder in folders])
     assert c.verdict == CANT_TELL
 
 
 def test_the_noise_of_other_code_or_data_is_not_this_noise(runs: Path) -> None:
     change(runs / "low-s2", "environment.json", code_sha256="0")
-    assert noise_floor(load_result(runs / "low-s1")) is None
+    assert noise_floor(load_run(runs / "low-s1")) is None
 
 
 def test_a_ratio_is_the_same_only_if_its_interval_says_so() -> None:
@@ -215,7 +216,7 @@ def test_memory_is_that_of_training_and_speed_that_of_the_median(runs: Path) -> 
             row["peak_memory_bytes"] = 100 if row["iteration"] < 2 else 900
             row["step_seconds"] = 50.0 if row["iteration"] == 5 else 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = load_result(runs / "low-s1")
+    result = load_run(runs / "low-s1")
     assert result.training_memory == 100
     assert result.speed == 4 * 2 * 16 / 0.5
 
@@ -225,8 +226,8 @@ def test_hardware_of_a_resume_counts(runs: Path) -> None:
     other = stage | {"threads": 64, "packages": stage["packages"] | {"torch": "2.0"}}
     change(runs / "high-s1", "environment.json", resumed=[other])
     c = compare_arms(
-        Arm("high", (load_result(runs / "high-s1"),)),
-        Arm("low", (load_result(runs / "low-s1"),)),
+        Arm("high", (load_run(runs / "high-s1"),)),
+        Arm("low", (load_run(runs / "low-s1"),)),
         RATES,
     )
     assert any(re.match(r"torch: 2\.0 and 2\.", text) for text in c.confounds)
@@ -235,13 +236,13 @@ def test_hardware_of_a_resume_counts(runs: Path) -> None:
 
 def test_runs_of_different_seeds_are_not_called_a_pair(runs: Path) -> None:
     shutil.rmtree(runs / "low-s2")
-    (c,) = compare_runs([load_result(runs / "low-s1"), load_result(runs / "high-s2")])
+    (c,) = compare_runs([load_run(runs / "low-s1"), load_run(runs / "high-s2")])
     line = verdict_line(c)
     assert c.verdict == CANT_TELL and "runs of different seeds, other weights" in line
     assert "one pair" not in line and "equal time" not in line
 
 
-def test_many_arms_are_corrected_for_their_number(low: Result) -> None:
+def test_many_arms_are_corrected_for_their_number(low: Run) -> None:
     base = [3.5, 3.4, 3.6]
     differences = [0.0101, 0.0049, 0.0070]  # p about 0.04 on its own
     one = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base)
@@ -258,7 +259,7 @@ def test_many_arms_are_corrected_for_their_number(low: Result) -> None:
 def void(runs: Path, changes: Callable[[Path], None]) -> tuple[str, ...]:
     """Confounds of high against low after ``changes`` to the folder of high-s1."""
     changes(runs / "high-s1")
-    a, b = load_result(runs / "high-s1"), load_result(runs / "low-s1")
+    a, b = load_run(runs / "high-s1"), load_run(runs / "low-s1")
     c = compare_arms(Arm("high", (a,)), Arm("low", (b,)), RATES)
     assert (c.verdict == CONFOUNDED) == bool(c.confounds)
     if c.confounds:
@@ -314,7 +315,7 @@ def test_other_initial_weights_are_explained_by_fields_that_make_them(
     config = json.loads(path.read_text())
     change(runs / "high-s1", "config.json", model=config["model"] | {field: value})
     change(runs / "high-s1", "environment.json", initial_weights_sha256="0" * 64)
-    arms = (Arm(n, (load_result(runs / f"{n}-s1"),)) for n in ("high", "low"))
+    arms = (Arm(n, (load_run(runs / f"{n}-s1"),)) for n in ("high", "low"))
     c = compare_arms(*arms, allowed=RATES | {field})
     assert (c.confounds == ()) == explained
 
@@ -347,7 +348,7 @@ def test_other_stories_are_another_evaluation(runs: Path) -> None:
 
 def test_other_hardware_voids_speed_but_not_the_loss(runs: Path) -> None:
     change(runs / "high-s1", "environment.json", processor="Abacus", threads=96)
-    a, b = load_result(runs / "high-s1"), load_result(runs / "low-s1")
+    a, b = load_run(runs / "high-s1"), load_run(runs / "low-s1")
     c = compare_arms(Arm("high", (a,)), Arm("low", (b,)), RATES)
     assert not c.confounds and c.equal_time is None
     assert "speed is not comparable (processor: Abacus against" in verdict_line(c)
@@ -355,7 +356,7 @@ def test_other_hardware_voids_speed_but_not_the_loss(runs: Path) -> None:
 
 def test_two_factors_at_once_are_confounded(runs: Path) -> None:
     change(runs / "high-s1", "config.json", weight_decay=0.5)
-    (c,) = compare_runs([load_result(runs / "low-s1"), load_result(runs / "high-s1")])
+    (c,) = compare_runs([load_run(runs / "low-s1"), load_run(runs / "high-s1")])
     assert c.verdict == CONFOUNDED and len(c.confounds) == 2
 
 
@@ -364,7 +365,7 @@ def test_two_factors_at_once_are_confounded(runs: Path) -> None:
 
 def test_runs_of_a_recipe_are_one_arm(trained: Path) -> None:
     names = ("low-s1", "high-s1", "high-s2", "low-s2")
-    arms = group_runs([load_result(trained / name) for name in names])
+    arms = group_runs([load_run(trained / name) for name in names])
     assert [(arm.name, len(arm.runs)) for arm in arms] == [
         ("low-s1", 2),
         ("high-s1 (learning_rate 0.01)", 2),
@@ -372,18 +373,18 @@ def test_runs_of_a_recipe_are_one_arm(trained: Path) -> None:
 
 
 def test_the_noise_floor_is_that_of_the_seeds_beside_a_run(trained: Path) -> None:
-    floor = noise_floor(load_result(trained / "low-s1"))
-    losses = [load_result(trained / f"low-s{seed}").loss for seed in (1, 2)]
+    floor = noise_floor(load_run(trained / "low-s1"))
+    losses = [load_run(trained / f"low-s{seed}").loss for seed in (1, 2)]
     assert floor is not None and floor.seeds == 2
     assert floor.standard_deviation == pytest.approx(np.std(losses, ddof=1))
 
 
 def test_equal_time_is_read_off_both_curves(trained: Path) -> None:
-    (c,) = compare_runs([load_result(trained / f"{n}-s1") for n in ("low", "high")])
+    (c,) = compare_runs([load_run(trained / f"{n}-s1") for n in ("low", "high")])
     assert c.equal_time is not None and 0 < c.equal_time.progress <= 1
 
 
-def test_a_run_is_no_confound_for_itself(low: Result) -> None:
+def test_a_run_is_no_confound_for_itself(low: Run) -> None:
     c = compare_arms(made(low, [3.5, 3.4]), made(low, [3.5, 3.4], "base"), frozenset())
     assert c.verdict == NO_DIFFERENCE and c.recipes is not None and c.recipes.p == 1.0
 
@@ -402,7 +403,7 @@ def test_a_run_is_no_confound_for_itself(low: Result) -> None:
 def test_a_damaged_run_is_told_of(runs: Path, file: str, damage: bytes) -> None:
     (runs / "low-s1" / file).write_bytes(damage)
     with pytest.raises(UserError, match="low-s1"):
-        load_result(runs / "low-s1")
+        load_run(runs / "low-s1")
 
 
 def test_losses_that_are_not_those_of_the_summary_are_damage(runs: Path) -> None:
@@ -410,7 +411,7 @@ def test_losses_that_are_not_those_of_the_summary_are_damage(runs: Path) -> None
     table[3, 0] *= 1.01
     np.save(runs / "low-s1/story_losses.npy", table)
     with pytest.raises(UserError, match="not that of its summary"):
-        load_result(runs / "low-s1")
+        load_run(runs / "low-s1")
 
 
 # The command line
@@ -465,7 +466,7 @@ def test_list_shows_sorts_and_filters(runs: Path, capsys: pytest.CaptureFixture[
     assert main(["list", "--runs", str(runs / "nowhere")]) == 2
 
 
-def test_detail_lines_name_what_is_behind_a_verdict(low: Result) -> None:
+def test_detail_lines_name_what_is_behind_a_verdict(low: Run) -> None:
     lines = detail_lines(compared(low, [3.4, 3.5, 3.6], [3.41, 3.49, 3.62], margin=0.02))
     text = "\n".join(lines)
     for part in (

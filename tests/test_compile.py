@@ -21,11 +21,13 @@ from storylab.cli import main
 from storylab.config import METHODS, TrainConfig, to_dict
 from storylab.errors import Diverged, UserError
 from storylab.model.transformer import Transformer
+from storylab.record.folder import open_run
+from storylab.record.run import load_run
+from storylab.record.schema import IterationRow
 from storylab.training import evaluator, setup
 from storylab.training.compile_check import check_compiled
 from storylab.training.observers import Observer
 from storylab.training.resume import resume
-from storylab.training.run_folder import open_run
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
 from storylab.training.train import train
@@ -140,11 +142,13 @@ def test_a_run_goes_on_uncompiled(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "resolve_compile", by_default)  # as a run that is long enough
         run = train(tiny_config(), Lines())
-    losses = [[row["loss"] for row in r.metrics if "loss" in row] for r in (plain, run)]
+    losses = [
+        [row.loss for row in r.read_rows() if isinstance(row, IterationRow)] for r in (plain, run)
+    ]
     assert losses[0] == losses[1]
-    assert run.config.compile is False
-    assert "the gradient of" in run.environment["compile_fault"]
-    assert [c["passed"] for c in run.environment["compile_checks"]] == [False]
+    assert run.read_config().compile is False
+    assert "the gradient of" in run.read_environment().compile_fault
+    assert [c["passed"] for c in run.read_environment().compile_checks] == [False]
     assert sum("goes on uncompiled" in line for line in lines) == 1
 
 
@@ -164,14 +168,14 @@ def test_a_resumed_run_is_checked_again(
     """On a machine that miscompiles it goes on uncompiled, and can be resumed again from there."""
     miscompiling("none")
     run = train(tiny_config(compile=True, schedule="constant", warmup_iters=0))
-    assert run.environment["compile_checks"][0]["passed"]
+    assert run.read_environment().compile_checks[0]["passed"]
     miscompiling("garbage")
-    longer = dataclasses.replace(run.config, max_iters=10)
+    longer = dataclasses.replace(run.read_config(), max_iters=10)
     resume(run.folder, longer)
-    assert run.config.compile is False and run.summary["iterations"] == 11  # type: ignore[index]
-    assert "the gradient of" in run.environment["resumed"][0]["compile_fault"]
-    resume(run.folder, dataclasses.replace(run.config, max_iters=12))
-    assert run.summary["iterations"] == 13  # type: ignore[index]
+    assert run.read_config().compile is False and load_run(run.folder).results.iterations == 11
+    assert "the gradient of" in run.read_environment().resumed[0].compile_fault
+    resume(run.folder, dataclasses.replace(run.read_config(), max_iters=12))
+    assert load_run(run.folder).results.iterations == 13
 
 
 def test_a_resumed_run_goes_on_without_a_compiler(
@@ -181,8 +185,8 @@ def test_a_resumed_run_goes_on_without_a_compiler(
     run = train(tiny_config(compile=True, schedule="constant", warmup_iters=0))
     for module in ("training.precision", "training.resume"):
         monkeypatch.setattr(f"storylab.{module}.missing_for_compiling", lambda device: "a compiler")
-    resume(run.folder, dataclasses.replace(run.config, max_iters=9))
-    assert run.config.compile is False
+    resume(run.folder, dataclasses.replace(run.read_config(), max_iters=9))
+    assert run.read_config().compile is False
 
 
 def test_a_failing_compiler_stops_nothing(
@@ -199,7 +203,7 @@ def test_a_failing_compiler_stops_nothing(
     monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
     monkeypatch.setattr(setup, "resolve_compile", lambda config, precision: config.compile is None)
     run = train(tiny_config())
-    assert run.config.compile is False and "Python.h" in run.environment["compile_fault"]
+    assert run.read_config().compile is False and "Python.h" in run.read_environment().compile_fault
 
 
 def test_compiled_code_alone_is_to_blame_for_what_is_finite_without(
@@ -213,7 +217,7 @@ def test_compiled_code_alone_is_to_blame_for_what_is_finite_without(
     config = tiny_config(compile=True)
     with pytest.raises(UserError, match="iteration 0: gradient norm is nan in compiled code"):
         train(config)
-    assert config.out_dir is not None and open_run(config.out_dir).summary is None
+    assert config.out_dir is not None and open_run(config.out_dir).read_summary() is None
 
 
 def test_an_evaluation_that_is_not_finite_is_not_the_compilers_fault(
@@ -364,4 +368,4 @@ def test_a_compiled_run_records_its_check(
 ) -> None:
     miscompiling("none")
     run = train(tiny_config(compile=True))
-    assert len(run.environment["compile_checks"]) == 1
+    assert len(run.read_environment().compile_checks) == 1

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from storylab.config import TrainConfig
-from storylab.training import checkpoint, cores
+from storylab.record import checkpoint
+from storylab.record.schema import IterationRow
+from storylab.training import cores
 from storylab.training.cores import (
     ONE_THREAD,
     SLEEPING,
@@ -155,7 +157,9 @@ def test_a_run_that_tries_all_ways_has_the_bits_of_one_that_tries_none(
     hashes = [checkpoint.load(r.checkpoint("last"))[0] for r in (plain, run)]
     assert hashes[0].keys() == hashes[1].keys()
     assert all(torch.equal(hashes[0][name], hashes[1][name]) for name in hashes[0])
-    losses = [[row["loss"] for row in r.metrics if "loss" in row] for r in (plain, run)]
+    losses = [
+        [row.loss for row in r.read_rows() if isinstance(row, IterationRow)] for r in (plain, run)
+    ]
     assert losses[0] == losses[1]
     assert torch.get_num_threads() == 2
 

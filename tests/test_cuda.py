@@ -27,7 +27,7 @@ from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint
+from storylab.record import checkpoint
 from storylab.training.checkpointing import Saver
 from storylab.training.precision import Precision, choose_device, require_same_bits
 from storylab.training.state import TrainState

@@ -37,7 +37,8 @@ from storylab.experiments.attempts import REMEDIES
 from storylab.experiments.plan import PlannedRun, plan_runs
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
-from storylab.training.run_folder import Run
+from storylab.record.folder import RunFolder
+from storylab.record.schema import IterationRow
 from test_experiments import Watcher, write
 
 MakeConfig = Callable[..., TrainConfig]
@@ -136,7 +137,7 @@ def test_an_executor_that_is_stopped_saves_its_jobs(tiny_config: MakeConfig) -> 
 
     outcome = executor.run(Job("train", config), stop)
     assert outcome.status == "interrupted" and "storylab resume" in outcome.reason
-    assert config.out_dir is not None and Run(config.out_dir).checkpoint("last").exists()
+    assert config.out_dir is not None and RunFolder(config.out_dir).checkpoint("last").exists()
     # Later jobs do not begin.
     again = executor.run(Job("train", config), print)
     assert again.status == "interrupted"
@@ -183,7 +184,7 @@ class Pool:
 
 def losses(planned: list[PlannedRun]) -> list[list[float]]:
     return [
-        [row["loss"] for row in Run(run.folder).metrics if row["kind"] == "iteration"]
+        [row.loss for row in RunFolder(run.folder).read_rows() if isinstance(row, IterationRow)]
         for run in planned
     ]
 

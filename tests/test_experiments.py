@@ -40,15 +40,16 @@ from storylab.experiments.factors import (
 from storylab.experiments.leases import lease_folder
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.plan import PlannedRun, plan_runs, write_record
-from storylab.experiments.results import run_state
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.skeleton import skeleton
 from storylab.experiments.spec import load_experiment
 from storylab.model.cost import training_flops
 from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.planning.estimate import estimate_runs
+from storylab.record.folder import SUMMARY, RunFolder
+from storylab.record.run import run_state
+from storylab.record.schema import IterationRow, Row
 from storylab.training.measure import StepTimer
-from storylab.training.run_folder import SUMMARY, Run
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
@@ -530,9 +531,9 @@ def test_an_experiment_runs_once_in_processes_of_its_own(
 
 def test_arms_share_initial_weights_and_data_order(planned: list[PlannedRun]) -> None:
     run_experiment(planned, InProcess(), Watcher())
-    a, b = (Run(run.folder).environment for run in planned)
-    assert a["initial_weights_sha256"] == b["initial_weights_sha256"]
-    assert a["first_batch_sha256"] == b["first_batch_sha256"]
+    a, b = (RunFolder(run.folder).read_environment() for run in planned)
+    assert a.initial_weights_sha256 == b.initial_weights_sha256
+    assert a.first_batch_sha256 == b.first_batch_sha256
 
 
 @pytest.mark.slow
@@ -568,7 +569,7 @@ def test_what_fails_diverges_or_runs_out_of_memory_is_kept_and_the_others_go_on(
     assert "micro-batches of 2 sequences, 2 of them an iteration" in "".join(watcher.lines)
     assert run_state(planned[0].folder) == ("failed", "failed: a bug")
     # The run that was cut finer is the run that was asked for, and says how it was cut.
-    assert Run(planned[1].folder).config.batch_size == 2
+    assert RunFolder(planned[1].folder).read_config().batch_size == 2
     # What failed is tried again.
     assert run_experiment(planned, InProcess(), Watcher())[0] == "finished"
 
@@ -616,9 +617,9 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
             text=True,
         )
 
-    def metrics(runs: str) -> list[dict[str, Any]]:
+    def metrics(runs: str) -> list[Row]:
         (folder,) = (tmp_path / runs).glob("nano-*")
-        return Run(folder).metrics
+        return RunFolder(folder).read_rows()
 
     first = start("stopped")
     deadline = time.time() + 120
@@ -640,7 +641,7 @@ def test_an_experiment_that_is_stopped_goes_on_in_the_middle_of_its_run(
         assert again.returncode == 0, err
         assert "EXPERIMENTS.md" in out
     losses = [
-        [row["loss"] for row in metrics(runs) if row["kind"] == "iteration"]
+        [row.loss for row in metrics(runs) if isinstance(row, IterationRow)]
         for runs in ("stopped", "whole")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 401

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from storylab.config import TrainConfig
 from storylab.errors import Diverged
-from storylab.training import checkpoint
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder
+from storylab.record.schema import Row, Summary
 from storylab.training.observers import Observer
-from storylab.training.run_folder import Run
 from storylab.training.train import train
 
 MakeConfig = Callable[..., TrainConfig]
@@ -29,8 +31,8 @@ class Everything(Observer):
     def start(self, folder: Path) -> None:
         self.seen.append(("start", folder))
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        self.seen.append(("row", dict(row)))
+    def row(self, row: Row) -> None:
+        self.seen.append(("row", row))
 
     def line(self, text: str) -> None:
         self.seen.append(("line", text))
@@ -38,8 +40,8 @@ class Everything(Observer):
     def progress(self, name: str, done: int, total: int) -> None:
         self.seen.append(("progress", (name, done, total)))
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
-        self.seen.append(("end", summary and dict(summary)))
+    def end(self, summary: Summary | None) -> None:
+        self.seen.append(("end", summary))
 
     def all(self, kind: str) -> list[Any]:
         return [value for name, value in self.seen if name == kind]
@@ -55,7 +57,7 @@ class Failing(Observer):
         raise ConnectionError("the server\nis away")
 
 
-def result(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+def result(run: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
     """Weights and optimizer state, rows without their clocks, and the validation of a run."""
     tensors, _ = checkpoint.load(run.checkpoint("last"))
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -83,12 +85,11 @@ def test_observers_see_what_the_run_folder_keeps(tiny_config: MakeConfig) -> Non
     observer = Everything()
     run = train(tiny_config(), observer)
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert observer.all("row") == rows and {row["kind"] for row in rows} == {
-        "iteration",
-        "evaluation",
-    }
+    assert msgspec.to_builtins(observer.all("row")) == rows
+    assert {row["kind"] for row in rows} == {"iteration", "evaluation"}
     assert "\n".join(observer.all("line")) + "\n" == (run.folder / "log.txt").read_text()
-    assert observer.all("end") == [json.loads((run.folder / "summary.json").read_text())]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert msgspec.to_builtins(observer.all("end")) == [summary]
     assert [kind for kind, _ in observer.seen].index("start") == 0
     assert ("training", 9, 9) in observer.all("progress")
 
@@ -107,4 +108,4 @@ def test_observers_see_the_end_of_a_run_that_diverges(tiny_config: MakeConfig) -
     with pytest.raises(Diverged):
         train(tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0), observer)
     (summary,) = observer.all("end")
-    assert summary["status"] == "diverged"
+    assert summary.status == "diverged"

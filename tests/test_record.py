@@ -1,109 +1,300 @@
-"""The record's own numbers: its lines, learning rates, speeds and first loss."""
+"""The record of a run: typed, read once, the same for listings as for the whole run."""
 
 from __future__ import annotations
 
-import math
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-import torch
 
-from storylab.config import PRESETS, TrainConfig
-from storylab.data.prepare import PrepareConfig, prepare
-from storylab.model.transformer import Transformer
-from storylab.optim.schedule import learning_rate
-from storylab.training import lines
-from storylab.training.evaluation import window_losses
-from storylab.training.precision import choose_device, choose_precision
+import storylab
+from executors import Unused, train_here
+from storylab.cli import main
+from storylab.config import TrainConfig, to_dict
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments.comparison import Arm, compare_arms
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.spec import load_experiment
+from storylab.record import provenance
+from storylab.record.folder import RunFolder
+from storylab.record.index import RunCache, list_runs
+from storylab.record.provenance import representative
+from storylab.record.run import Run, load_run
+from storylab.record.schema import EvaluationRow, IterationRow, QuantizationRow
+from storylab.reporting import report as reporting
 
-TOKENS = 131_072
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (
-            (0, 10.9652, 6.506, 0, 0.0),
-            "iter 0:    loss 10.9652, time 6506.00ms,   0 tok/s,        lr 0.00e+00",
-        ),
-        (
-            (100, 7.541, 112.19647, 100 * TOKENS, 1e-5),
-            "iter 100:  loss 7.5410,  time 112196.47ms, 116,824 tok/s,  lr 1.00e-05",
-        ),
-        (
-            (500, 3.184, 118.40963, 100 * TOKENS, 5e-5),
-            "iter 500:  loss 3.1840,  time 118409.63ms, 110,694 tok/s,  lr 5.00e-05",
-        ),
-        (
-            (1000, 2.041, 118.45917, 100 * TOKENS, 1e-4),
-            "iter 1000: loss 2.0410,  time 118459.17ms, 110,647 tok/s,  lr 1.00e-04",
-        ),
-    ],
-)
-def test_iteration_lines(arguments: tuple[int, float, float, int, float], line: str) -> None:
-    assert lines.iteration_line(*arguments) == line
-
-
-def test_long_fields_keep_a_space_between() -> None:
-    line = lines.iteration_line(1_000_000, 123.4567, 1e7, 10**15, 1e-4)
-    assert line.split() == [
-        *("iter", "1000000:", "loss", "123.4567,", "time", "10000000000.00ms,"),
-        *("100,000,000", "tok/s,", "lr", "1.00e-04"),
-    ]
-
-
-def test_evaluation_lines() -> None:
-    expected = "Step 500:  train loss 3.2190, val loss 3.2224"
-    assert lines.evaluation_line(500, 3.219, 3.2224) == expected
-    expected = "Step 1000: train loss 2.1456, val loss 2.1477"
-    assert lines.evaluation_line(1000, 2.1456, 2.1477) == expected
-    assert lines.best_line(2.1477) == "Saved new best model (val loss: 2.1477)"
+EXPERIMENT = """
+title = "Two rates"
+purpose = "To be read."
+factor = "learning_rate"
+baseline = "low"
+seeds = [{seeds}]
+[config]
+preset = "nano"
+n_layer = 1
+n_head = 1
+n_kv_head = 1
+n_embd = 16
+n_hidden = 16
+dtype = "fp8"
+backend = "emulated"
+quantization_stats = true
+max_iters = 4
+batch_size = 4
+gradient_accumulation_steps = 1
+block_size = 16
+min_lr = 0.0
+warmup_iters = 2
+eval_interval = 2
+eval_iters = 1
+device = "cpu"
+[arms]
+low = {{ learning_rate = 1e-3 }}
+high = {{ learning_rate = 1e-2 }}
+"""
 
 
-@pytest.mark.parametrize("iteration", [0, 100, 500, 999, 1000])
-def test_learning_rates_of_the_record(iteration: int) -> None:
-    assert learning_rate(TrainConfig(), iteration) == pytest.approx(iteration * 1e-7, rel=1e-12)
+@pytest.fixture(scope="module")
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the experiment's file, its data, and its finished runs of two seeds."""
+    root = tmp_path_factory.mktemp("record")
+    shutil.copytree(dataset.folder, root / "data")
+    (root / "rates.toml").write_text(EXPERIMENT.format(seeds="1, 2"))
+    for run in plan_runs(load_experiment(root / "rates.toml"), dataset, root / "runs"):
+        assert train_here(run.config).status == "done"
+    return root
 
 
-def test_cosine_of_a_longer_run_ends_at_half_the_peak() -> None:
-    config = TrainConfig(max_iters=5000)
-    assert learning_rate(config, 1000) == pytest.approx(1e-4)
-    assert learning_rate(config, 3000) == pytest.approx(7.5e-5)
-    assert learning_rate(config, 5000) == pytest.approx(5e-5)
-    rates = [learning_rate(config, i) for i in range(1000, 5001)]
-    assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    shutil.copytree(trained, tmp_path / "place")
+    return tmp_path / "place"
 
 
-def test_other_schedules() -> None:
-    linear = TrainConfig(max_iters=100, warmup_iters=0, schedule="linear", min_lr=0.0)
-    assert learning_rate(linear, 0) == 1e-4  # no warm-up starts at the peak
-    assert learning_rate(linear, 25) == pytest.approx(0.75e-4)
-    constant = TrainConfig(max_iters=100, warmup_iters=10, schedule="constant")
-    assert learning_rate(constant, 5) == pytest.approx(0.5e-4)
-    assert {learning_rate(constant, i) for i in (10, 50, 100)} == {1e-4}
+def folders(place: Path) -> list[Path]:
+    return sorted((place / "runs").glob("nano-*"))
 
 
-def test_initial_loss_is_that_of_the_expected_logits() -> None:
-    """Logits of a normed state with N(0, 0.02) rows have variance 0.02^2 * width."""
-    preset = PRESETS["3m"]
-    model = Transformer(preset.model, preset.vocab_size, seed=1)
-    tokens = torch.randint(preset.vocab_size, (4, 65), generator=torch.Generator().manual_seed(0))
-    expected = math.log(preset.vocab_size) + 0.02**2 * preset.model.n_embd / 2
-    assert float(model.token_losses(tokens[:, :-1], tokens[:, 1:]).mean()) == pytest.approx(
-        expected, abs=0.03
-    )
+class Opened:
+    """Counts the files that this process opens, while it is switched on."""
+
+    def __init__(self) -> None:
+        self.on, self.paths = False, Counter[str]()
+        sys.addaudithook(self._note)  # it cannot be removed again
+
+    def _note(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.on and event == "open" and isinstance(args[0], str):
+            self.paths[args[0]] += 1
+
+    @contextmanager
+    def under(self, folder: Path) -> Iterator[Counter[str]]:
+        """How often each file under ``folder`` has been opened, once the block has ended."""
+        self.paths.clear()
+        found: Counter[str] = Counter()
+        self.on = True
+        try:
+            yield found
+        finally:
+            self.on = False
+            for path, count in self.paths.items():
+                if path.startswith(str(folder)) and Path(path).is_file():
+                    found[path] = count
 
 
-def test_first_loss_of_the_record_on_real_stories(real_stories: Path, tmp_path: Path) -> None:
-    """The record's first line is 10.9652 on 131,072 tokens; a part of a batch is near enough."""
-    validation = (real_stories / "v1-validation-00000-of-00001.parquet",)
-    data = prepare(PrepareConfig(train=validation, validation=validation, out=tmp_path / "data",
-                                 keep_overlap=True))  # fmt: skip
-    assert data.splits["train"].stories[-1, 1] == 186_782  # bytes, from the data's own table
-    assert len(data.splits["train"]) == 46_664 + 220  # its tokens and an end of text a story
-    model = Transformer(PRESETS["113m"].model, data.vocab_size, seed=1337)
-    precision = choose_precision(choose_device("cpu"), "bfloat16")
-    starts = np.arange(16) * 128
-    losses = window_losses(model, data.splits["train"], starts, 128, precision)
-    assert 10.90 <= losses.mean() <= 11.05
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    return Opened()
+
+
+@pytest.mark.parametrize("seeds", ["1, 2", "1"])
+def test_a_finished_experiment_reads_no_file_twice(
+    place: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch, seeds: str
+) -> None:
+    """With one seed, the noise of the other one in the folder is read too."""
+    file = place / "rates.toml"
+    file.write_text(EXPERIMENT.format(seeds=seeds))
+    monkeypatch.setattr(reporting, "_figures", lambda outcome: ())
+    args = ["--runs", str(place / "runs"), "--data_dir", str(place / "data")]
+    assert main(["experiment", "run", str(file), *args], Unused()) == 0
+    with opened.under(place) as count:
+        assert main(["experiment", "run", str(file), *args], Unused()) == 0
+    run = folders(place)[0]
+    for name in ("config.json", "summary.json", "metrics.jsonl", "story_losses.npy"):
+        assert count[str(run / name)] == 1
+    # Shards are hashed and then mapped; the experiment's record is read, written and read.
+    expected = {".bin": 2, "experiments": 2}
+    for path, times in count.items():
+        kind = Path(path).suffix if Path(path).suffix == ".bin" else Path(path).parent.name
+        assert times <= expected.get(kind, 1), path
+
+
+def test_a_listing_reads_the_summary_alone(place: Path, opened: Opened) -> None:
+    with opened.under(place) as count:
+        entries = list(list_runs(place / "runs"))
+    assert [Path(path).name for path in count] == ["summary.json"] * 4
+    for entry, folder in zip(entries, folders(place), strict=True):
+        run = load_run(folder)
+        assert (entry.name, entry.state, entry.started) == (
+            *(folder.name, "finished"),
+            run.environment.started,
+        )
+        assert (entry.loss, entry.speed) == (run.loss, run.speed)
+        assert (entry.parameters, entry.tokens) == (run.parameters, run.results.tokens)
+        assert run.results.training_memory_bytes == run.training_memory
+
+
+def test_summaries_of_an_earlier_version_are_listed_from_the_rows(place: Path) -> None:
+    before = list(list_runs(place / "runs"))
+    for folder in folders(place):
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text())
+        for name in ("started", "median_tokens_per_second", "training_memory_bytes"):
+            del summary[name]
+        path.write_text(json.dumps(summary))
+    assert list(list_runs(place / "runs")) == before
+
+
+def test_a_listing_looks_for_the_files_that_it_does_not_read(place: Path) -> None:
+    first, second, *_ = folders(place)
+    (first / "story_losses.npy").unlink()
+    (second / "config.json").unlink()
+    (second / "config.json").mkdir()
+    found = {entry.name: entry for entry in list_runs(place / "runs")}
+    assert found[first.name].state == found[second.name].state == "damaged"
+    assert "story_losses.npy is missing" in found[first.name].fault
+    assert "config.json: it is a folder" in found[second.name].fault
+
+
+def test_a_cache_reads_again_only_after_a_change(place: Path, opened: Opened) -> None:
+    folder, cache = folders(place)[0], RunCache()
+    assert cache.state(folder) == ("finished", "")
+    run = cache.load(folder)
+    with opened.under(place) as count:
+        assert cache.load(folder) is run and cache.head(folder).config == run.config
+        assert cache.state(folder) == ("finished", "")
+    assert not count
+    (folder / "summary.json").write_text("{}")
+    assert cache.state(folder)[0] == "damaged"
+    with pytest.raises(UserError, match=r"summary\.json is damaged: status: is missing"):
+        cache.load(folder)
+    (folder / "summary.json").unlink()
+    assert cache.state(folder) == ("unfinished", "")
+    shutil.rmtree(folder)
+    assert cache.state(folder) == ("new", "")
+
+
+def test_properties_of_a_run_read_nothing(place: Path) -> None:
+    run = storylab.load_run(folders(place)[0])
+    shutil.rmtree(place)
+    assert run.config.max_iters == 4 and run.results.iterations == 5
+    assert run.validation.loss == run.loss and len(run.position_losses) == 16
+    assert [point.iteration for point in run.evaluations] == [2, 4]
+    seconds = np.cumsum([row.step_seconds for row in run.iterations])
+    assert run.evaluations[0].seconds == pytest.approx(seconds[1])
+    assert {type(row) for row in run.rows} == {IterationRow, EvaluationRow, QuantizationRow}
+
+
+def test_what_is_written_is_read_back(place: Path) -> None:
+    """Every file of a run, through its type, to the same JSON; American names are in the code alone."""
+    folder = folders(place)[0]
+    run = RunFolder(folder)
+    for name, value in (
+        ("environment.json", run.read_environment()),
+        ("data.json", run.read_data()),
+        ("summary.json", run.read_summary()),
+    ):
+        assert msgspec.to_builtins(value) == json.loads((folder / name).read_text())
+    assert to_dict(run.read_config()) == json.loads((folder / "config.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert msgspec.to_builtins(run.read_rows()) == rows
+    assert "utilisation_percent" in rows[-1] and "utilisation_percent" in json.dumps(rows)
+    run.append_rows([row for row in run.read_rows() if isinstance(row, IterationRow)][:1])
+    assert len(run.read_rows()) == len(rows) + 1
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    row = EvaluationRow(iteration=1, train_loss=float("nan"), val_loss=1.0, best=True)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(tmp_path).append_rows([row])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_version_may_write_more(place: Path) -> None:
+    folder = folders(place)[0]
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(json.dumps(json.loads(line) | {"later": {}}) for line in lines))
+    for name in ("environment.json", "data.json", "summary.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {"later": [1, None, "x"]}))
+    assert load_run(folder).finished
+    # What is not known is kept where a resumed run cuts its rows and notes its stage.
+    run = RunFolder(folder)
+    run.truncate_to(3, run.read_config(), {"compile_fault": "none"})
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all("later" in row and row["iteration"] < 3 for row in kept)
+    assert sum(row["kind"] == "iteration" for row in kept) == 3
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["later"] == [1, None, "x"]
+    (stage,) = run.read_environment().resumed
+    assert (stage.iteration, stage.compile_fault) == (3, "none")
+    assert run.read_summary() is None and not (folder / "story_losses.npy").exists()
+
+
+# Versions of the code
+
+
+def test_code_versions_that_give_equal_bits_are_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = folders(place)[0], folders(place)[2]
+    path = a / "environment.json"
+    old = "0" * 64
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"code_sha256": old}))
+
+    def confounds() -> str:
+        arms = [Arm(folder.name, (load_run(folder),)) for folder in (a, b)]
+        allowed = frozenset({"learning_rate", "seed", "data_seed"})
+        return " ".join(compare_arms(*arms, allowed).confounds)
+
+    assert "code: 2 versions (00000000" in confounds()
+    now = load_run(b).environment.code_sha256
+    table = {old: "middle", "middle": now}
+    monkeypatch.setattr(provenance, "EQUIVALENT_CODE", table)
+    assert "code" not in confounds()
+
+
+def test_a_representative_stands_for_itself() -> None:
+    assert representative("a", {}) == "a"
+    assert representative("a", {"a": "b", "b": "c"}) == representative("c", {"a": "b"}) == "c"
+    with pytest.raises(AssertionError, match="circle"):
+        representative("a", {"a": "b", "b": "a"})
+
+
+def test_the_table_of_code_versions_is_well_formed() -> None:
+    for code in provenance.EQUIVALENT_CODE:
+        assert len(code) == len(representative(code)) == 64
+
+
+def test_modules_that_decide_numbers_exist() -> None:
+    root = Path(storylab.__file__).parent
+    for name in (*provenance.NUMERIC_CODE, *provenance.NON_NUMERIC_MODULES):
+        assert (root / name).exists(), name
+
+
+def test_a_python_run_is_the_run_of_its_folder(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run = storylab.train(tiny_config(out_dir=tmp_path / "run", max_iters=1))
+    assert isinstance(run, Run) and run.finished
+    assert storylab.load_run(tmp_path / "run").loss == run.loss

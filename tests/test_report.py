@@ -18,10 +18,11 @@ from storylab.errors import UserError
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.plan import plan_runs, write_record
 from storylab.experiments.spec import load_experiment
-from storylab.reporting.log import read_remarks
-from storylab.reporting.observations import observations, spikes
+from storylab.record.folder import SUMMARY
+from storylab.reporting.observations import observations
+from storylab.reporting.observations.run import spikes
+from storylab.reporting.remarks import read_remarks
 from storylab.reporting.report import write_report
-from storylab.training.run_folder import SUMMARY
 
 pytestmark = pytest.mark.slow
 HEAD = """

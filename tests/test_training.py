@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -32,7 +33,11 @@ from storylab.data.prepare import PrepareConfig
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import exclusive
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint, loop
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder, open_run
+from storylab.record.provenance import NON_NUMERIC_MODULES, bare_source
+from storylab.record.schema import EvaluationRow, IterationRow, Summary
+from storylab.training import loop
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
 from storylab.training.precision import (
@@ -40,7 +45,6 @@ from storylab.training.precision import (
     choose_precision,
 )
 from storylab.training.resume import resume
-from storylab.training.run_folder import BESIDE_NUMBERS, Run, bare_source, open_run
 from storylab.training.run_progress import StopRequested
 from storylab.training.sampling import load_story_model
 from storylab.training.setup import TrainingSetup, resolve_compile
@@ -232,43 +236,51 @@ def test_the_estimate_is_the_mean_over_the_fixed_windows(dataset: Dataset) -> No
 # --- runs
 
 
-def weights(run: Run) -> str:
+def weights(run: RunFolder) -> str:
     return checkpoint.weights_sha256(checkpoint.load(run.checkpoint("last"))[0])
 
 
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
 
 
-def metrics(run: Run) -> list[dict[str, Any]]:
+def found(run: RunFolder) -> Summary:
+    """The summary of a run that has ended."""
+    summary = run.read_summary()
+    assert summary is not None
+    return summary
+
+
+def metrics(run: RunFolder) -> list[dict[str, Any]]:
     """Metrics without what the clock decides."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics]
+    rows = map(msgspec.to_builtins, run.read_rows())
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def test_a_run_writes_its_folder(tiny_config: MakeConfig, capsys: Any) -> None:
     config = tiny_config()
     run = train(config)
     assert capsys.readouterr() == ("", "")  # library code prints nothing
-    assert run.config == dataclasses.replace(config, data_seed=config.seed, compile=False)
-    rows = [row for row in run.metrics if row["kind"] == "iteration"]
-    assert [row["iteration"] for row in rows] == list(range(9))
-    assert [row["tokens"] for row in rows] == [(i + 1) * 128 for i in range(9)]
-    evaluations = [row for row in run.metrics if row["kind"] == "evaluation"]
-    assert [row["iteration"] for row in evaluations] == [4, 8]
-    summary = run.summary
-    assert summary is not None and summary["status"] == "finished"
-    assert summary["final_val_loss"] == evaluations[-1]["val_loss"]
-    assert summary["power_watts"] is None  # not known on a CPU, so not invented
-    assert summary["tokens"] == 9 * 128
+    assert run.read_config() == dataclasses.replace(config, data_seed=config.seed, compile=False)
+    rows = [row for row in run.read_rows() if isinstance(row, IterationRow)]
+    assert [row.iteration for row in rows] == list(range(9))
+    assert [row.tokens for row in rows] == [(i + 1) * 128 for i in range(9)]
+    evaluations = [row for row in run.read_rows() if isinstance(row, EvaluationRow)]
+    assert [row.iteration for row in evaluations] == [4, 8]
+    summary = run.read_summary()
+    assert summary is not None and summary.status == "finished"
+    assert summary.final_val_loss == evaluations[-1].val_loss
+    assert summary.power_watts is None  # not known on a CPU, so not invented
+    assert summary.tokens == 9 * 128
     lines = (run.folder / "log.txt").read_text().splitlines()
     starts = [line.split(":")[0] for line in lines if line.startswith(("iter", "Step"))]
     assert starts == ["iter 0", "iter 2", "Step 4", "iter 4", "iter 6", "Step 8", "iter 8"]
     assert "unknown on this device" in "\n".join(lines)
-    environment = run.environment
-    assert environment["packages"]["torch"] == torch.__version__
-    assert len(environment["code_sha256"]) == 64
+    environment = run.read_environment()
+    assert environment.packages.torch == torch.__version__
+    assert len(environment.code_sha256) == 64
     losses = np.load(run.folder / "story_losses.npy", allow_pickle=False)
     assert losses.shape == (15, 2)
-    assert losses[:, 0].sum() / losses[:, 1].sum() == summary["validation"]["loss"]
+    assert losses[:, 0].sum() / losses[:, 1].sum() == summary.validation.loss
     assert not [p for p in run.folder.rglob("*") if p.name.endswith(".tmp")]
 
 
@@ -277,21 +289,21 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(
 ) -> None:
     config = tiny_config(max_iters=0)
     run = train(config)
-    windows = TrainingSetup(run.config, dataset, FLOAT32).batches(0)
+    windows = TrainingSetup(run.read_config(), dataset, FLOAT32).batches(0)
     model = Transformer(TINY, VOCAB, seed=config.seed)
     expected = model.token_losses(windows[:, :-1], windows[:, 1:]).mean()
-    assert run.metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert run.read_rows()[0].loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConfig) -> None:
     # A rate this high makes the loss go up and down.
     run = train(tiny_config(max_iters=30, eval_interval=2, learning_rate=0.5, schedule="constant"))
-    losses = {r["iteration"]: r["val_loss"] for r in run.metrics if r["kind"] == "evaluation"}
+    losses = {r.iteration: r.val_loss for r in run.read_rows() if isinstance(r, EvaluationRow)}
     best = min(losses, key=lambda i: losses[i])
     _, state = checkpoint.load(run.checkpoint("best"))
     assert best != 30, "this test needs a run whose last loss is not its best"
     assert state == {"iteration": best, "val_loss": losses[best]}
-    assert run.summary is not None and run.summary["best_iteration"] == best
+    assert found(run).best_iteration == best
 
 
 def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -304,8 +316,8 @@ def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Pa
 def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: Path) -> None:
     def identity(**seeds: int) -> tuple[str, str]:
         config = tiny_config(out_dir=tmp_path / str(seeds), max_iters=0, **seeds)
-        environment = train(config).environment
-        return environment["initial_weights_sha256"], environment["first_batch_sha256"]
+        environment = train(config).read_environment()
+        return environment.initial_weights_sha256, environment.first_batch_sha256
 
     base, other_data = identity(seed=1, data_seed=1), identity(seed=1, data_seed=2)
     other_weights = identity(seed=2, data_seed=1)
@@ -319,8 +331,8 @@ def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: Ma
     with pytest.raises(Diverged, match="learning_rate"):
         train(config)
     run = open_run(config.out_dir)
-    assert run.summary is not None and run.summary["status"] == "diverged"
-    assert 0 < run.summary["iterations"] == len(run.metrics)
+    assert found(run).status == "diverged"
+    assert 0 < found(run).iterations == len(run.read_rows())
     again = evaluate_run(run.folder, device="cpu")
     assert math.isfinite(again.loss)
 
@@ -334,7 +346,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
     ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
-    times = [row["step_seconds"] for row in ahead.metrics if row["kind"] == "iteration"]
+    times = [row.step_seconds for row in ahead.read_rows() if isinstance(row, IterationRow)]
     assert times[1] == times[2] == times[3] == times[4] != times[5]
     with pytest.raises(Interrupted):
         train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
@@ -359,7 +371,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
-    assert run.summary is not None and run.summary["iterations"] == len(run.metrics) == 3
+    assert found(run).iterations == len(run.read_rows()) == 3
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["when read", "in the step"])
@@ -387,8 +399,8 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     with pytest.raises(Diverged, match="iteration 3"):
         train(config)
     run = open_run(config.out_dir)
-    assert run.summary is not None and run.summary["status"] == "diverged"
-    assert run.summary["iterations"] == len(run.metrics) == 3
+    assert found(run).status == "diverged"
+    assert found(run).iterations == len(run.read_rows()) == 3
 
 
 @pytest.mark.parametrize(
@@ -428,7 +440,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
         train(config)
     run = open_run(config.out_dir)
     assert run.checkpoint("best").exists() == (which == "evaluate_split")
-    assert run.summary is not None and run.summary["status"] == "diverged"
+    assert found(run).status == "diverged"
 
 
 class InterruptAt(Observer):
@@ -453,15 +465,16 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     with pytest.raises(Interrupted, match="storylab resume") as stop:
         train(config, InterruptAt(at, number))
     assert stop.value.signal_number == number
-    assert open_run(config.out_dir).summary is None
+    assert open_run(config.out_dir).read_summary() is None
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
     assert metrics(run) == metrics(whole)
-    assert run.summary is not None and whole.summary is not None
-    assert run.summary["validation"] == whole.summary["validation"]
-    assert run.summary["best_val_loss"] == whole.summary["best_val_loss"]
-    assert run.summary["samples"] == whole.summary["samples"]
-    assert run.environment["resumed"][0]["iteration"] == at
+    run_summary, whole_summary = run.read_summary(), whole.read_summary()
+    assert run_summary is not None and whole_summary is not None
+    assert found(run).validation == found(whole).validation
+    assert found(run).best_val_loss == found(whole).best_val_loss
+    assert found(run).samples == found(whole).samples
+    assert run.read_environment().resumed[0].iteration == at
 
 
 @pytest.mark.slow
@@ -507,10 +520,11 @@ def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeC
 def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(average_share=0.5, schedule="constant"))
     own = train(tiny_config(schedule="constant", out_dir=run.folder.parent / "own"))
-    assert run.summary is not None and own.summary is not None
-    judged = run.summary["validation"]["loss"]
+    run_summary, own_summary = run.read_summary(), own.read_summary()
+    assert run_summary is not None and own_summary is not None
+    judged = found(run).validation.loss
     assert evaluate_run(run.folder, device="cpu").loss == pytest.approx(judged, rel=1e-6)
-    assert judged != own.summary["validation"]["loss"]
+    assert judged != found(own).validation.loss
     rows = zip(metrics(run), metrics(own), strict=True)
     trained = [(a["loss"], b["loss"]) for a, b in rows if a["kind"] == "iteration"]
     assert len(trained) == 9 and all(a == b for a, b in trained)  # training does not see it
@@ -538,7 +552,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
 ) -> None:
     config = tiny_config(schedule="constant")
     run = train(config)
-    longer = dataclasses.replace(run.config, max_iters=12)
+    longer = dataclasses.replace(run.read_config(), max_iters=12)
 
     class StopAtTheEnd(Observer):
         def progress(self, name: str, done: int, total: int) -> None:
@@ -547,10 +561,10 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
 
     with pytest.raises(Interrupted):
         resume(run.folder, longer, StopAtTheEnd())
-    assert run.summary is None
+    assert run.read_summary() is None
     assert not (run.folder / "story_losses.npy").exists()
     resumed = resume(run.folder)
-    assert resumed.summary is not None and resumed.summary["iterations"] == 13
+    assert found(resumed).iterations == 13
 
 
 def test_a_run_killed_before_it_had_a_config_can_be_started_again(
@@ -558,11 +572,11 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
 ) -> None:
     config = tiny_config(max_iters=0)
     with monkeypatch.context() as patch:
-        patch.setattr("storylab.training.run_folder.environment", lambda: 1 / 0)
+        patch.setattr("storylab.record.folder.current_stage", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert config.out_dir.is_dir()
-    assert train(config).summary is not None
+    assert train(config).read_summary() is not None
 
 
 def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
@@ -573,7 +587,7 @@ def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     with exclusive(config.out_dir), pytest.raises(UserError, match="another process"):
         resume(config.out_dir)
     assert (config.out_dir / "metrics.jsonl").read_bytes() == before
-    assert resume(config.out_dir).summary is not None
+    assert resume(config.out_dir).read_summary() is not None
 
 
 def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -594,7 +608,7 @@ def test_a_run_tells_of_tokens_that_are_never_trained_on(
     tokens = dataset.manifest["splits"]["train"]["tokens"]
     assert (tokens - 1) % block == unseen
     run = train(tiny_config(block_size=block, max_iters=1, batch_size=1))
-    assert run.summary is not None and run.summary["unseen_tokens"] == unseen
+    assert found(run).unseen_tokens == unseen
     told = f"the last {unseen} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never"
     assert (told in (run.folder / "log.txt").read_text()) == (unseen / tokens > 0.001)
 
@@ -613,8 +627,8 @@ def test_one_validation_story_has_no_standard_error(
         )
     )
     run = train(tiny_config(data_dir=data.folder, max_iters=1, model=TINY))
-    assert run.summary is not None
-    assert run.summary["validation"]["standard_error"] is None
+    assert run.read_summary() is not None
+    assert found(run).validation.standard_error is None
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
@@ -633,12 +647,12 @@ def test_twenty_kills_leave_the_same_bits(tiny_config: MakeConfig, tmp_path: Pat
     rng = random.Random(0)
     kills, reached = 0, []
     while kills < 20:
-        before = len(open_run(config.out_dir).metrics)
+        before = len(open_run(config.out_dir).read_rows())
         process = subprocess.Popen([sys.executable, "-c", script, str(config.out_dir)])
         # Wait for work to go on, so that most kills hit training and not the import of torch.
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline and kills % 4:
-            if len(open_run(config.out_dir).metrics) > before:
+            if len(open_run(config.out_dir).read_rows()) > before:
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.12))
@@ -727,7 +741,9 @@ def test_a_run_can_be_extended_where_its_schedule_permits(
 
     assert resume(short.out_dir, None, Listener()).folder == run.folder
     assert "finished" in told[-1]
-    extended = resume(short.out_dir, dataclasses.replace(run.config, max_iters=16), Listener())
+    extended = resume(
+        short.out_dir, dataclasses.replace(run.read_config(), max_iters=16), Listener()
+    )
     assert any("8 -> 16" in text for text in told)
     assert weights(extended) == weights(train(long))
     assert extended.config.max_iters == 16
@@ -814,9 +830,9 @@ def test_a_window_longer_than_a_split_is_refused(tiny_config: MakeConfig) -> Non
 
 def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> None:
     run = train(tiny_config())
-    assert run.summary is not None
+    assert run.read_summary() is not None
     again = evaluate_run(run.folder, device="cpu")
-    assert again.loss == run.summary["validation"]["loss"]
+    assert again.loss == found(run).validation.loss
     other = evaluate_run(run.folder, device="cpu", block_size=7, aligned=True)
     assert len(other.position_losses) == 7
     with pytest.raises(UserError, match="block_size"):
@@ -827,7 +843,7 @@ def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> No
 
 def test_the_public_api(tiny_config: MakeConfig, capsys: Any) -> None:
     run = storylab.train(tiny_config())
-    assert storylab.load_run(run.folder).config == run.config
+    assert storylab.load_run(run.folder).config == run.read_config()
     model = storylab.load_model(run.folder, device="cpu")
     first = model.sample("Once upon", max_new_tokens=20, count=3)
     assert first == model.sample("Once upon", max_new_tokens=20, count=3)
@@ -866,7 +882,9 @@ def test_compiled_blocks_train_like_eager_ones(tiny_config: MakeConfig, tmp_path
     arguments = json.dumps(storylab.config.to_dict(compiled))
     subprocess.run([sys.executable, "-c", script, arguments], check=True, capture_output=True)
     a, b = open_run(eager.out_dir), open_run(compiled.out_dir)
-    losses = [[row["loss"] for row in run.metrics if "loss" in row] for run in (a, b)]
+    losses = [
+        [row.loss for row in run.read_rows() if isinstance(row, IterationRow)] for run in (a, b)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     names = [set(checkpoint.load(run.checkpoint("last"))[0]) for run in (a, b)]
     assert names[0] == names[1]
@@ -964,7 +982,7 @@ class Thing:
 def test_what_only_tells_of_a_run_is_there() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
     root = Path(storylab.config.__file__).parent
-    assert all((root / name).is_file() for name in BESIDE_NUMBERS)
+    assert all((root / name).is_file() for name in NON_NUMERIC_MODULES)
 
 
 def test_the_last_checkpoint_is_written_once(

@@ -17,8 +17,8 @@ import pytest
 
 from storylab import files
 from storylab.errors import UserError
-from storylab.experiments.results import run_folders
 from storylab.files import exclusive, held, lock_file
+from storylab.record.index import run_folders
 
 # filelock and psutil have a version for each system. They are loaded before the modules are hidden,
 # and stand for their versions on Windows. torch and the standard library find the modules missing.

@@ -14,8 +14,8 @@ from storylab.errors import UserError
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.data.prepare import PrepareConfig
+    from storylab.record.run import Run
     from storylab.training.observers import Observer
-    from storylab.training.run_folder import Run
     from storylab.training.sampling import StoryModel
 
 __version__ = "0.1.0"
@@ -52,18 +52,18 @@ def train(config: TrainConfig, *observers: Observer) -> Run:
     """
     from storylab.training.train import train as run_training
 
-    return run_training(config, *observers)
+    return load_run(run_training(config, *observers).folder)
 
 
 def load_run(folder: str | Path) -> Run:
-    """Open the run in ``folder``: its config, data, environment, metrics and summary.
+    """Read the run in ``folder``: its config, data, environment, metrics and summary.
 
     Raises:
-        UserError: ``folder`` holds no run.
+        UserError: ``folder`` holds no run, or a file of it is damaged.
     """
-    from storylab.training.run_folder import open_run
+    from storylab.record.run import load_run as load
 
-    return open_run(Path(folder))
+    return load(Path(folder))
 
 
 def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> StoryModel:
@@ -77,6 +77,7 @@ def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto
     Raises:
         UserError: ``folder`` holds no run, or its checkpoint is missing or altered.
     """
+    from storylab.record.folder import open_run
     from storylab.training.sampling import load_story_model
 
-    return load_story_model(load_run(folder), checkpoint, device)
+    return load_story_model(open_run(Path(folder)), checkpoint, device)

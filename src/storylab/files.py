@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from filelock import lock_descriptor
 
-from storylab.checked import check
+from storylab.decode import decode
 from storylab.errors import UserError
 
 T = TypeVar("T")
@@ -281,12 +281,14 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def read_record(path: Path, kind: type[T]) -> T:
-    """Read a JSON file into a value of type ``kind``, a type that :func:`check` understands.
+    """Read a JSON file that holds a value of type ``kind``, see :func:`storylab.decode.decode`.
 
     Raises:
-        UserError: the file cannot be read, or a value in it is missing or of another type.
+        UserError: the file cannot be read, or something in it is missing or of another type.
     """
-    return check(kind, read_json(path), str(path))
+    with open_file(path) as file:
+        data = file.read()
+    return decode(kind, data, str(path))
 
 
 def sha256_file(path: Path) -> str:

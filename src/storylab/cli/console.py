@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -107,7 +108,34 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """Print a table on standard output; 200 columns wide if that is no terminal."""
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 200, highlight=False, no_color=not terminal)
-    console.print(make_table(title, columns, rows))
+    cells = [[_printable(cell) for cell in row] for row in rows]
+    lines = _table_lines(columns, cells)
+    if cell_len(lines[1]) > console.width:
+        console.print(make_table(title, columns, cells))  # which folds cells, slowly
+        return
+    console.print(Text(title))
+    console.print(Text(f"\n{lines[0]}", style="bold"))
+    sys.stdout.write("\n".join([*lines[1:], "", ""]))
+
+
+def _table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Heading, rule and rows of a table in as much width as its cells take."""
+    heading = [name.strip() for name in columns]
+    widths = [max(map(cell_len, column)) for column in zip(heading, *rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = []
+        for cell, name, width in zip(row, columns, widths, strict=True):
+            space = " " * (width - cell_len(cell))
+            cells.append(space + cell if name.endswith(" ") else cell + space)
+        return f" {'   '.join(cells)}".rstrip()
+
+    rule = "\u2500" * (sum(widths) + 3 * (len(widths) - 1))
+    return [line(heading), f" {rule}", *map(line, rows)]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -71,8 +71,8 @@ def train_planned(
         Interrupted: a signal stopped it.
     """
     from storylab.experiments.plan import write_record
-    from storylab.experiments.results import ENDED
     from storylab.experiments.scheduler import run_experiment
+    from storylab.record.run import ENDED
 
     with resumable(fresh), ConsoleReporter() as reporter:
         if fresh or any(run.read_state() not in ENDED for run in planned):
@@ -105,8 +105,8 @@ def plan_lines(
     Raises:
         Interrupted: a signal stopped a calibration.
     """
-    from storylab.experiments.results import ENDED
     from storylab.planning.estimate import estimate_runs
+    from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
     from storylab.training.lines import duration
 

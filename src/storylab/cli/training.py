@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from storylab.cli.console import ConsoleReporter
 
 if TYPE_CHECKING:
-    from storylab.training.run_folder import Run
+    from storylab.record.folder import RunFolder
 
 
-def show_training(train: Callable[[ConsoleReporter], Run]) -> int:
+def show_training(train: Callable[[ConsoleReporter], RunFolder]) -> int:
     """Train under a console reporter and print the run folder; returns the exit code.
 
     Raises:

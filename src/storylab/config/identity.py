@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from storylab.checked import check, shown
 from storylab.config.marks import ALWAYS, Effect, Group, Marks, marks_of
 from storylab.config.model import ModelConfig
 from storylab.config.train import WIDE_DTYPES, TrainConfig
+from storylab.decode import convert, is_unicode, shown
 from storylab.errors import UserError
 
 # The marks of every field by its name; a name belongs to one of the two configs only.
@@ -70,10 +70,11 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         UserError: a field is unknown, missing or of another type, for instance in a run of another
             version.
     """
-    values = without_removed(check(dict[str, Any], values, "the run's config"))
-    if isinstance(values.get("model"), dict):
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+        raise UserError("the run's config is damaged: it or its model is not an object")
+    values = without_removed(values)
+    if "model" in values:
         values["model"] = without_removed(values["model"], "model.")
-    check(TrainConfig, values, "the run's config")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
     if "backend" not in given and values.get("dtype") not in WIDE_DTYPES:
@@ -89,10 +90,12 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         raise UserError(
             f"the run's config does not fit this version of storylab (fields: {', '.join(sorted(odd))})"
         )
-    values["model"] = ModelConfig(**model)
-    values["data_dir"] = Path(values["data_dir"])
-    values["out_dir"] = Path(values["out_dir"]) if values["out_dir"] else None
-    return TrainConfig(**values)
+    for name, value in (values | model).items():
+        # Names of folders alone may have bytes that are not Unicode.
+        if name not in ("data_dir", "out_dir") and isinstance(value, str) and not is_unicode(value):
+            raise UserError(f"the run's config is damaged: {name}: is not Unicode text")
+    values["out_dir"] = values["out_dir"] or None
+    return convert(TrainConfig, values | {"model": model}, "the run's config")
 
 
 def without_removed(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, cast, get_type_hints
 
-from storylab.checked import shown
+from storylab.decode import shown
 from storylab.errors import UserError
 
 Group = Literal[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from storylab.checked import check, shown
 from storylab.data.layout import SPLITS
+from storylab.data.manifest import Manifest
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
+from storylab.decode import convert, shown
 from storylab.errors import UserError
 from storylab.files import exists, open_file, read_json
-from storylab.record import ManifestRecord
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
 READ_BYTES = 1 << 24
-BYTE = np.dtype(np.uint8)
 REPAIR = "run `storylab prepare` again into a new folder"
 
 
@@ -162,7 +162,7 @@ def load_dataset(folder: Path) -> Dataset:
     if found != FORMAT:
         raise UserError(f"{folder} has data of format {shown(found)}: {REPAIR}")
     try:
-        check(ManifestRecord, manifest, str(folder / MANIFEST))
+        convert(Manifest, manifest, str(folder / MANIFEST))
     except UserError as error:
         raise UserError(f"{error}; {REPAIR}") from error
     if manifest["fingerprint"] != fingerprint(manifest):
@@ -190,12 +190,24 @@ def _load_split(
             raise UserError(f"{path} has token ids outside the vocabulary {vocab_size}: {REPAIR}")
         shards.append(np.memmap(path, dtype=stored, mode="r"))
         starts.append(starts[-1] + len(shards[-1]))
-    _check_file(folder / entry["stories_file"], entry["stories_sha256"])
-    stories = np.load(folder / entry["stories_file"], allow_pickle=False)
+    stories = _load_stories(folder / entry["stories_file"], entry["stories_sha256"])
     return Split(name, tuple(shards), tuple(starts), stories)
 
 
-def _check_file(path: Path, expected: str, dtype: np.dtype[Any] = BYTE) -> int:
+def _load_stories(path: Path, expected: str) -> np.ndarray:
+    """The table of where stories begin, from a file with the hash ``expected``."""
+    try:
+        with open_file(path) as file:
+            data = file.read()
+    except UserError as error:
+        raise UserError(f"{error}; {REPAIR}") from error
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
+    table: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return table
+
+
+def _check_file(path: Path, expected: str, dtype: np.dtype[Any]) -> int:
     """The greatest value in a file of numbers, whose hash is checked on the way.
 
     One pass in blocks: through a memory map, every page would count as this process's memory.

@@ -7,9 +7,9 @@ import dataclasses
 from storylab.config import TrainConfig
 from storylab.execution.job import OnEvent, Progress
 from storylab.files import exists
+from storylab.record.folder import CONFIG, open_run
 from storylab.training.observers import Observer
 from storylab.training.resume import resume
-from storylab.training.run_folder import CONFIG, open_run
 from storylab.training.train import train
 
 
@@ -34,7 +34,7 @@ def train_or_resume(config: TrainConfig, on_event: OnEvent) -> None:
     assert config.out_dir is not None
     observer = _Events(on_event)
     if exists(config.out_dir / CONFIG):
-        stored = open_run(config.out_dir).config
+        stored = open_run(config.out_dir).read_config()
         wanted = dataclasses.replace(stored, data_dir=config.data_dir)
         resume(config.out_dir, wanted, observer)
     else:

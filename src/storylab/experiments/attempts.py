@@ -11,9 +11,8 @@ from pathlib import Path
 from storylab.config import TrainConfig
 from storylab.execution.job import Job, Outcome, Status
 from storylab.experiments.plan import PlannedRun
-from storylab.experiments.results import FAILURE
 from storylab.files import exists, make_folder, reading, write_error, write_json
-from storylab.training.run_folder import CONFIG, Run
+from storylab.record.folder import CONFIG, FAILURE, RunFolder
 
 # Marks a run whose micro-batch was halved because memory was short.
 MICROBATCH_NOTE = "split.json"
@@ -33,7 +32,7 @@ Remedy = Callable[[PlannedRun, Attempt, Outcome], tuple[Attempt, str] | None]
 
 def resume_once(run: PlannedRun, attempt: Attempt, outcome: Outcome) -> tuple[Attempt, str] | None:
     """Continue from the checkpoint, once: whoever killed the process may not have meant the run."""
-    if attempt.resumes or not exists(Run(run.folder).checkpoint("last")):
+    if attempt.resumes or not exists(RunFolder(run.folder).checkpoint("last")):
         return None
     note = f"{outcome.reason}; going on from its checkpoint"
     return dataclasses.replace(attempt, resumes=True), note
@@ -47,7 +46,7 @@ def halve_micro_batch(
     if config.batch_size % 2:
         return None
     if exists(run.folder / CONFIG):
-        config = Run(run.folder).config
+        config = RunFolder(run.folder).read_config()
         set_aside(run.folder)
     config = dataclasses.replace(
         config,

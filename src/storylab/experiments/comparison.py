@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ from storylab.experiments.factors import (
     infer_factor,
     unexplained,
 )
-from storylab.experiments.results import Result, load_result, run_folders
 from storylab.experiments.statistics import ALPHA, Interval
 from storylab.files import exists
-from storylab.training.run_folder import CONFIG, Run
+from storylab.record.folder import CONFIG
+from storylab.record.index import RunCache, run_folders
+from storylab.record.run import Run
 
 BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
 NO_DIFFERENCE, CANT_TELL, CONFOUNDED = "no difference seen", "can't tell", "confounded"
@@ -40,10 +41,10 @@ class Arm:
     """A recipe and its runs, one for each seed."""
 
     name: str
-    runs: tuple[Result, ...]
+    runs: tuple[Run, ...]
 
     @property
-    def finished(self) -> tuple[Result, ...]:
+    def finished(self) -> tuple[Run, ...]:
         """The runs that were trained to their end."""
         return tuple(run for run in self.runs if run.finished)
 
@@ -87,7 +88,7 @@ class EqualTime:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of an arm beside its baseline. Losses in nats, arm minus baseline."""
+    """An arm compared with its baseline. Losses in nats, arm minus baseline."""
 
     arm: str
     baseline: str
@@ -176,8 +177,9 @@ def compare_arms(
     condition: str = "",
     margin: float | None = None,
     noise: Noise | None = None,
+    cache: RunCache | None = None,
 ) -> Comparison:
-    """Hold ``arm`` against ``baseline``.
+    """Compare ``arm`` with ``baseline``.
 
     Args:
         arm: its runs; those of the baseline's seeds are paired.
@@ -186,7 +188,8 @@ def compare_arms(
         condition: under which condition both were run, for the report.
         margin: the difference in nats that counts as none, if equivalence is asked for.
         noise: spread over seeds of the baseline's recipe; by default that of its own runs, or of
-            the other seeds that lie beside a single one.
+            the other seeds in the folder of a single one.
+        cache: runs that have been read already.
     """
     pairs, paired = _pair(arm, baseline)
     # Without pairs every run of the one stands against every run of the other.
@@ -196,7 +199,7 @@ def compare_arms(
     if noise is None:
         noise = noise_of(baseline.finished)
     if noise is None and baseline.finished:
-        noise = noise_floor(baseline.finished[0])
+        noise = noise_floor(baseline.finished[0], cache)
     recipes = _recipe_interval(arm, baseline, pairs, paired)
     from_noise = recipes is None and noise is not None and len(pairs) == 1
     if from_noise and noise is not None:
@@ -218,7 +221,7 @@ def compare_arms(
         margin=margin,
         speed=_ratio([(a.speed, b.speed) for a, b in pairs]),
         memory=_ratio([(a.training_memory, b.training_memory) for a, b in pairs]),
-        energy=_ratio([tuple(r.summary["energy_joules"] for r in pair) for pair in pairs]),
+        energy=_ratio([(a.results.energy_joules, b.results.energy_joules) for a, b in pairs]),
         equal_time=_equal_time(arm, baseline, pairs) if paired and not speed_confounds else None,
         failures=tuple(
             f"{side.name}, seed {run.config.seed}: {run.state}"
@@ -233,7 +236,7 @@ def compare_arms(
     return correct([comparison])[0]
 
 
-def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Result, Result]], bool]:
+def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Run, Run]], bool]:
     """Runs of the two with the same seeds and True; where there are none, runs as they come."""
     ours = {run.seeds: run for run in arm.finished}
     theirs = {run.seeds: run for run in baseline.finished}
@@ -244,7 +247,7 @@ def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Result, Result]], bool]:
 
 
 def _recipe_interval(
-    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]], paired: bool
+    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]], paired: bool
 ) -> Interval | None:
     """Difference of the final losses, over the seeds; None for too few of them."""
     if paired:
@@ -269,7 +272,7 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [dataclasses.replace(c, **by_id.get(id(c), nothing)) for c in comparisons]
 
 
-def noise_of(runs: Iterable[Result]) -> Noise | None:
+def noise_of(runs: Iterable[Run]) -> Noise | None:
     """Spread of final losses of one recipe over its seeds; None for fewer than two seeds, and where
     all are the same to the bit, as nothing is known then."""
     losses = list({run.seeds: run.loss for run in runs if run.finished}.values())
@@ -278,34 +281,37 @@ def noise_of(runs: Iterable[Result]) -> Noise | None:
     return Noise(float(np.std(losses, ddof=1)), len(losses))
 
 
-def noise_floor(result: Result) -> Noise | None:
-    """Spread of the final loss over the seeds of a run's recipe, data and code that lie beside it."""
-    alike, _ = alike_beside(result)
+def noise_floor(run: Run, cache: RunCache | None = None) -> Noise | None:
+    """Spread of the final loss over seeds: of the runs in the same folder with the same config, data and
+    code."""
+    alike, _ = other_seeds(run, cache)
     return noise_of(alike)
 
 
-def alike_beside(result: Result) -> tuple[list[Result], list[str]]:
-    """The run itself and those of its recipe, data and code that lie beside it, and what could not be read
-    there."""
-    alike, problems = [result], []
-    for folder in run_folders(result.folder.parent):
-        run = Run(folder)
+def other_seeds(run: Run, cache: RunCache | None = None) -> tuple[list[Run], list[str]]:
+    """The run and those in the same folder with its config, seeds apart, its data and its code; and the
+    faults of those that cannot be read."""
+    cache = cache or RunCache()
+    alike, problems = [run], []
+    for folder in run_folders(run.folder.parent):
         try:
-            if not exists(folder / CONFIG) or changed_fields(run.config, result.config):
+            if not exists(folder / CONFIG):
                 continue
-            if run.data["fingerprint"] == result.data["fingerprint"]:
-                alike.append(load_result(folder))
+            head = cache.head(folder)
+            same_data = head.data.fingerprint == run.data.fingerprint
+            if same_data and not changed_fields(head.config, run.config):
+                alike.append(cache.load(folder))
         except UserError as error:
             problems.append(str(error))
-    return [run for run in alike if run.code_versions == result.code_versions], problems
+    return [other for other in alike if other.code_versions == run.code_versions], problems
 
 
-def group_runs(results: Iterable[Result]) -> list[Arm]:
+def group_runs(results: Iterable[Run]) -> list[Arm]:
     """Runs of the same recipe and data as one arm, in the order in which they first come."""
-    groups: list[list[Result]] = []
+    groups: list[list[Run]] = []
     for result in results:
         for group in groups:
-            same_data = group[0].data["fingerprint"] == result.data["fingerprint"]
+            same_data = group[0].data.fingerprint == result.data.fingerprint
             if same_data and not changed_fields(group[0].config, result.config):
                 if result.seeds not in {run.seeds for run in group}:
                     group.append(result)
@@ -315,7 +321,7 @@ def group_runs(results: Iterable[Result]) -> list[Arm]:
     return [Arm(_arm_name(group, groups[0]), tuple(group)) for group in groups]
 
 
-def compare_runs(results: Sequence[Result], margin: float | None = None) -> list[Comparison]:
+def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Comparison]:
     """Hold the arms that ``results`` make up against the first of them; a seed counts once.
 
     What the arms differ in is the factor if one factor covers it; else they are confounded.
@@ -330,7 +336,7 @@ def compare_runs(results: Sequence[Result], margin: float | None = None) -> list
     return correct(comparisons)
 
 
-def _arm_name(group: Sequence[Result], first: Sequence[Result]) -> str:
+def _arm_name(group: Sequence[Run], first: Sequence[Run]) -> str:
     """Where its first run lies, and what sets its config apart from the first group's."""
     changed = changed_fields(first[0].config, group[0].config)
     name = group[0].folder.name
@@ -339,61 +345,61 @@ def _arm_name(group: Sequence[Result], first: Sequence[Result]) -> str:
     return f"{name} ({', '.join(f'{field} {value}' for field, (_, value) in changed.items())})"
 
 
-def _confounds(a: Result, b: Result, allowed: frozenset[str], paired: bool) -> Iterable[str]:
+def _confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Iterable[str]:
     """Everything but the factor in which two runs differ and that can move the loss."""
     changed = changed_fields(a.config, b.config)
     for name, (one, other) in unexplained(a.config, b.config, allowed).items():
         yield f"{name}: {one} against {other}"
-    if a.data["fingerprint"] != b.data["fingerprint"]:
-        yield (
-            f"data: fingerprint {a.data['fingerprint'][:12]} against {b.data['fingerprint'][:12]}"
-        )
+    if a.data.fingerprint != b.data.fingerprint:
+        yield f"data: fingerprint {a.data.fingerprint[:12]} against {b.data.fingerprint[:12]}"
     elif a.story_losses.shape != b.story_losses.shape or not np.array_equal(
         a.story_losses[:, 1], b.story_losses[:, 1]
     ):
         yield "evaluation: other stories or tokens"
     same_weights = not WEIGHT_FIELDS & set(changed)
     ours, theirs = a.environment, b.environment
-    if paired and same_weights and _differ(ours, theirs, "initial_weights_sha256"):
+    if paired and same_weights and ours.initial_weights_sha256 != theirs.initial_weights_sha256:
         yield "initial weights: other hashes for the same seed"
     same_batch = a.config.block_size == b.config.block_size
     same_batch &= a.config.tokens_per_iteration == b.config.tokens_per_iteration
-    if paired and same_batch and _differ(ours, theirs, "first_batch_sha256"):
+    if paired and same_batch and ours.first_batch_sha256 != theirs.first_batch_sha256:
         yield "data order: other first batches for the same seed"
     versions = a.code_versions | b.code_versions
     if len(versions) > 1:
         yield f"code: {len(versions)} versions ({', '.join(sorted(v[:8] for v in versions))})"
     for package in ("torch", "numpy"):
-        found = [{stage["packages"].get(package) for stage in run.stages} for run in (a, b)]
-        if len(found[0] | found[1]) > 1:
-            yield f"{package}: {_set_text(found[0])} against {_set_text(found[1])}"
+        yield from _differences(
+            package, *({getattr(stage.packages, package) for stage in run.stages} for run in (a, b))
+        )
 
 
-def _speed_confounds(a: Result, b: Result) -> Iterable[str]:
-    """What makes two runs' speeds, memory and energy no matter of the factor."""
-    for key in ("processor", "cpu", "cores", "threads", "gpu", "device", "platform"):
-        # Device and GPU are noted at the start only: a resume keeps the device.
-        found = [{s[key] for s in run.stages if key in s} for run in (a, b)]
-        if len(found[0] | found[1]) > 1:
-            yield f"{key}: {_set_text(found[0])} against {_set_text(found[1])}"
-    if any(run.summary.get("emulated") for run in (a, b)):
+def _speed_confounds(a: Run, b: Run) -> Iterable[str]:
+    """Everything but the factor that can move two runs' speed, memory and energy."""
+    for key in ("processor", "cpu", "cores", "threads"):
+        yield from _differences(
+            key, *({getattr(stage, key) for stage in run.stages} for run in (a, b))
+        )
+    for key in ("gpu", "device"):  # recorded at the start only, as a resumed run keeps its device
+        yield from _differences(key, *({getattr(run.environment, key)} for run in (a, b)))
+    yield from _differences(
+        "platform", *({stage.platform for stage in run.stages} for run in (a, b))
+    )
+    if any(run.results.emulated for run in (a, b)):
         yield "emulated precision, whose time and memory say nothing of hardware"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
         yield f"micro-batch: {a.config.batch_size} against {b.config.batch_size} sequences"
 
 
-def _set_text(values: set[Any]) -> str:
-    return " and ".join(sorted(map(str, values)))
+def _differences(name: str, ours: set[Any], theirs: set[Any]) -> Iterable[str]:
+    if len(ours | theirs) > 1:
+        a, b = (" and ".join(sorted(map(str, values))) for values in (ours, theirs))
+        yield f"{name}: {a} against {b}"
 
 
-def _differ(a: Mapping[str, object], b: Mapping[str, object], key: str) -> bool:
-    return a.get(key) != b.get(key)
-
-
-def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]) -> Iterable[str]:
-    """What a reader should know, though it makes no comparison void."""
+def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> Iterable[str]:
+    """Facts that a reader should know, though they make no comparison void."""
     for side in (arm, baseline):
-        resumed = sum(bool(run.environment.get("resumed")) for run in side.runs)
+        resumed = sum(bool(run.environment.resumed) for run in side.runs)
         if resumed:
             yield f"{resumed} of {len(side.runs)} runs of {side.name} were resumed"
     for side in (arm, baseline):
@@ -411,12 +417,12 @@ def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]) -> I
         )
 
 
-def _unsteady(run: Result) -> bool:
-    mean = float(run.summary["tokens_per_second"])
+def _unsteady(run: Run) -> bool:
+    mean = run.results.tokens_per_second
     return run.speed is not None and abs(run.speed / mean - 1) > UNSTEADY
 
 
-def _story_interval(pairs: Sequence[tuple[Result, Result]]) -> Interval | None:
+def _story_interval(pairs: Sequence[tuple[Run, Run]]) -> Interval | None:
     """Paired by story: each story's loss is the mean over the runs of an arm."""
     if not pairs:
         return None
@@ -431,14 +437,12 @@ def _ratio(values: Sequence[tuple[Any, ...]]) -> Ratio | None:
     return Ratio(*statistics.ratio_interval([x for x, _ in values], [y for _, y in values]))
 
 
-def _equal_time(
-    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Result, Result]]
-) -> EqualTime | None:
+def _equal_time(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> EqualTime | None:
     """The difference when the faster of each pair has just ended, read off the curves."""
     differences, progress = [], []
     slower_arm = 0
     for a, b in pairs:
-        curves = [[(e["seconds"], e["val_loss"]) for e in run.evaluations] for run in (a, b)]
+        curves = [[(e.seconds, e.val_loss) for e in run.evaluations] for run in (a, b)]
         if min(len(curve) for curve in curves) < 2:
             return None
         ends = [curve[-1][0] for curve in curves]

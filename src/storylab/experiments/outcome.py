@@ -1,4 +1,4 @@
-"""What came of an experiment: its arms with their runs, the comparisons, the hypothesis checked."""
+"""The outcome of an experiment: its arms with their runs, the comparisons, the hypothesis checked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
@@ -23,10 +24,11 @@ from storylab.experiments.curves import fit_power_law
 from storylab.experiments.experiment import METRICS, Expectation
 from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.plan import EXPERIMENTS
-from storylab.experiments.results import Result, load_result, run_state
 from storylab.experiments.statistics import mean_interval
 from storylab.files import exists, read_record, reading
-from storylab.record import CellRecord, ExperimentRecord
+from storylab.record.index import RunCache
+from storylab.record.run import FAILED, NEW, Run
+from storylab.record.schema import CellRecord, ExperimentRecord
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,12 @@ class Outcome:
     @property
     def baseline(self) -> str:
         """Name of the baseline arm."""
-        return self.record["baseline"]
+        return self.record.baseline
 
     @property
     def factor(self) -> str:
         """Name of the factor that the arms differ in."""
-        return self.record["factor"]
+        return self.record.factor
 
     def arms(self, condition: str) -> list[CellResult]:
         """The arms under a condition, in the file's order."""
@@ -114,7 +116,7 @@ class Outcome:
         return next(c for c in self.arms(condition) if c.arm.name == self.baseline)
 
     @property
-    def runs(self) -> list[Result]:
+    def runs(self) -> list[Run]:
         """Every run that could be read, once each."""
         found = {run.folder: run for cell in self.cells for run in cell.arm.runs}
         return list(found.values())
@@ -148,44 +150,48 @@ def read_experiment(path: Path) -> ExperimentRecord:
 
 def _record_faults(record: ExperimentRecord) -> Iterator[str]:
     """Where a record does not fit together."""
-    cells = [(cell["condition"], cell["arm"]) for cell in record["cells"]]
+    cells = [(cell.condition, cell.arm) for cell in record.cells]
     if not cells:
         yield "it has no cells"
     if len(set(cells)) < len(cells):
         yield "a cell is there twice"
     for condition, arm in cells:
-        if arm not in record["arms"] or condition not in record["conditions"]:
+        if arm not in record.arms or condition not in record.conditions:
             yield f"the cell '{under(arm, condition)}' is not of its arms and conditions"
-        if (condition, record["baseline"]) not in cells:
-            yield f"there is no baseline '{under(record['baseline'], condition)}'"
-    for cell in record["cells"]:
-        for seed, name in cell["runs"].items():
+        if (condition, record.baseline) not in cells:
+            yield f"there is no baseline '{under(record.baseline, condition)}'"
+    for cell in record.cells:
+        for seed, name in cell.runs.items():
             if not re.fullmatch(r"\d{1,19}", seed, re.ASCII):
                 yield f"'{seed}' is no seed"
             if name in ("", ".", "..") or "/" in name or "\0" in name:
                 yield f"{name!r} is no name of a run folder"
-    for expectation in record["expectations"]:
-        if expectation["metric"] not in METRICS:
-            yield f"there is no metric '{expectation['metric']}'"
+    for expectation in record.expectations:
+        if expectation.metric not in METRICS:
+            yield f"there is no metric '{expectation.metric}'"
 
 
-def load_outcome(path: Path) -> Outcome:
+def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     """Read an experiment's record and its runs, and compare its arms.
 
-    A run that is missing or damaged is told of in ``problems`` and left out.
+    A run that is missing or damaged is named in ``problems`` and left out.
+
+    Args:
+        path: the experiment's record.
+        cache: runs that have been read already.
 
     Raises:
         UserError: the record itself is missing or damaged.
     """
-    record = read_experiment(path)
+    record, cache = read_experiment(path), cache or RunCache()
     problems: list[str] = []
     missing: list[str] = []
     runs = path.parent.parent
     try:
-        cells = tuple(_read_cell(cell, runs, problems, missing) for cell in record["cells"])
+        cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
         fields = {
-            condition: allowed_fields(record["factor"], condition in record["matched"])
-            for condition in record["conditions"]
+            condition: allowed_fields(record.factor, condition in record.matched)
+            for condition in record.conditions
         }
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
@@ -194,12 +200,14 @@ def load_outcome(path: Path) -> Outcome:
     for condition in outcome.conditions:
         baseline = outcome.baseline_of(condition).arm
         comparisons += [
-            compare_arms(cell.arm, baseline, fields[condition], condition, record["margin"])
+            compare_arms(
+                cell.arm, baseline, fields[condition], condition, record.margin, cache=cache
+            )
             for cell in outcome.arms(condition)
             if cell.arm.name != outcome.baseline
         ]
     outcome = dataclasses.replace(outcome, comparisons=tuple(correct(comparisons)))
-    expectations = [Expectation(**entry) for entry in record["expectations"]]
+    expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
         problems.append(
@@ -208,23 +216,25 @@ def load_outcome(path: Path) -> Outcome:
     return dataclasses.replace(outcome, expectations=checked, problems=tuple(problems))
 
 
-def _read_cell(cell: CellRecord, runs: Path, problems: list[str], missing: list[str]) -> CellResult:
-    """A cell with the runs that can be read; the others are told of in ``problems``."""
+def _read_cell(
+    cell: CellRecord, runs: Path, cache: RunCache, problems: list[str], missing: list[str]
+) -> CellResult:
+    """Read a cell with its runs; those that cannot be read are named in ``problems`` or ``missing``."""
     found = []
-    for seed, name in cell["runs"].items():
-        where = under(cell["arm"], cell["condition"])
-        state, reason = run_state(runs / name)
-        if state == "new":
-            missing.append(f"{where}, seed {seed} ({name})")
-            continue
+    for seed, name in cell.runs.items():
+        where = under(cell.arm, cell.condition)
         try:
-            found.append(load_result(runs / name))
+            found.append(cache.load(runs / name))
         except UserError as error:
+            state, reason = cache.state(runs / name)
+            if state == NEW:
+                missing.append(f"{where}, seed {seed} ({name})")
+                continue
             # A run that failed before it had a config still has its reason.
-            why = reason if state == "failed" else str(error).replace(f"{runs}/", "")
+            why = reason if state == FAILED else str(error).replace(f"{runs}/", "")
             problems.append(f"{where}, seed {seed}: {why}")
-    arm, config = Arm(cell["arm"], tuple(found)), from_dict(cell["config"])
-    return CellResult(cell["condition"], arm, config, len(cell["runs"]))
+    arm, config = Arm(cell.arm, tuple(found)), from_dict(cell.config)
+    return CellResult(cell.condition, arm, config, len(cell.runs))
 
 
 def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:
@@ -282,13 +292,13 @@ def _plateau(cell: CellResult, outcome: Outcome) -> Measured:
     return math.inf, None, None
 
 
-def curve_after_warmup(run: Result) -> tuple[list[int], list[float]]:
+def curve_after_warmup(run: Run) -> tuple[list[int], list[float]]:
     """Iterations and validation losses of a run's evaluations once its warm-up is over: none for a
     run that is nothing but warm-up."""
-    rows = [row for row in run.evaluations if row["iteration"] >= run.config.warmup_iters]
+    points = [p for p in run.evaluations if p.iteration >= run.config.warmup_iters]
     if run.config.warmup_iters >= run.config.max_iters:
-        rows = []
-    return [row["iteration"] for row in rows], [row["val_loss"] for row in rows]
+        points = []
+    return [p.iteration for p in points], [p.val_loss for p in points]
 
 
 _METRICS: dict[str, Callable[[CellResult, Outcome], Measured]] = {

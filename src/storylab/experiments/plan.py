@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from storylab import config as configs
@@ -14,10 +14,10 @@ from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import under
-from storylab.experiments.results import ENDED, load_result, run_state
 from storylab.files import make_folder, read_record, write_json
-from storylab.record import ExperimentRecord
-from storylab.training.run_folder import Run, code_sha256
+from storylab.record.index import RunCache
+from storylab.record.provenance import code_sha256, representative
+from storylab.record.schema import ExperimentRecord
 from storylab.training.setup import resolve_device
 
 # The folder in RUNS with one file for each experiment.
@@ -34,6 +34,8 @@ class PlannedRun:
     cell: Cell
     seed: int
     folder: Path
+    cache: RunCache = field(default_factory=RunCache, compare=False, repr=False)
+    """Runs that have been read; shared by the runs of a plan."""
 
     @property
     def config(self) -> TrainConfig:
@@ -61,20 +63,15 @@ class PlannedRun:
 
         A run that has ended is not trained again, so all its files are checked.
         """
-        state, reason = run_state(self.folder)
-        if state in ENDED:
-            try:
-                load_result(self.folder)
-            except UserError as error:
-                return "damaged", str(error)
-        return state, reason
+        return self.cache.state(self.folder)
 
     def read_is_by_other_code(self) -> bool:
         """Whether another version of the code that decides its numbers trained the run."""
         try:
-            return Run(self.folder).environment["code_sha256"] != code_sha256()
+            stage = self.cache.load(self.folder).environment
         except UserError:
             return False
+        return representative(stage.code_sha256) != representative(code_sha256())
 
 
 def require_runnable(experiment: Experiment) -> None:
@@ -133,9 +130,9 @@ def plan_runs(
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
-    cells = resolved_cells(experiment, dataset, only)
+    cells, cache = resolved_cells(experiment, dataset, only), RunCache()
     return [
-        PlannedRun(cell, seed, runs / f"{name}-s{seed}")
+        PlannedRun(cell, seed, runs / f"{name}-s{seed}", cache)
         for seed in seeds or experiment.seeds
         for cell, name in cells
         if not only or cell.arm in only
@@ -178,7 +175,7 @@ def _read_recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
     """Folders by seed of every cell of an earlier record; empty if there is none that can be read."""
     found: dict[tuple[str, str], dict[int, str]] = {}
     with contextlib.suppress(UserError):
-        for cell in read_record(path, ExperimentRecord)["cells"]:
-            runs = {int(s): folder for s, folder in cell["runs"].items() if s.isdecimal()}
-            found[cell["condition"], cell["arm"]] = runs
+        for cell in read_record(path, ExperimentRecord).cells:
+            runs = {int(s): folder for s, folder in cell.runs.items() if s.isdecimal()}
+            found[cell.condition, cell.arm] = runs
     return found

@@ -16,9 +16,8 @@ from storylab.execution.job import Event, Executor, Job, Outcome
 from storylab.experiments.attempts import set_aside, train_run
 from storylab.experiments.leases import is_taken, run_lease
 from storylab.experiments.plan import PlannedRun
-from storylab.experiments.results import ENDED, run_state
 from storylab.files import exists, reading
-from storylab.training.run_folder import Run
+from storylab.record.run import ENDED, FINISHED
 from storylab.training.signals import stop_signals
 
 POLL_SECONDS = 2.0
@@ -232,13 +231,12 @@ def _require_readable(folder: Path) -> None:
 
 def outcome_line(run: PlannedRun) -> str:
     """A run's outcome in a few words."""
-    state, reason = run_state(run.folder)
-    if state != "finished":
+    state, reason = run.read_state_and_reason()
+    if state != FINISHED:
         return f"{state} ({reason})" if reason else state
-    summary = Run(run.folder).summary
-    assert summary is not None and summary["validation"] is not None
+    found = run.cache.load(run.folder)
     return (
-        f"val loss {summary['validation']['loss']:.4f}, "
-        f"{summary['tokens_per_second']:,.0f} tok/s, "
-        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB, {summary['seconds']:,.0f} s"
+        f"val loss {found.loss:.4f}, "
+        f"{found.results.tokens_per_second:,.0f} tok/s, "
+        f"{found.results.peak_memory_bytes / 1e9:.2f} GB, {found.results.seconds:,.0f} s"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from storylab.checked import is_unicode
+from storylab.decode import is_unicode
 from storylab.errors import UserError
 from storylab.experiments.factors import FACTORS
 

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.checked import is_unicode, shown
 from storylab.config import (
     FIELDS,
     WIDE_DTYPES,
@@ -23,6 +22,7 @@ from storylab.config import (
     without_removed,
 )
 from storylab.data.prepare import PrepareConfig
+from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
 from storylab.experiments.experiment import METRICS, Cell, Expectation, Experiment
 from storylab.experiments.factors import (

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from storylab.checked import shown
+from storylab.decode import shown
 from storylab.errors import UserError
 
 KINDS: dict[type, str] = {str: "text", list: "a list [...]", dict: "a table {...}"}

@@ -9,8 +9,8 @@ from storylab.config import TrainConfig, timing_key
 from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.experiments.experiment import Cell
 from storylab.experiments.plan import PlannedRun
+from storylab.record.run import FINISHED
 from storylab.training.measure import Measured
-from storylab.training.run_folder import Run
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ def estimate_runs(
 def _read_finished(runs: Sequence[PlannedRun]) -> Estimate | None:
     """The time and memory of the first run that has finished."""
     for run in runs:
-        if run.read_state() == "finished":
-            summary = Run(run.folder).summary
-            assert summary is not None
-            return Estimate(summary["seconds"], summary["peak_memory_bytes"], measured=True)
+        if run.read_state() == FINISHED:
+            summary = run.cache.load(run.folder).results
+            return Estimate(summary.seconds, summary.peak_memory_bytes, measured=True)
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import vl_convert
@@ -12,16 +12,29 @@ from storylab.errors import UserError
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
 from storylab.files import exists, make_folder, read_text, write_text
-from storylab.reporting import figures
-from storylab.reporting.figures import Spec
-from storylab.reporting.log import Section, markdown, read_remarks
-from storylab.reporting.page import html
+from storylab.record.index import RunCache
+from storylab.reporting.figures import cost, curves, precision
+from storylab.reporting.figures.style import Spec, condition_of, static
+from storylab.reporting.html import html
+from storylab.reporting.markdown import Section, markdown
+from storylab.reporting.remarks import read_remarks
 
 LOG_FILE, PAGE_FILE, PICTURES = "EXPERIMENTS.md", "index.html", "pictures"
 
 
-def write_report(runs: Path, out: Path) -> Path:
+def write_report(
+    runs: Path,
+    out: Path,
+    cache: RunCache | None = None,
+    known: Mapping[Path, Outcome] | None = None,
+) -> Path:
     """Write EXPERIMENTS.md, index.html and the pictures of every experiment in ``runs`` to ``out``.
+
+    Args:
+        runs: the folder of runs.
+        out: the folder to write.
+        cache: runs that have been read already.
+        known: outcomes that have been computed already, by the path of the experiment's record.
 
     Raises:
         UserError: there are no experiments, or the folder cannot be written.
@@ -32,9 +45,10 @@ def write_report(runs: Path, out: Path) -> Path:
             f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
         )
     outcomes, problems = [], []
+    cache, known = cache or RunCache(), known or {}
     for path in records:
         try:
-            outcomes.append(load_outcome(path))
+            outcomes.append(known.get(path) or load_outcome(path, cache))
         except UserError as error:
             problems.append(str(error))
     specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
@@ -46,7 +60,7 @@ def write_report(runs: Path, out: Path) -> Path:
         pictures = {}
         for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
             name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
-            svg = vl_convert.vegalite_to_svg(figures.static(spec, caption))
+            svg = vl_convert.vegalite_to_svg(static(spec, caption))
             write_text(out / name, _renumbered(svg))
             pictures[caption] = name
         sections.append(Section(outcome, pictures))
@@ -74,24 +88,24 @@ def _renumbered(svg: str) -> str:
 def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
     """Every figure that an experiment has the numbers for, by caption; the telling ones first."""
     made = [
-        ("Final loss against peak learning rate", figures.learning_rates(outcome)),
-        ("Final loss against training time and size", figures.pareto(outcome)),
+        ("Final loss against peak learning rate", curves.learning_rates(outcome)),
+        ("Final loss against training time and size", curves.pareto(outcome)),
         (
             "Final loss against the baseline: 95 % intervals over the band of seed noise",
-            figures.finals(outcome),
+            curves.finals(outcome),
         ),
-        ("Validation loss: mean and range over seeds", figures.curves(outcome)),
+        ("Validation loss: mean and range over seeds", curves.curves(outcome)),
         (
             "Difference to the baseline along the run: mean and 95 % band",
-            figures.differences(outcome),
+            curves.differences(outcome),
         ),
-        ("Loss by position in the window", figures.positions(outcome)),
-        *figures.quantization(outcome),
-        ("Speed", figures.speeds(outcome)),
-        ("Memory", figures.memories(outcome)),
+        ("Loss by position in the window", curves.positions(outcome)),
+        *precision.quantization(outcome),
+        ("Speed", cost.speeds(outcome)),
+        ("Memory", cost.memories(outcome)),
         *(
             (f"{name.capitalize()}, one seed of every arm", spec)
-            for name, spec in figures.steps(outcome)
+            for name, spec in curves.steps(outcome)
         ),
     ]
     for caption, spec in made:
@@ -109,4 +123,4 @@ def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, S
             yield caption, spec
             continue
         for condition in outcome.conditions:
-            yield under(caption, condition), figures.condition_of(spec, condition)
+            yield under(caption, condition), condition_of(spec, condition)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storylab.training import checkpoint
-from storylab.training.run_folder import Run
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder
 from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 from storylab.training.telemetry import Telemetry
@@ -22,7 +22,7 @@ class Checkpoints:
     """The two checkpoints of a run: the last weights, with the state behind them, and the best weights."""
 
     def __init__(
-        self, run: Run, state: TrainState, progress: RunProgress, telemetry: Telemetry
+        self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
     ) -> None:
         self.run, self.state, self.progress, self.telemetry = run, state, progress, telemetry
         self.saver = Saver(state.precision.device)

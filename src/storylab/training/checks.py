@@ -8,16 +8,16 @@ from typing import Any
 from storylab.errors import UserError, out_of_memory
 from storylab.precision import selftest
 from storylab.precision.recipes import quantized_flops_fraction
+from storylab.record.folder import RunFolder
 from storylab.training.compile_check import check_compiled, compiler_is_to_blame
 from storylab.training.cores import considerate
 from storylab.training.observers import Observers
-from storylab.training.run_folder import Run
 from storylab.training.setup import TrainingSetup
 from storylab.training.step import NonFiniteError
 
 
 def with_proven_compiler(
-    setup: TrainingSetup, observers: Observers, run: Run | None = None, asked: bool = False
+    setup: TrainingSetup, observers: Observers, run: RunFolder | None = None, asked: bool = False
 ) -> TrainingSetup:
     """Compare compiled with uncompiled code; returns the setup, or an uncompiled one if they differ.
 

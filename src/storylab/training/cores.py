@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from storylab.training import checkpoint
+from storylab.record import checkpoint
 from storylab.training.state import TrainState
 from storylab.training.step import NonFiniteError
 

@@ -15,8 +15,8 @@ from storylab.data.dataset import Split
 from storylab.data.layout import VALIDATION
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
+from storylab.record.folder import open_run
 from storylab.training.precision import Precision
-from storylab.training.run_folder import open_run
 from storylab.training.sampling import load_story_model
 
 Tick = Callable[[int, int], None]
@@ -180,7 +180,7 @@ def evaluate_run(
         UserError: the run, its checkpoint or its data cannot be used.
     """
     run = open_run(folder)
-    dataset = run.load_data(data_dir or run.config.data_dir)
+    dataset = run.load_data(data_dir or run.read_config().data_dir)
     writer = load_story_model(run, checkpoint_name, device)
     length = writer.block_size if block_size is None else block_size
     if length < 1:

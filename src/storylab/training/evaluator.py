@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from storylab.data.layout import TRAIN, VALIDATION
+from storylab.record.schema import EvaluationRow, Sample
 from storylab.training import lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing
@@ -34,7 +35,7 @@ class FinalEvaluation:
 
     evaluation: Evaluation
     own_precision: Evaluation | None
-    samples: list[dict[str, str]]
+    samples: list[Sample]
 
 
 class Evaluator:
@@ -81,8 +82,10 @@ class Evaluator:
                 self.recorder.line(lines.best_line(val_loss))
         self.recorder.line("")
         progress.train_loss, progress.val_loss = train_loss, val_loss
-        row = {"train_loss": train_loss, "val_loss": val_loss, "best": best}
-        self.recorder.row("evaluation", iteration, **row)
+        row = EvaluationRow(
+            iteration=iteration, train_loss=train_loss, val_loss=val_loss, best=best
+        )
+        self.recorder.rows([row])
 
     def final(self) -> FinalEvaluation:
         """Evaluate the weights at hand on the whole validation split, and sample from them.
@@ -96,7 +99,7 @@ class Evaluator:
             # Without the recipe, so that arms of every precision are evaluated in the same way.
             with quantization.disabled() if quantization else nullcontext():
                 evaluation = self._whole()
-                samples = [{"prompt": text, "text": self._sample(text)} for text in SAMPLE_PROMPTS]
+                samples = [Sample(prompt=text, text=self._sample(text)) for text in SAMPLE_PROMPTS]
         return FinalEvaluation(evaluation, own, samples)
 
     def _estimate(self, split: str) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
+from storylab.record.schema import Summary
 
 if TYPE_CHECKING:  # a plan prints durations without loading torch
     from storylab.data.batches import TrainingBatches
@@ -119,42 +120,40 @@ def windows_words(block_size: int, aligned: bool = False) -> str:
     return f"windows of {block_size:,} tokens {course}"
 
 
-def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The results of a run, as the record lists them, from its ``summary.json``."""
-    full = summary["validation"]
-    energy = summary["energy_joules"]
+def summary_lines(summary: Summary) -> list[str]:
+    """The results of a run, as the record lists them, from its summary."""
+    full = summary.validation
+    energy = summary.energy_joules
     rows = [
-        ("Final train loss", _with_perplexity(summary["final_train_loss"])),
-        ("Final val loss", _with_perplexity(summary["final_val_loss"])),
+        ("Final train loss", _with_perplexity(summary.final_train_loss)),
+        ("Final val loss", _with_perplexity(summary.final_val_loss)),
         (
             "Whole val split",
-            f"loss {full['loss']:.4f} +/- {_figure(full['standard_error'], '{:.4f}', 'unknown')} "
-            f"(standard error over {full['stories']:,} stories), perplexity {full['perplexity']:,.2f}, "
-            f"{full['bits_per_byte']:.4f} bits per byte"
-            + (f"; {windows_words(full['block_size'])}" if "block_size" in full else "")
+            f"loss {full.loss:.4f} +/- {_figure(full.standard_error, '{:.4f}', 'unknown')} "
+            f"(standard error over {full.stories:,} stories), perplexity {full.perplexity:,.2f}, "
+            f"{full.bits_per_byte:.4f} bits per byte"
+            + (f"; {windows_words(full.block_size)}" if full.block_size is not None else "")
             if full
             else "not evaluated",
         ),
         (
             "Average speed",
-            f"{summary['tokens_per_second']:,.0f} tok/s"
-            + (
-                " (emulated precision: says nothing of hardware)" if summary.get("emulated") else ""
-            ),
+            f"{summary.tokens_per_second:,.0f} tok/s"
+            + (" (emulated precision: says nothing of hardware)" if summary.emulated else ""),
         ),
         (
             "Total time",
-            f"{duration(summary['seconds'])} for {summary['iterations']:,} iterations "
-            f"({summary['tokens']:,} tokens, {summary['epochs']:.2f} epochs)",
+            f"{duration(summary.seconds)} for {summary.iterations:,} iterations "
+            f"({summary.tokens:,} tokens, {summary.epochs:.2f} epochs)",
         ),
-        ("Power", _figure(summary["power_watts"], "{:.0f} W")),
-        ("Utilisation", _figure(summary["utilisation_percent"], "{:.0f} %")),
+        ("Power", _figure(summary.power_watts, "{:.0f} W")),
+        ("Utilisation", _figure(summary.utilization_percent, "{:.0f} %")),
         ("Energy", _figure(None if energy is None else energy / 3600, "{:.1f} Wh")),
-        ("Peak memory", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB ({summary['memory_kind']})"),
+        ("Peak memory", f"{summary.peak_memory_bytes / 1e9:.2f} GB ({summary.memory_kind})"),
     ]
     lines = ["Results", *(f"  {name + ':':<17} {value}" for name, value in rows)]
-    for sample in summary["samples"]:
-        lines += ["", f"Sample for {sample['prompt']!r}:", printable(sample["text"])]
+    for sample in summary.samples:
+        lines += ["", f"Sample for {sample.prompt!r}:", printable(sample.text)]
     return lines
 
 

@@ -15,17 +15,14 @@ from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
 from storylab.precision.stats import QuantizationStatistics
+from storylab.record.folder import LOG, PRECISION, RunFolder
+from storylab.record.schema import QuantizationRow
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
 from storylab.training.recorder import Recorder
-from storylab.training.run_folder import (
-    LOG,
-    PRECISION,
-    Run,
-)
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
 from storylab.training.setup import TrainingSetup
 from storylab.training.signals import stop_signals
@@ -33,7 +30,7 @@ from storylab.training.step import NonFiniteError
 from storylab.training.summary import write_diverged, write_finished
 
 
-def fit(setup: TrainingSetup, run: Run, observers: Observers) -> Run:
+def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder:
     """Train from where the progress stands to ``max_iters``, evaluate, and sum up.
 
     The caller holds the run folder, so that no other process writes to it.
@@ -68,7 +65,7 @@ def runs_ahead(device: torch.device) -> bool:
 class Loop:
     """The parts of a run under way. Each iteration calls them in the order that :func:`fit` shows."""
 
-    def __init__(self, setup: TrainingSetup, run: Run, observers: Observers) -> None:
+    def __init__(self, setup: TrainingSetup, run: RunFolder, observers: Observers) -> None:
         self.setup, self.run, self.observers = setup, run, observers
         self.config, self.state, self.progress = setup.config, setup.state, setup.progress
         device = setup.precision.device
@@ -158,8 +155,9 @@ class Loop:
         statistics = QuantizationStatistics()
         with quantization.observed(statistics):
             yield
-        for row in statistics.rows():
-            self.recorder.row("quantization", iteration, **row)
+        self.recorder.rows(
+            [QuantizationRow(iteration=iteration, **row) for row in statistics.rows()]
+        )
 
     def _thread_free(self) -> bool:
         """Whether the next micro-batch gives the same bits with one thread."""

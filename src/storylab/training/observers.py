@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from storylab.record.schema import Row, Summary
 
 
 class Observer:
@@ -16,7 +18,7 @@ class Observer:
     def start(self, folder: Path) -> None:
         """Training begins or goes on in a run folder."""
 
-    def row(self, row: Mapping[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         """A row was added to ``metrics.jsonl``: an iteration, an evaluation or a quantized tensor."""
 
     def line(self, text: str) -> None:
@@ -25,7 +27,7 @@ class Observer:
     def progress(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` parts of the work called ``name`` are done."""
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: Summary | None) -> None:
         """Training has stopped: with the summary, or None where a signal stopped it."""
 
 
@@ -41,7 +43,7 @@ class Observers(Observer):
         """See :class:`Observer`."""
         self._tell("start", folder)
 
-    def row(self, row: Mapping[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         """See :class:`Observer`."""
         self._tell("row", row)
 
@@ -53,7 +55,7 @@ class Observers(Observer):
         """See :class:`Observer`."""
         self._tell("progress", name, done, total)
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: Summary | None) -> None:
         """See :class:`Observer`."""
         self._tell("end", summary)
 

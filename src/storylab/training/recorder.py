@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from storylab.config import TrainConfig
 from storylab.optim.schedule import learning_rate
+from storylab.record.folder import LOG, RunFolder
+from storylab.record.schema import IterationRow, Row
 from storylab.training import lines
 from storylab.training.observers import Observers
-from storylab.training.run_folder import LOG, METRICS, Run
 from storylab.training.run_progress import InFlightStep, RunProgress
 from storylab.training.step import StepMetrics
 from storylab.training.telemetry import Telemetry, peak_memory_bytes
@@ -27,7 +26,7 @@ class Recorder:
 
     def __init__(
         self,
-        run: Run,
+        run: RunFolder,
         config: TrainConfig,
         progress: RunProgress,
         device: torch.device,
@@ -43,9 +42,11 @@ class Recorder:
         self.run.append(LOG, text)
         self.observers.line(text)
 
-    def row(self, kind: str, iteration: int, **values: Any) -> None:
-        """Add a row that is no iteration's to the metrics."""
-        self._write([{"kind": kind, "iteration": iteration, **values}])
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Add rows to the metrics."""
+        self.run.append_rows(rows)
+        for row in rows:
+            self.observers.row(row)
 
     def steps(self, done: Sequence[tuple[InFlightStep, StepMetrics]], since: float) -> None:
         """Record steps that are done, and the log line that is due at the last of them.
@@ -65,7 +66,7 @@ class Recorder:
         peak = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
         progress.peak_memory_bytes = peak
         meters = self.telemetry.latest()
-        self._write([self._iteration_row(*step, seconds) | meters for step in done])
+        self.rows([self._iteration_row(*step, seconds, meters) for step in done])
         last, metrics = done[-1]
         progress.next_iteration = last.iteration + 1
         if last.iteration % config.log_interval == 0 or last.iteration == config.max_iters:
@@ -77,24 +78,25 @@ class Recorder:
         self.observers.progress("training", last.iteration + 1, config.iterations)
 
     def _iteration_row(
-        self, step: InFlightStep, metrics: StepMetrics, seconds: float
-    ) -> dict[str, Any]:
+        self,
+        step: InFlightStep,
+        metrics: StepMetrics,
+        seconds: float,
+        meters: Mapping[str, float | None],
+    ) -> IterationRow:
         tokens = self.config.tokens_per_iteration
-        return {
-            "kind": "iteration",
-            "iteration": step.iteration,
-            "loss": metrics.loss,
-            "learning_rate": learning_rate(self.config, step.iteration),
-            "grad_norm": metrics.grad_norm,
-            "clipped": metrics.clipped,
-            "tokens": (step.iteration + 1) * tokens,
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": step.waited,
-            "peak_memory_bytes": self.progress.peak_memory_bytes,
-        }
-
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.run.append(METRICS, "\n".join(json.dumps(row, allow_nan=False) for row in rows))
-        for row in rows:
-            self.observers.row(row)
+        return IterationRow(
+            iteration=step.iteration,
+            loss=metrics.loss,
+            learning_rate=learning_rate(self.config, step.iteration),
+            grad_norm=metrics.grad_norm,
+            clipped=metrics.clipped,
+            tokens=(step.iteration + 1) * tokens,
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            data_seconds=step.waited,
+            peak_memory_bytes=self.progress.peak_memory_bytes,
+            power_watts=meters["power_watts"],
+            utilization_percent=meters["utilization_percent"],
+            energy_joules=meters["energy_joules"],
+        )

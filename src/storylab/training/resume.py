@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from msgspec import UNSET
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import FIELDS, TrainConfig, differences, flat
@@ -13,15 +14,16 @@ from storylab.errors import UserError
 from storylab.files import exclusive
 from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
+from storylab.record.folder import RunFolder, open_run
+from storylab.record.provenance import current_stage, representative
 from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
-from storylab.training.run_folder import Run, environment, open_run
 from storylab.training.setup import TrainingSetup, resolve_device
 
 
-def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer) -> Run:
+def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer) -> RunFolder:
     """Continue the run in ``folder`` to the same bits as if it had never stopped.
 
     Args:
@@ -37,11 +39,11 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
     """
     run = open_run(folder)
     with exclusive(folder):
-        return _resume(run, wanted or run.config, Observers(observers))
+        return _resume(run, wanted or run.read_config(), Observers(observers))
 
 
-def _resume(run: Run, wanted: TrainConfig, observers: Observers) -> Run:
-    stored = run.config
+def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFolder:
+    stored = run.read_config()
     _require_device(run, stored)
     wanted = dataclasses.replace(wanted, out_dir=run.folder)
     if wanted.compile is None:
@@ -63,8 +65,8 @@ def _resume(run: Run, wanted: TrainConfig, observers: Observers) -> Run:
     setup.restore(run)
     done = setup.progress.next_iteration
     _check_learning_rates(stored, config, done)
-    summary = run.summary
-    finished = summary and (summary["status"], summary["iterations"]) == ("finished", done)
+    summary = run.read_summary()
+    finished = summary and (summary.status, summary.iterations) == ("finished", done)
     if finished and done > config.max_iters:
         observers.line(
             f"{run.folder} is finished; a larger --max_iters goes on from it where the schedule "
@@ -78,21 +80,24 @@ def _resume(run: Run, wanted: TrainConfig, observers: Observers) -> Run:
     for note in _notes(run, stored, config, done):
         observers.line(note)
     setup = with_proven_compiler(setup, observers, run)
-    run.continue_from(done, setup.config, setup.compile_record())
+    run.truncate_to(done, setup.config, setup.compile_record())
     return fit(setup, run, observers)
 
 
-def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
+def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
     """What a user should know before the run goes on."""
     if config.max_iters != stored.max_iters:
         yield (
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
-    now: Mapping[str, Any] = environment()
-    then: Mapping[str, Any] = run.environment
-    for name, key in (("code", "code_sha256"), ("number of threads", "threads"), ("CPU", "cpu")):
-        if now[key] != then[key]:
+    now, then = current_stage(), run.read_environment()
+    for name, a, b in (
+        ("code", representative(now.code_sha256), representative(then.code_sha256)),
+        ("number of threads", now.threads, then.threads),
+        ("CPU", now.cpu, then.cpu),
+    ):
+        if a != b:
             yield f"The {name} is not what the run was started with: bits may differ"
     recipe = find_recipe(config.dtype, config.recipe)
     if recipe is not None and recipe.delayed and config.backend != "emulated":
@@ -100,14 +105,14 @@ def _notes(run: Run, stored: TrainConfig, config: TrainConfig, done: int) -> Ite
             f"Delayed scales begin anew: {config.backend} keeps their history to itself, so the first "
             "steps are not those of an unbroken run"
         )
-    if now["packages"] != then["packages"]:
+    if now.packages != then.packages:
         yield "The installed packages are not those of the start: bits may differ"
-    if "cuda" in then and now["cuda"] != then["cuda"]:
+    if then.cuda is not UNSET and now.cuda != then.cuda:
         yield "CUDA, its libraries or the GPU are not those of the start: bits may differ"
     yield f"Resuming {run.folder} at iteration {done}"
 
 
-def _require_device(run: Run, stored: TrainConfig) -> None:
+def _require_device(run: RunFolder, stored: TrainConfig) -> None:
     try:
         choose_device(stored.device)
     except UserError as error:

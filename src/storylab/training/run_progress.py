@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from storylab.checked import check
+from storylab.decode import convert
 from storylab.errors import UserError
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
 from storylab.training.telemetry import PowerTotals
@@ -39,11 +39,10 @@ class RunProgress:
         Raises:
             UserError: it is of another version.
         """
-        try:
-            check(cls, values, "its state")
-            return cls(**(values | {"power": PowerTotals(**values["power"])}))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint is of another version of storylab: {error}") from error
+        if unknown := values.keys() - {field.name for field in fields(cls)}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"the checkpoint is of another version of storylab (it has {names})")
+        return convert(cls, values, "its state")
 
 
 @dataclass(frozen=True)

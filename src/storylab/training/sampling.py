@@ -12,9 +12,9 @@ from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
 from storylab.model.generate import Sampling, generate
 from storylab.model.transformer import Transformer
-from storylab.training import checkpoint
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder
 from storylab.training.precision import Precision, choose_device, high_precision
-from storylab.training.run_folder import Run
 
 DEFAULT_TOKENS = 256
 
@@ -101,15 +101,15 @@ class StoryModel:
         ]
 
 
-def load_story_model(run: Run, name: str = "last", device: str = "auto") -> StoryModel:
+def load_story_model(run: RunFolder, name: str = "last", device: str = "auto") -> StoryModel:
     """The model of a run with the weights of checkpoint ``name``.
 
     Raises:
         UserError: the checkpoint is missing or altered, or there is no such device.
     """
-    config = run.config
+    config = run.read_config()
     precision = high_precision(choose_device(device), config.dtype)
-    tokenizer = run.tokenizer
+    tokenizer = run.load_tokenizer()
     tensors, _ = checkpoint.load(run.checkpoint(name))
     model = Transformer(config.model, tokenizer.vocab_size)
     checkpoint.load_weights(model, tensors)

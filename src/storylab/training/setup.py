@@ -17,11 +17,11 @@ from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN
 from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
-from storylab.training import checkpoint
+from storylab.record import checkpoint
+from storylab.record.folder import RunFolder, require_free
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import Precision, choose_device, choose_precision
-from storylab.training.run_folder import Run, require_free
 from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 
@@ -112,13 +112,13 @@ class TrainingSetup:
         self.compile_checks: list[CompileCheck] = []
         self.compile_fault: str | None = None
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: RunFolder) -> None:
         """Go to the run's last checkpoint, or stay at the start if it has none yet.
 
         Raises:
             UserError: the checkpoint is damaged or belongs to another config.
         """
-        if not run.checkpoint("last").exists() and not run.metrics:
+        if not run.checkpoint("last").exists() and not run.read_rows():
             return  # killed before it had trained
         tensors, values = checkpoint.load(run.checkpoint("last"))
         self.progress = RunProgress.from_dict(values)

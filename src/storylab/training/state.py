@@ -12,7 +12,7 @@ from storylab.model.transformer import Transformer
 from storylab.optim.build import build_optimizers
 from storylab.optim.ema import WeightAverage
 from storylab.precision.convert import quantize_blocks
-from storylab.training import checkpoint
+from storylab.record import checkpoint
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.precision import Precision, require_same_bits
 from storylab.training.step import DeviceStepMetrics, training_step

@@ -10,31 +10,38 @@ import numpy as np
 
 from storylab.optim.schedule import learning_rate
 from storylab.precision.quantize import wrong_kernels
+from storylab.record.folder import LOG, POSITION_LOSSES, STORY_LOSSES, RunFolder
+from storylab.record.run import median_speed, training_memory
+from storylab.record.schema import SplitLoss, Summary
 from storylab.training.evaluation import Evaluation
 from storylab.training.evaluator import FinalEvaluation
-from storylab.training.run_folder import LOG, POSITION_LOSSES, STORY_LOSSES, Run
 from storylab.training.setup import TrainingSetup
 from storylab.training.step import NonFiniteError
 
 
 def write_finished(
-    run: Run, setup: TrainingSetup, final: FinalEvaluation, measured: Mapping[str, Any]
-) -> dict[str, Any]:
+    run: RunFolder, setup: TrainingSetup, final: FinalEvaluation, measured: Mapping[str, Any]
+) -> Summary:
     """Write the final losses and the summary of a run that reached its end; returns the summary."""
     evaluation, own = final.evaluation, final.own_precision
     table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
-    run.write_table(STORY_LOSSES, table)
-    run.write_table(POSITION_LOSSES, evaluation.position_losses)
-    summary = summarize(setup, "finished", evaluation, **measured, samples=final.samples)
-    if own is not None:
-        summary["validation_own_precision"] = evaluation_summary(own)
+    run.write_array(STORY_LOSSES, table)
+    run.write_array(POSITION_LOSSES, evaluation.position_losses)
+    summary = summarize(
+        run,
+        setup,
+        evaluation,
+        **measured,
+        samples=final.samples,
+        validation_own_precision=None if own is None else evaluation_summary(own),
+    )
     run.write_summary(summary)
     return summary
 
 
 def write_diverged(
-    run: Run, setup: TrainingSetup, error: NonFiniteError, measured: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+    run: RunFolder, setup: TrainingSetup, error: NonFiniteError, measured: Mapping[str, Any]
+) -> tuple[str, Summary]:
     """Write down that a run has diverged; returns a message and the summary.
 
     The last checkpoint stays, as it is from before.
@@ -47,57 +54,61 @@ def write_diverged(
         "--learning_rate, a longer --warmup_iters, or --dtype float32"
     )
     run.append(LOG, message)  # the caller shows it
-    summary = summarize(setup, "diverged", None, **measured, samples=[], reason=str(error))
+    summary = summarize(run, setup, None, **measured, samples=[], reason=str(error))
     run.write_summary(summary)
     return message, summary
 
 
 def summarize(
-    setup: TrainingSetup, status: str, evaluation: Evaluation | None, **measured: Any
-) -> dict[str, Any]:
+    run: RunFolder, setup: TrainingSetup, evaluation: Evaluation | None, **measured: Any
+) -> Summary:
     """``summary.json`` of a run.
 
     Args:
+        run: its rows and environment, those of the stages before a resume included.
         setup: with the progress at its end.
-        status: ``finished`` or ``diverged``.
-        evaluation: of the whole validation split in bfloat16, if it was made.
-        measured: power, energy, use of cores and samples.
+        evaluation: of the whole validation split in bfloat16; None if the run diverged.
+        measured: power, energy, use of cores, samples, and other fields of the summary.
     """
+    rows = run.read_rows()
     progress, device = setup.progress, setup.precision.device
     tokens = progress.next_iteration * setup.config.tokens_per_iteration
     seconds = progress.training_seconds
-    return {
-        "status": status,
-        "emulated": setup.precision.backend == "emulated",
-        "wrong_kernels": wrong_kernels() if setup.state.quantization is not None else [],
-        "iterations": progress.next_iteration,
-        "tokens": tokens,
-        "epochs": setup.batches.epochs(progress.next_iteration),
-        "unseen_tokens": setup.batches.unseen,
-        "parameters": sum(p.numel() for p in setup.state.model.parameters()),
-        "final_train_loss": progress.train_loss,
-        "final_val_loss": progress.val_loss,
-        "best_val_loss": progress.best_val_loss,
-        "best_iteration": progress.best_iteration,
-        "validation": None if evaluation is None else evaluation_summary(evaluation),
-        "seconds": progress.seconds,
-        "training_seconds": seconds,
-        "tokens_per_second": tokens / seconds if tokens else 0.0,
-        "peak_memory_bytes": progress.peak_memory_bytes,
-        "memory_kind": "allocated on the GPU" if device.type == "cuda" else "resident",
+    return Summary(
+        status="diverged" if evaluation is None else "finished",
+        emulated=setup.precision.backend == "emulated",
+        wrong_kernels=wrong_kernels() if setup.state.quantization is not None else [],
+        started=run.read_environment().started,
+        iterations=progress.next_iteration,
+        tokens=tokens,
+        epochs=setup.batches.epochs(progress.next_iteration),
+        unseen_tokens=setup.batches.unseen,
+        parameters=sum(p.numel() for p in setup.state.model.parameters()),
+        final_train_loss=progress.train_loss,
+        final_val_loss=progress.val_loss,
+        best_val_loss=progress.best_val_loss,
+        best_iteration=progress.best_iteration,
+        validation=None if evaluation is None else evaluation_summary(evaluation),
+        seconds=progress.seconds,
+        training_seconds=seconds,
+        tokens_per_second=tokens / seconds if tokens else 0.0,
+        median_tokens_per_second=median_speed(rows, setup.config.tokens_per_iteration),
+        peak_memory_bytes=progress.peak_memory_bytes,
+        training_memory_bytes=training_memory(rows),
+        memory_kind="allocated on the GPU" if device.type == "cuda" else "resident",
         **measured,
-    }
+    )
 
 
-def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation of a whole split as JSON values."""
+def evaluation_summary(evaluation: Evaluation) -> SplitLoss:
+    """The evaluation of a whole split as the summary holds it."""
     error = evaluation.standard_error
-    return {
-        "loss": evaluation.loss,
-        "standard_error": None if math.isnan(error) else error,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "stories": len(evaluation.story_losses),
-        "tokens": int(evaluation.story_tokens.sum()),
-        "block_size": evaluation.block_size,
-    }
+    return SplitLoss(
+        loss=evaluation.loss,
+        standard_error=None if math.isnan(error) else error,
+        perplexity=evaluation.perplexity,
+        bits_per_byte=evaluation.bits_per_byte,
+        stories=len(evaluation.story_losses),
+        tokens=int(evaluation.story_tokens.sum()),
+        block_size=evaluation.block_size,
+    )

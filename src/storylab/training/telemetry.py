@@ -112,7 +112,7 @@ class Telemetry:
         watts, percent = self.samples[-1] if self.samples else (None, None)
         return {
             "power_watts": watts,
-            "utilisation_percent": percent,
+            "utilization_percent": percent,
             "energy_joules": self._energy_so_far(),
         }
 
@@ -121,7 +121,7 @@ class Telemetry:
         sums = self.totals()
         return {
             "power_watts": sums.watts / sums.samples if sums.samples else None,
-            "utilisation_percent": sums.percent / sums.samples if sums.samples else None,
+            "utilization_percent": sums.percent / sums.samples if sums.samples else None,
             "energy_joules": sums.energy_joules,
         }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from storylab.config import TrainConfig
 from storylab.data.dataset import load_dataset
 from storylab.files import exclusive
+from storylab.record.folder import RunFolder, create_run
 from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
-from storylab.training.run_folder import Run, create_run
 from storylab.training.setup import TrainingSetup, resolve
 
 
-def train(config: TrainConfig, *observers: Observer) -> Run:
+def train(config: TrainConfig, *observers: Observer) -> RunFolder:
     """Train a model as ``config`` says, in a new run folder.
 
     Raises:

@@ -32,14 +32,14 @@ def run(call: Call) -> int:
         raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
     _require_distinct(command.runs)
     from storylab.experiments.comparison import compare_runs
-    from storylab.experiments.results import load_result
     from storylab.experiments.verdicts import detail_lines, verdict_line
+    from storylab.record.run import load_run
 
     # Without the first there is no baseline.
-    results, faults = [load_result(command.runs[0])], []
+    results, faults = [load_run(command.runs[0])], []
     for folder in command.runs[1:]:
         try:
-            results.append(load_result(folder))
+            results.append(load_run(folder))
         except UserError as error:
             faults.append(str(error))
     if len(results) < 2:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storylab.cli.arguments import DEFAULT_RUNS_DIR, ExperimentFile
 from storylab.cli.registry import Call, Verb
+
+if TYPE_CHECKING:
+    from storylab.record.index import RunCache
 
 
 @dataclass(frozen=True)
@@ -57,23 +61,24 @@ def run(call: Call) -> int:
     record, states = train_planned(
         experiment, dataset, planned, command.runs, call.executor, command.fresh
     )
-    _print_results(record, command.runs)
+    _print_results(record, command.runs, planned[0].cache)
     return 0 if "finished" in states else 1
 
 
-def _print_results(record: Path, runs: Path) -> None:
-    """Print the verdicts of an experiment, and write the report of all."""
+def _print_results(record: Path, runs: Path, cache: RunCache) -> None:
+    """Print the verdicts of an experiment, and write the report of all; runs in ``cache`` are not read
+    again."""
     from storylab.experiments.outcome import load_outcome
     from storylab.experiments.verdicts import verdict_line
     from storylab.reporting.report import write_report
 
-    outcome = load_outcome(record)
+    outcome = load_outcome(record, cache)
     print()
     for comparison in outcome.comparisons:
         print(verdict_line(comparison))
     for problem in outcome.problems:
         print(f"not in the comparison: {problem}")
-    folder = write_report(runs, runs / "report")
+    folder = write_report(runs, runs / "report", cache, {record: outcome})
     print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
 
 

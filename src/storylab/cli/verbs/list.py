@@ -31,12 +31,13 @@ def run(call: Call) -> int:
     """Print a table of runs."""
     command = call.parse(ListCommand)
     from storylab.cli.console import print_table
-    from storylab.experiments.listing import list_rows
+    from storylab.experiments.listing import LIST_COLUMNS, list_cells
+    from storylab.record.index import list_runs
 
     require_runs_folder(command.runs)
     rows = [
         row
-        for row in list_rows(command.runs)
+        for row in list_runs(command.runs)
         if command.status in ("any", row.state) and command.contains in row.name
     ]
     keys: dict[str, Any] = {
@@ -46,8 +47,7 @@ def run(call: Call) -> int:
         "started": lambda row: row.started,
     }
     rows.sort(key=keys[command.sort])
-    columns = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
-    print_table(f"{len(rows)} runs in {command.runs}", columns, [row.cells() for row in rows])
+    print_table(f"{len(rows)} runs in {command.runs}", LIST_COLUMNS, list(map(list_cells, rows)))
     for row in rows:
         if row.fault:
             print(row.fault)

@@ -15,7 +15,7 @@ from storylab.errors import UserError
 if TYPE_CHECKING:
     from storylab.execution.job import Executor
     from storylab.experiments.plan import PlannedRun
-    from storylab.experiments.results import Result
+    from storylab.record.run import Run
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class NoiseCommand:
 def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
-    from storylab.experiments.results import load_result
+    from storylab.record.run import load_run
 
     if command.target.suffix != ".toml":
-        _print_noise("", load_result(command.target))
+        _print_noise("", load_run(command.target))
         return 0
     for run in _trained_baseline(command, call.executor):
-        _print_noise(run.cell.condition, load_result(run.folder))
+        _print_noise(run.cell.condition, load_run(run.folder))
     return 0
 
 
@@ -66,16 +66,16 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
     return list({run.cell.condition: run for run in planned}.values())
 
 
-def _print_noise(condition: str, result: Result) -> None:
+def _print_noise(condition: str, result: Run) -> None:
     """Print the standard deviation over the seeds of a run's config, and the differences it hides.
 
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.comparison import alike_beside, noise_of
+    from storylab.experiments.comparison import noise_of, other_seeds
     from storylab.experiments.statistics import detectable_difference, deviation_interval
 
-    alike, problems = alike_beside(result)
+    alike, problems = other_seeds(result)
     for problem in problems:
         print(f"left out: {problem}")
     floor = noise_of(alike)

@@ -31,10 +31,10 @@ def run(call: Call) -> int:
     """Continue a run."""
     command = call.parse(ResumeCommand)
     from storylab.cli.training import show_training
+    from storylab.record.folder import open_run
     from storylab.training.resume import resume
-    from storylab.training.run_folder import open_run
 
-    config = open_run(command.run).config
+    config = open_run(command.run).read_config()
     changes: dict[str, Any] = {}
     if command.max_iters is not None:
         changes["max_iters"] = command.max_iters

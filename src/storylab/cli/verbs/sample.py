@@ -49,7 +49,7 @@ def run(call: Call) -> int:
     if command.samples > MOST_SAMPLES:
         raise UserError(f"samples is {command.samples}: it must be at most {MOST_SAMPLES:,}")
     from storylab.model.generate import Sampling
-    from storylab.training.run_folder import open_run
+    from storylab.record.folder import open_run
     from storylab.training.sampling import as_in_stories, load_story_model
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)

@@ -33,7 +33,8 @@ def run(call: Call) -> int:
     from rich.text import Text
 
     from storylab.cli.console import make_table, print_table
-    from storylab.experiments.listing import WATCH_COLUMNS, watch_tables
+    from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
+    from storylab.record.index import RunCache
 
     require_runs_folder(command.runs)
     if command.once or not sys.stdout.isatty():
@@ -41,11 +42,12 @@ def run(call: Call) -> int:
             print_table(table.title, WATCH_COLUMNS, table.rows)
             print(*table.faults, sep="\n", end="\n" * bool(table.faults))
         return 0
+    cache = RunCache()
     with Live(auto_refresh=False) as live:
         while True:
             parts: list[Any] = [
                 part
-                for table in watch_tables(command.runs)
+                for table in watch_tables(command.runs, cache)
                 for part in (
                     make_table(table.title, WATCH_COLUMNS, table.rows),
                     *map(Text, table.faults),

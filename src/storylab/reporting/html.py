@@ -12,10 +12,10 @@ import vl_convert
 
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
-from storylab.reporting.figures import AXES, COLOURS, Spec
-from storylab.reporting.log import headline, repeat_command, section_title, table_rows
+from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
+from storylab.reporting.figures.style import AXES, COLORS, Spec
 from storylab.reporting.observations import observations
-from storylab.reporting.series import curve_rows, flat_config
+from storylab.reporting.tables import curve_rows, flat_config
 from storylab.training.lines import printable
 
 
@@ -46,7 +46,7 @@ def _overview_row(outcome: Outcome) -> list[Any]:
     losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
     return [
         {"text": section_title(outcome), "href": f"#{outcome.label}"},
-        outcome.record["scale"] or "-",
+        outcome.record.scale or "-",
         f"{float(np.mean(losses)):.4f}" if losses else "",
         headline(outcome),
     ]
@@ -57,10 +57,10 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
     headings, rows = table_rows(outcome)
     arms = list(dict.fromkeys(cell.arm.name for cell in outcome.cells))
     facts = [
-        ["Purpose", record["purpose"]],
-        ["Hypothesis", record["hypothesis"]],
-        ["Scale", record["note"]],
-        ["Factor", f"{record['factor'] or 'none'}; baseline: {outcome.baseline}"],
+        ["Purpose", record.purpose],
+        ["Hypothesis", record.hypothesis],
+        ["Scale", record.note],
+        ["Factor", f"{record.factor or 'none'}; baseline: {outcome.baseline}"],
     ]
     return {
         "label": outcome.label,
@@ -71,9 +71,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
         "problems": list(outcome.problems),
         "conditions": list(outcome.conditions),
         "axes": _measured_axes(outcome),
-        "arms": [
-            {"name": name, "colour": COLOURS[i % len(COLOURS)]} for i, name in enumerate(arms)
-        ],
+        "arms": [{"name": name, "colour": COLORS[i % len(COLORS)]} for i, name in enumerate(arms)],
         "figures": [[caption, spec] for caption, spec in figures.items()],
         "table": {"headings": headings, "rows": rows},
         "observations": observations(outcome),
@@ -84,7 +82,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
 
 
 def _measured_axes(outcome: Outcome) -> dict[str, str]:
-    """What curves can be drawn against: not what this machine could not measure."""
+    """Quantities for the horizontal axis of curves: those that the machine could measure."""
     rows = curve_rows(outcome)
     return {key: title for key, title in AXES.items() if any(row[key] is not None for row in rows)}
 
@@ -94,8 +92,8 @@ def _samples(outcome: Outcome) -> list[dict[str, Any]]:
         {
             "name": f"{cell.name}, seed {cell.arm.finished[0].config.seed}",
             "samples": [
-                {"prompt": s["prompt"], "text": printable(s["text"])}
-                for s in cell.arm.finished[0].summary["samples"]
+                {"prompt": s.prompt, "text": printable(s.text)}
+                for s in cell.arm.finished[0].results.samples
             ],
         }
         for cell in outcome.cells

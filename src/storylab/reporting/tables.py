@@ -12,10 +12,11 @@ from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat
 from storylab.experiments.comparison import Arm
 from storylab.experiments.curves import pareto_front
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.results import Result
 from storylab.experiments.statistics import mean_interval
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import block_of, quantized_flops_fraction
+from storylab.record.run import CurvePoint, Run
+from storylab.record.schema import QuantizationRow
 
 Row = dict[str, Any]
 # Points that a curve is thinned to: more than a page's width shows, few enough for its size.
@@ -47,16 +48,16 @@ def curve_rows(outcome: Outcome) -> list[Row]:
     rows = []
     for cell in outcome.cells:
         for evaluations in _by_iteration(cell.arm.runs):
-            losses = [e["val_loss"] for e in evaluations]
-            energies = [e["energy_joules"] for e in evaluations]
+            losses = [e.val_loss for e in evaluations]
+            energies = [e.energy_joules for e in evaluations]
             rows.append(
                 {
                     "condition": cell.condition,
                     "arm": cell.arm.name,
-                    "iterations": evaluations[0]["iteration"],
-                    "tokens": evaluations[0]["tokens"],
-                    "seconds": rounded(float(np.mean([e["seconds"] for e in evaluations]))),
-                    "joules": None if None in energies else rounded(float(np.mean(energies))),
+                    "iterations": evaluations[0].iteration,
+                    "tokens": evaluations[0].tokens,
+                    "seconds": rounded(float(np.mean([e.seconds for e in evaluations]))),
+                    "joules": _mean_energy(energies),
                     "loss": rounded(float(np.mean(losses))),
                     "low": rounded(min(losses)),
                     "high": rounded(max(losses)),
@@ -64,6 +65,12 @@ def curve_rows(outcome: Outcome) -> list[Row]:
                 }
             )
     return rows
+
+
+def _mean_energy(joules: Sequence[float | None]) -> float | None:
+    """Mean of energies that every seed has; None if one lacks it."""
+    known = [value for value in joules if value is not None]
+    return rounded(float(np.mean(known))) if len(known) == len(joules) else None
 
 
 def difference_rows(outcome: Outcome) -> list[Row]:
@@ -81,13 +88,13 @@ def difference_rows(outcome: Outcome) -> list[Row]:
     return rows
 
 
-def _differences(pairs: Sequence[tuple[Result, Result]]) -> Iterable[Row]:
+def _differences(pairs: Sequence[tuple[Run, Run]]) -> Iterable[Row]:
     found: dict[int, list[float]] = {}
     for a, b in pairs:
-        theirs = {e["iteration"]: e["val_loss"] for e in b.evaluations}
+        theirs = {e.iteration: e.val_loss for e in b.evaluations}
         for e in a.evaluations:
-            if e["iteration"] in theirs:
-                found.setdefault(e["iteration"], []).append(e["val_loss"] - theirs[e["iteration"]])
+            if e.iteration in theirs:
+                found.setdefault(e.iteration, []).append(e.val_loss - theirs[e.iteration])
     for iteration, values in sorted(found.items()):
         interval = mean_interval(values)
         yield {
@@ -133,8 +140,8 @@ def run_rows(outcome: Outcome) -> list[Row]:
                     "loss": rounded(run.loss),
                     "speed": rounded(run.speed),
                     "memory": rounded((run.training_memory or math.nan) / 1e9),
-                    "seconds": rounded(summary.get("training_seconds")),
-                    "parameters": summary.get("parameters"),
+                    "seconds": rounded(summary.training_seconds if summary else None),
+                    "parameters": summary.parameters if summary else None,
                     "learning_rate": run.config.learning_rate,
                 }
             )
@@ -154,7 +161,7 @@ def step_rows(outcome: Outcome) -> list[Row]:
             row: Row = {
                 "condition": cell.condition,
                 "arm": cell.arm.name,
-                "iterations": part[-1]["iteration"],
+                "iterations": part[-1].iteration,
             }
             for name, key in (
                 ("training loss", "loss"),
@@ -163,7 +170,8 @@ def step_rows(outcome: Outcome) -> list[Row]:
                 ("tokens a second", "tokens_per_second"),
             ):
                 # A float16 step that was skipped has no gradient norm.
-                values = [entry[key] for entry in part if entry[key] is not None]
+                found = [getattr(entry, key) for entry in part]
+                values = [value for value in found if value is not None]
                 row[name] = rounded(float(np.mean(values))) if values else None
             rows.append(row)
     return rows
@@ -191,21 +199,21 @@ def position_rows(outcome: Outcome) -> list[Row]:
 
 
 def quantization_rows(outcome: Outcome) -> list[Row]:
-    """What quantisation did to the tensors of every arm that recorded it, first finished seed: means
+    """Quantization errors of the tensors of every arm that recorded them, first finished seed: means
     over the linear layers of a block, by tensor and product and by iteration."""
     rows = []
     for cell in outcome.cells:
-        groups: dict[tuple[str, int, int], list[Row]] = {}
+        groups: dict[tuple[str, int, int], list[QuantizationRow]] = {}
         for row in cell.arm.finished[0].quantization if cell.arm.finished else ():
-            tensor = f"{row['tensor']}, {row['product'].replace('_', ' ')}"
-            block = block_of(row["layer"])
-            groups.setdefault((tensor, block, row["iteration"]), []).append(row)
+            tensor = f"{row.tensor}, {row.product.replace('_', ' ')}"
+            block = block_of(row.layer)
+            groups.setdefault((tensor, block, row.iteration), []).append(row)
         for (tensor, block, iteration), found in groups.items():
             means = {
-                name: rounded(float(np.mean([row[name] for row in found])))
+                name: rounded(float(np.mean([getattr(row, name) for row in found])))
                 for name in ("error", "underflow", "saturation")
             }
-            spans = [row["scale_high"] - row["scale_low"] for row in found]
+            spans = [row.scale_high - row.scale_low for row in found]
             means["scale range"] = rounded(float(np.mean(spans)))
             place = {"tensor": tensor, "block": block, "iterations": iteration}
             rows.append({"condition": cell.condition, "arm": cell.arm.name} | place | means)
@@ -220,30 +228,30 @@ def low_precision_share(cell: CellResult) -> float | None:
     recipe = find_recipe(config.dtype, config.recipe)
     if recipe is None:
         return 0.0
-    vocab_size = cell.arm.runs[0].data["tokenizer"]["vocab_size"]
+    vocab_size = cell.arm.runs[0].data.tokenizer.vocab_size
     return quantized_flops_fraction(recipe, config.model, vocab_size, config.block_size)
 
 
-def _by_iteration(runs: Sequence[Result]) -> Iterable[list[Row]]:
+def _by_iteration(runs: Sequence[Run]) -> Iterable[list[CurvePoint]]:
     """Evaluations of the same iteration, over the runs that came as far."""
-    found: dict[int, list[Row]] = {}
+    found: dict[int, list[CurvePoint]] = {}
     for run in runs:
         for evaluation in run.evaluations:
-            found.setdefault(evaluation["iteration"], []).append(evaluation)
+            found.setdefault(evaluation.iteration, []).append(evaluation)
     for iteration in sorted(found):
         yield found[iteration]
 
 
-def mean_of(arm: Arm, number: Callable[[Result], float | None]) -> float | None:
+def mean_of(arm: Arm, number: Callable[[Run], float | None]) -> float | None:
     """Mean over an arm's finished runs of a number that each has; None if one lacks it."""
     values = [number(run) for run in arm.finished]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
-def training_seconds(run: Result) -> float:
+def training_seconds(run: Run) -> float:
     """Seconds that a run spent in its iterations, evaluations left out."""
-    return float(run.summary["training_seconds"])
+    return float(run.results.training_seconds)
 
 
 def flat_config(cell: CellResult) -> Row:

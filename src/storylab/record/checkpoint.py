@@ -1,9 +1,9 @@
-"""Checkpoints: one safetensors file each, with its own hash, written all or not at all.
+"""Checkpoints: one safetensors file each, with its own hash, written whole or not at all.
 
-``best.safetensors`` holds the weights alone. ``last.safetensors`` holds weights, their average where a
-run keeps one, optimizer state and, in its header, everything else that a run needs to go on to the same
-bits: there is no random state to keep, because batches are a function of the iteration and the model
-has no dropout.
+``best.safetensors`` holds the weights alone. ``last.safetensors`` holds the weights, their moving average
+if the run has one, the optimizers' state and, in its header, everything else that a run needs to go on to
+the same bits. There is no random state to keep: batches are a function of the iteration, and the model has
+no dropout.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from storylab.checked import check
+from storylab.decode import decode
 from storylab.errors import UserError
-from storylab.files import atomic_path, exists, open_file, parse_json
-from storylab.model.transformer import Transformer
+from storylab.files import atomic_path, exists, open_file
 
 MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
 HISTORIES = ("amax_history", "amax_iteration")
@@ -65,18 +64,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not exists(path):
         raise UserError(f"{path} is missing: the run has no such checkpoint (yet)")
     with open_file(path):
-        pass  # the library says of whatever cannot be opened that there is no such file
+        pass  # the library reports any file that it cannot open as missing
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text, expected = metadata["state"], metadata["sha256"]
-        state = parse_json(text.encode())
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, MemoryError) as error:
+    except (safetensors.SafetensorError, OSError, MemoryError) as error:  # from the library alone
         raise UserError(f"{path} is not a whole storylab checkpoint ({error})") from error
-    if _sha256(tensors, text) != expected:
+    text = metadata.get("state", "")
+    if not text or "sha256" not in metadata:
+        raise UserError(f"{path} is not a whole storylab checkpoint (its header has no state)")
+    if _sha256(tensors, text) != metadata["sha256"]:
         raise UserError(f"{path} has been altered (its SHA-256 differs): restore it from a copy")
-    return tensors, check(dict[str, Any], state, str(path))
+    return tensors, decode(dict[str, Any], text.encode(), str(path))
 
 
 def _sha256(tensors: dict[str, Tensor], state: str) -> str:
@@ -84,11 +84,11 @@ def _sha256(tensors: dict[str, Tensor], state: str) -> str:
 
 
 def training_tensors(
-    model: Transformer,
+    model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     average: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Weights, their average and optimizer state under names that :func:`restore` understands."""
+    """Weights, their average and optimizer state, under the names that :func:`restore` reads."""
     tensors = {MODEL_PREFIX + name: value for name, value in model.state_dict().items()}
     tensors |= {AVERAGE_PREFIX + name: value for name, value in average.items()}
     for name, parameter in model.named_parameters():
@@ -99,16 +99,16 @@ def training_tensors(
 
 
 def restore(
-    model: Transformer,
+    model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     average: dict[str, Tensor],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Put what :func:`training_tensors` gave back where it came from.
+    """Load the tensors that :func:`training_tensors` returned into model, optimizers and average.
 
     Raises:
-        UserError: the weights are not those of this model, or averages or the state of another optimizer
-            are missing or there unasked.
+        UserError: the weights are not those of this model, or the averages or the optimizer state are not
+            those that the config asks for.
     """
     own = {name: v for name, v in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
     load_weights(model, own)
@@ -144,7 +144,7 @@ def _state_names(optimizer: torch.optim.Optimizer) -> frozenset[str]:
     return names
 
 
-def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the weights of either kind of checkpoint.
 
     Raises:
@@ -152,7 +152,7 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """
     try:
         weights = model_weights(tensors)
-        # Histories of delayed scales are the training's, not the model's.
+        # Histories of delayed scales belong to the training state, not to the model.
         known = model.state_dict().keys()
         extra = [n for n in weights if n.rpartition(".")[2] in HISTORIES and n not in known]
         model.load_state_dict({k: v for k, v in weights.items() if k not in extra})
@@ -164,7 +164,7 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 def model_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that either kind of checkpoint stands for: their average where it has one."""
+    """The weights of either kind of checkpoint: their average if it has one."""
     weights, averages = {}, {}
     for name, value in tensors.items():
         if name.startswith(AVERAGE_PREFIX):

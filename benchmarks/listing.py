@@ -1,0 +1,94 @@
+"""Seconds that `storylab list` takes over many long runs, once its modules are imported.
+
+    python benchmarks/listing.py [--runs 1000] [--rows 10000] [--commit COMMIT] [--old_summaries]
+
+One short run is trained; its record is stretched to the given number of rows and hard-linked into every
+other folder, so the disk holds one copy and the page cache all of it. ``--commit`` also times the code of a
+commit on the same folders. ``--old_summaries`` removes the keys that listings read from the summaries;
+they are then computed from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TRAIN = """--preset nano --n_layer 1 --n_hidden 32 --device cpu --batch_size 2 --block_size 32
+--gradient_accumulation_steps 1 --max_iters 0 --eval_interval 1 --eval_iters 1 --min_lr 0""".split()
+LISTING_KEYS = ("started", "median_tokens_per_second", "training_memory_bytes")
+TIMED = """
+import contextlib, io, sys, time
+from storylab.cli import main
+empty, runs = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["list", "--runs", empty])  # imports everything
+    begin = time.perf_counter()
+    main(["list", "--runs", runs])
+print(time.perf_counter() - begin)
+"""
+
+
+def call(source: Path, *args: str) -> str:
+    """Run Python with the code in a checkout; returns what it printed."""
+    env = os.environ | {"PYTHONPATH": str(source / "src")}
+    command = [sys.executable, "-W", "ignore", *args]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def make_runs(place: Path, count: int, rows: int, old: bool) -> Path:
+    """Make ``count`` finished runs of ``rows`` iterations each; returns their folder."""
+    data, first = place / "data", place / "runs" / "run-00000"
+    prepared = ["--source", "builtin", "--tokenizer", "bpe:300", "--builtin_stories", "400"]
+    call(ROOT, "-m", "storylab", "prepare", *prepared, "--out", str(data))
+    folders = ["--data_dir", str(data), "--out_dir", str(first)]
+    call(ROOT, "-m", "storylab", "train", *TRAIN, *folders)
+    row = json.loads((first / "metrics.jsonl").read_text().splitlines()[0])
+    lines = (json.dumps(row | {"iteration": i, "tokens": 64 * (i + 1)}) for i in range(rows))
+    (first / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    summary = json.loads((first / "summary.json").read_text())
+    summary |= {"iterations": rows, "tokens": 64 * rows}
+    if old:
+        summary = {key: value for key, value in summary.items() if key not in LISTING_KEYS}
+    (first / "summary.json").write_text(json.dumps(summary, indent=2))
+    for number in range(1, count):
+        folder = first.with_name(f"run-{number:05}")
+        folder.mkdir()
+        for path in first.iterdir():
+            if path.is_file():
+                os.link(path, folder / path.name)
+    return first.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--commit", help="time this version too")
+    parser.add_argument("--old_summaries", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        runs = make_runs(place, args.runs, args.rows, args.old_summaries)
+        empty = place / "empty"
+        empty.mkdir()
+        versions = {"this code": ROOT}
+        if args.commit:
+            before = versions[args.commit] = place / "code"
+            clone = ["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(before)]
+            subprocess.run(clone, check=True)
+            checkout = ["git", "-C", str(before), "checkout", "--quiet", "--detach", args.commit]
+            subprocess.run(checkout, check=True)
+        print(f"storylab list over {args.runs:,} finished runs of {args.rows:,} rows")
+        for name, source in versions.items():
+            seconds = float(call(source, "-c", TIMED, str(empty), str(runs)))
+            print(f"  {name:<12} {seconds:8.2f} s")
+
+
+if __name__ == "__main__":
+    main()

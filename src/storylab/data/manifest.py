@@ -1,0 +1,67 @@
+"""``manifest.json`` of a data set as types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from storylab.decode import LARGEST_INT
+
+Count = Annotated[int, Meta(ge=0, le=LARGEST_INT)]
+Size = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
+
+
+class TokenizerInfo(Struct, frozen=True, kw_only=True):
+    """The tokenizer of a data set."""
+
+    name: str
+    sha256: str
+    vocab_size: Size
+    end_of_text: Count
+
+
+class ShardInfo(Struct, frozen=True, kw_only=True):
+    """A file of token ids."""
+
+    file: str
+    tokens: Count
+    sha256: str
+
+
+class SplitInfo(Struct, frozen=True, kw_only=True):
+    """A split of a data set."""
+
+    stories: Count
+    tokens: Count
+    text_bytes: Count
+    shards: list[ShardInfo]
+    stories_file: str
+    stories_sha256: str
+    duplicate_stories: Count
+
+
+class SplitInfos(Struct, frozen=True, kw_only=True):
+    """Both splits."""
+
+    train: SplitInfo
+    validation: SplitInfo
+
+
+class OverlapInfo(Struct, frozen=True, kw_only=True):
+    """Training stories that are also in the validation split."""
+
+    train_stories_in_validation: Count
+    left_out: bool
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """``manifest.json`` of a data set."""
+
+    format: int
+    request: Any
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "uint32"]
+    splits: SplitInfos
+    overlap: OverlapInfo
+    fingerprint: str

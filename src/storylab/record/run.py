@@ -1,0 +1,285 @@
+"""A run as its folder records it: read once, validated, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from storylab.config import TrainConfig
+from storylab.errors import UserError
+from storylab.files import exists, read_record, reading
+from storylab.record.arrays import read_array
+from storylab.record.folder import (
+    CONFIG,
+    FAILURE,
+    METRICS,
+    POSITION_LOSSES,
+    PRECISION,
+    STORY_LOSSES,
+    RunFolder,
+    open_run,
+)
+from storylab.record.provenance import representative
+from storylab.record.schema import (
+    DataInfo,
+    Environment,
+    EvaluationRow,
+    Failure,
+    IterationRow,
+    PrecisionInfo,
+    QuantizationRow,
+    Row,
+    SplitLoss,
+    Stage,
+    Summary,
+)
+
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+UNFINISHED, NEW, DAMAGED = "unfinished", "new", "damaged"
+ENDED = (FINISHED, DIVERGED)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """An evaluation along a run, with the tokens, training seconds and joules up to it."""
+
+    iteration: int
+    train_loss: float
+    val_loss: float
+    tokens: int
+    seconds: float
+    energy_joules: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has a readable config. Nothing here reads a file."""
+
+    folder: Path
+    state: str
+    """``finished``, ``diverged``, ``failed`` or ``unfinished``."""
+    reason: str
+    """Why it diverged or failed."""
+    config: TrainConfig
+    data: DataInfo
+    environment: Environment
+    summary: Summary | None
+    """None if the run has not ended."""
+    rows: Sequence[Row]
+    story_losses: np.ndarray
+    """Nats and predicted tokens of every validation story, float64 ``[stories, 2]``; empty unless it
+    finished."""
+    position_losses: np.ndarray
+    """Mean nats of the targets at each position of a window, float64 ``[block_size]``; empty if there are
+    none."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.state == FINISHED
+
+    @property
+    def results(self) -> Summary:
+        """The summary of a run that has ended."""
+        assert self.summary is not None
+        return self.summary
+
+    @property
+    def validation(self) -> SplitLoss:
+        """Losses on the whole validation split under the final weights, of a finished run."""
+        assert self.results.validation is not None
+        return self.results.validation
+
+    @property
+    def loss(self) -> float:
+        """Loss on the whole validation split under the final weights; infinite unless it finished."""
+        return self.validation.loss if self.finished else math.inf
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Seeds of the initial weights and of the data order, which two paired runs share."""
+        return self.config.seed, self.config.resolved_data_seed
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The environment it was started in, and those it was resumed in."""
+        return [self.environment, *self.environment.resumed]
+
+    @property
+    def code_versions(self) -> set[str]:
+        """Versions of the code that trained it; versions that give equal bits count as one."""
+        return {representative(stage.code_sha256) for stage in self.stages}
+
+    @cached_property
+    def speed(self) -> float | None:
+        """See :func:`median_speed`."""
+        return median_speed(self.rows, self.config.tokens_per_iteration)
+
+    @cached_property
+    def training_memory(self) -> int | None:
+        """See :func:`training_memory`."""
+        return training_memory(self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters, of a run that has ended."""
+        return self.results.parameters
+
+    @cached_property
+    def iterations(self) -> list[IterationRow]:
+        """Metrics of every iteration."""
+        return [row for row in self.rows if isinstance(row, IterationRow)]
+
+    @cached_property
+    def evaluations(self) -> list[CurvePoint]:
+        """The evaluations along the run."""
+        seconds = np.cumsum([row.step_seconds for row in self.iterations])
+        points = []
+        for row in self.rows:
+            # An evaluation of iteration i comes before that iteration: i updates are done.
+            if isinstance(row, EvaluationRow) and 0 < row.iteration <= len(seconds):
+                last = self.iterations[row.iteration - 1]
+                spent = float(seconds[row.iteration - 1])
+                losses = row.train_loss, row.val_loss
+                points.append(
+                    CurvePoint(row.iteration, *losses, last.tokens, spent, last.energy_joules)
+                )
+        return points
+
+    @cached_property
+    def quantization(self) -> list[QuantizationRow]:
+        """Quantization statistics of each tensor, where the run recorded them."""
+        return [row for row in self.rows if isinstance(row, QuantizationRow)]
+
+
+def median_speed(rows: Sequence[Row], tokens_per_iteration: int) -> float | None:
+    """Tokens a second of the median iteration, on which a burst of other work on the machine has no effect.
+
+    The first iteration, which warms up, is left out. None without iterations.
+    """
+    seconds = [row.step_seconds for row in rows if isinstance(row, IterationRow)]
+    if not seconds:
+        return None
+    return tokens_per_iteration / float(np.median(seconds[1:] or seconds))
+
+
+def training_memory(rows: Sequence[Row]) -> int | None:
+    """Peak memory in bytes of training steps: before the first evaluation, whose batches have another size.
+
+    None without such iterations.
+    """
+    evaluated = (row.iteration for row in rows if isinstance(row, EvaluationRow))
+    # As for the curve, an evaluation before any update does not count.
+    first = min((iteration for iteration in evaluated if iteration > 0), default=math.inf)
+    peaks = [
+        row.peak_memory_bytes
+        for row in rows
+        if isinstance(row, IterationRow) and row.iteration < first
+    ]
+    return peaks[-1] if peaks else None
+
+
+def run_state(folder: Path) -> tuple[str, str]:
+    """State of a run folder and the reason for it, whatever is left in the folder."""
+    state, reason, _ = _state(folder)
+    return state, reason
+
+
+def _state(folder: Path) -> tuple[str, str, Summary | None]:
+    try:
+        with reading(folder):
+            if exists(folder) and not folder.is_dir():
+                return DAMAGED, f"{folder} is not a folder", None
+        summary = RunFolder(folder).read_summary()
+        if summary is not None:
+            return summary.status, summary.reason, summary
+        if exists(folder / FAILURE):
+            failure = read_record(folder / FAILURE, Failure)
+            return FAILED, f"{failure.outcome}: {failure.reason}", None
+        return (UNFINISHED if exists(folder / CONFIG) else NEW), "", None
+    except UserError as error:
+        return DAMAGED, str(error), None
+
+
+@dataclass(frozen=True)
+class RunHead:
+    """The two small files that tell which runs belong together."""
+
+    config: TrainConfig
+    data: DataInfo
+
+
+def read_head(folder: Path) -> RunHead:
+    """Read config and data of the run in ``folder``.
+
+    Raises:
+        UserError: there is no run, or one of the two is damaged.
+    """
+    run = open_run(folder)
+    return RunHead(run.read_config(), run.read_data())
+
+
+def load_run(folder: Path, head: RunHead | None = None) -> Run:
+    """Read a run folder and validate it; each file is read once.
+
+    Args:
+        folder: the run folder.
+        head: config and data, if they have been read already.
+
+    Raises:
+        UserError: there is no run, or its files are damaged or do not fit together.
+    """
+    run = open_run(folder)
+    state, reason, summary = _state(folder)
+    if state == DAMAGED:
+        raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
+    head = head or read_head(folder)
+    stories = read_array(folder / STORY_LOSSES, 2) if state == FINISHED else np.empty((0, 2))
+    positions = folder / POSITION_LOSSES
+    loaded = Run(
+        folder=folder,
+        state=state,
+        reason=reason,
+        config=head.config,
+        data=head.data,
+        environment=run.read_environment(),
+        summary=summary,
+        rows=run.read_rows(),
+        story_losses=stories,
+        position_losses=read_array(positions, 1) if exists(positions) else np.empty(0),
+    )
+    if fault := next(_faults(loaded), None):
+        raise UserError(f"{folder} is damaged: {fault}")
+    if exists(folder / PRECISION):
+        read_record(folder / PRECISION, PrecisionInfo)
+    return loaded
+
+
+def _faults(run: Run) -> Iterator[str]:
+    """Places where the files of a run do not fit together."""
+    for number, row in enumerate(run.iterations):
+        if row.iteration != number:
+            yield f"{METRICS} has iteration {row.iteration} where {number} should be"
+    if not run.finished:
+        return
+    expected, stories = run.results.iterations, run.story_losses
+    if len(run.iterations) != expected:
+        yield f"{METRICS} has {len(run.iterations)} of its {expected} iterations"
+    validation = run.validation
+    if (
+        stories.shape != (validation.stories, 2)
+        or not (stories[:, 1] > 0).all()
+        or not math.isclose(
+            float(stories[:, 0].sum() / stories[:, 1].sum()), validation.loss, rel_tol=1e-9
+        )
+    ):
+        yield f"{STORY_LOSSES} is not that of its summary"
+    # Runs from before windows were recorded may have no losses by position either.
+    positions, known = len(run.position_losses), validation.block_size
+    if positions != known and (known is not None or positions):
+        yield f"{POSITION_LOSSES} has {positions} positions of {known}"

@@ -1,0 +1,131 @@
+"""An experiment's arms in words: the table, the headline, and the command that trains them again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import numpy as np
+
+from storylab.experiments.comparison import DIVERGED, Comparison
+from storylab.experiments.factors import under
+from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.verdicts import nats, ratio_text
+from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
+from storylab.training.lines import duration
+
+MISSING = "not measured"
+# Position of the column with the share of low precision, in the table of a precision experiment.
+PRECISION_COLUMN = 4
+
+
+def section_title(outcome: Outcome) -> str:
+    """``Experiment 4: Sliding-window attention``, the number from the file's name."""
+    number = re.match(r"0*(\d+)-", outcome.record.name)
+    kind = f"Experiment {number[1]}" if number else "Experiment"
+    return f"{kind}: {outcome.record.title}"
+
+
+def repeat_command(outcome: Outcome) -> str:
+    """The command that trains the same experiment again."""
+    record = outcome.record
+    seeds = {run.config.seed for run in outcome.runs}
+    scale = f" --scale {record.scale}" if record.scale else ""
+    count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record.seeds) else ""
+    planned = list(dict.fromkeys(cell.arm.name for cell in outcome.cells if cell.planned))
+    some = planned and len(planned) < len(record.arms)
+    only = f" --only {shlex.join(planned)}" if some else ""
+    return f"storylab experiment run {shlex.quote(record.file)}{scale}{count}{only}"
+
+
+def headline(outcome: Outcome) -> str:
+    """An experiment's verdict in one sentence."""
+    if not outcome.comparisons:
+        losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
+        if not losses:
+            return "No finished run yet."
+        spread = (
+            f" ± {np.std(losses, ddof=1):.4f} over {len(losses)} seeds" if len(losses) > 1 else ""
+        )
+        return f"Baseline: validation loss {float(np.mean(losses)):.4f}{spread}."
+    kinds: dict[str, list[str]] = {}
+    for c in outcome.comparisons:
+        shown = c.recipes and not c.confounds and c.verdict != DIVERGED
+        difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
+        kinds.setdefault(c.verdict, []).append(under(c.arm, c.condition) + difference)
+    told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
+    return f"Against {outcome.baseline}, in nats: {told}."
+
+
+def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row for every arm: loss, difference, speed, memory, time, verdict."""
+    headings = [
+        "arm",
+        "parameters",
+        "tokens",
+        "epochs",
+        "val loss",
+        "difference (95 % CI)",
+        "tok/s",
+        "speed",
+        "memory",
+        "training time",
+        "energy",
+        "seeds",
+        "verdict",
+    ]
+    comparisons = {(c.condition, c.arm): c for c in outcome.comparisons}
+    rows = []
+    for cell in outcome.cells:
+        c = comparisons.get((cell.condition, cell.arm.name))
+        rows.append(_row(cell, c))
+    if outcome.factor == "precision":
+        headings.insert(PRECISION_COLUMN, "low precision")
+        for row, cell in zip(rows, outcome.cells, strict=True):
+            share = low_precision_share(cell)
+            row.insert(PRECISION_COLUMN, "" if share is None else f"{share:.0%} of FLOPs")
+    return headings, rows
+
+
+def _row(cell: CellResult, c: Comparison | None) -> list[str]:
+    runs = cell.arm.finished
+    states = ", ".join(dict.fromkeys(run.state for run in cell.arm.runs if not run.finished))
+    if not runs:
+        # From the verdict's column on there is nothing but how it ended.
+        return [cell.name, *[""] * 10, f"0 of {cell.planned}", states or "no run"]
+    speed = mean_of(cell.arm, lambda run: run.speed)
+    memory = mean_of(cell.arm, lambda run: run.training_memory)
+    seconds = mean_of(cell.arm, training_seconds)
+    energy = mean_of(cell.arm, lambda run: run.results.energy_joules)
+    losses = cell.arm.losses
+    spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+    ratio = ""
+    if c and c.speed:
+        ratio = (
+            "confounded" if c.speed_confounds else ratio_text(c.speed, "faster", "slower", "speed")
+        )
+    return [
+        cell.name,
+        f"{runs[0].parameters:,}",
+        f"{runs[0].results.tokens:,}",
+        f"{runs[0].results.epochs:.2f}",
+        f"{float(np.mean(losses)):.4f}{spread}",
+        _difference(c),
+        f"{speed:,.0f}{' (emulated)' if runs[0].results.emulated else ''}" if speed else MISSING,
+        ratio if c else "baseline",
+        f"{memory / 1e9:.2f} GB" if memory else MISSING,
+        duration(seconds) if seconds else MISSING,
+        f"{energy / 3600:.1f} Wh" if energy else MISSING,
+        f"{len(runs)} of {cell.planned}" if len(runs) < cell.planned else str(len(runs)),
+        c.verdict if c else "baseline",
+    ]
+
+
+def _difference(c: Comparison | None) -> str:
+    if c is None:
+        return "baseline"
+    if c.confounds or c.recipes is None or c.verdict == DIVERGED:
+        return ""
+    r = c.recipes
+    unpaired = "" if c.paired else ", unpaired"
+    return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f}{unpaired})"

@@ -1,0 +1,281 @@
+"""EXPERIMENTS.md: the log of a folder of experiments, filled into the template ``log.md.j2``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
+from storylab.errors import UserError
+from storylab.experiments.factors import under
+from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.verdicts import detail_lines, verdict_line
+from storylab.files import open_file
+from storylab.optim import OPTIMIZERS, REST
+from storylab.record.folder import LOG
+from storylab.record.run import Run
+from storylab.record.schema import ExperimentRecord
+from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
+from storylab.reporting.observations import observations
+from storylab.reporting.observations.expectation import expectation_text
+from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
+from storylab.training.lines import printable, summary_lines
+
+# Values of a fact that are shown before "and N more".
+MOST_VALUES = 6
+
+
+@dataclass(frozen=True)
+class Section:
+    """An experiment's outcome with the files of its pictures, by their captions."""
+
+    outcome: Outcome
+    pictures: Mapping[str, str]
+
+
+def markdown(
+    sections: Sequence[Section], problems: Sequence[str], remarks: Mapping[str, str], page: str
+) -> str:
+    """The whole log.
+
+    Args:
+        sections: the experiments in order.
+        problems: records that could not be read, a line each.
+        remarks: hand-written remarks to keep, by experiment.
+        page: file name of the page, to link to.
+    """
+    shown = {section.outcome.label for section in sections}
+    return _template().render(
+        page=page,
+        sections=[_view(section, remarks) for section in sections],
+        facts=list(_setup(section.outcome for section in sections)),
+        problems=problems,
+        kept=[(label, text) for label, text in remarks.items() if label not in shown],
+        begin_remarks=BEGIN_REMARKS,
+        end_remarks=END_REMARKS,
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("storylab.reporting", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {
+        "plain": _plain,
+        "row": _row,
+        "unwrap": lambda text: " ".join(text.split()),
+        "url": quote,
+    }
+    return environment.get_template("log.md.j2")
+
+
+@dataclass(frozen=True)
+class _SectionView:
+    """The values of an experiment's section, named as in the template."""
+
+    record: ExperimentRecord
+    label: str
+    title: str
+    anchor: str
+    headline: str
+    overview: list[str]
+    dates: str
+    flags: str
+    repeat: str
+    problems: Sequence[str]
+    pictures: list[tuple[str, str]]
+    headings: list[str]
+    rows: list[list[str]]
+    samples: list[tuple[str, str]]
+    observations: list[str]
+    comparisons: list[str]
+    training_lines: list[str]
+    expectations: list[str]
+    remarks: str
+
+
+def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
+    o = section.outcome
+    headings, rows = table_rows(o)
+    return _SectionView(
+        record=o.record,
+        label=o.label,
+        title=section_title(o),
+        anchor=_anchor(o.label),
+        headline=headline(o),
+        overview=_overview(o),
+        dates=_dates(o.runs),
+        flags=_flags(o.baseline_of(o.conditions[0])),
+        repeat=repeat_command(o),
+        problems=o.problems,
+        pictures=list(section.pictures.items()),
+        headings=headings,
+        rows=rows,
+        samples=list(_samples(o)),
+        observations=observations(o),
+        comparisons=_comparison_lines(o),
+        training_lines=_training_lines(o),
+        expectations=[expectation_text(check) for check in o.expectations],
+        remarks=remarks.get(o.label, REMARKS_HINT),
+    )
+
+
+def _overview(o: Outcome) -> list[str]:
+    """The experiment's row in the first table."""
+    losses = o.baseline_of(o.conditions[0]).arm.losses
+    return [
+        f"[{_plain(o.record.title)}](#{_anchor(o.label)})",
+        o.record.scale or "-",
+        f"{float(np.mean(losses)):.4f}" if losses else "none yet",
+        str(len({cell.arm.name for cell in o.cells})),
+        str(len({run.config.seed for run in o.runs if run.finished})),
+        _plain(headline(o)),
+    ]
+
+
+def _dates(runs: Sequence[Run]) -> str:
+    """``2026-11-01 to 2026-11-03``, from the first start to the last; empty without runs."""
+    dates = sorted({run.environment.started[:10] for run in runs})
+    return " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
+
+
+def _setup(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, str]]:
+    """Machine, software, data, model and optimizer of all runs; each value once."""
+    runs = {run.folder: run for outcome in outcomes for run in outcome.runs}
+    facts: dict[str, list[str]] = {}
+    for run in runs.values():
+        for name, value in _facts(run):
+            values = facts.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+    for name, values in facts.items():
+        more = len(values) - MOST_VALUES
+        yield name, "; ".join(values[:MOST_VALUES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _facts(run: Run) -> Iterable[tuple[str, str]]:
+    e, c, data = run.environment, run.config, run.data
+    memory = f", {e.memory_bytes / 1e9:.0f} GB"
+    yield "machine", f"{e.processor} ({e.cpu}), {e.cores} cores{memory}"
+    yield "device", e.gpu or f"{e.device}, {e.threads} threads"
+    yield "software", f"storylab {e.storylab}, torch {e.packages.torch}, Python {e.python}"
+    commits = sorted({stage.git_commit[:12] for stage in run.stages if stage.git_commit})
+    version = ", ".join(sorted({stage.code_sha256[:12] for stage in run.stages}))
+    yield "code", version + (f" (git {', '.join(commits)})" if commits else "")
+    tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data.tokens.items())
+    yield (
+        "data",
+        f"{tokens}, {data.tokenizer.name} tokenizer of {data.tokenizer.vocab_size:,} ids, "
+        f"fingerprint {data.fingerprint[:12]}",
+    )
+    m = c.model
+    parameters = m.parameter_count(data.tokenizer.vocab_size)
+    yield (
+        "models",
+        f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
+        f"key/value heads, hidden {m.n_hidden}, {parameters:,} parameters",
+    )
+    yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration, in windows of {c.block_size:,}"
+    yield (
+        "optimizer",
+        ("" if c.method == "record" else f"method {c.method}: ")
+        + _optimizers(c.optimizer)
+        + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
+        f"clipped at {c.grad_clip:g}"
+        + (
+            f"; weights averaged over about {c.average_share:.0%} of the run"
+            if c.average_share
+            else ""
+        ),
+    )
+
+
+def _optimizers(name: str) -> str:
+    entry = OPTIMIZERS[name]
+    if entry.matrices_only:
+        return f"{entry.label} for the blocks' matrices, else {REST.label}"
+    return entry.label
+
+
+def _anchor(label: str) -> str:
+    """An id of our own: two experiments, or two scales of one, may have the same title."""
+    return "experiment-" + re.sub(r"[^\w\-]+", "-", label.lower())
+
+
+def _flags(cell: CellResult) -> str:
+    """Flags that train a cell: its fields that differ from the default of its preset."""
+    default = flat(preset_config(cell.config.preset))
+    hidden = PRESENTATION_FIELDS | SEED_FIELDS | {"preset", "dtype", "device"}
+    flags = [f"--preset {cell.config.preset}", f"--dtype {cell.config.dtype}"]
+    for name, value in flat(cell.config, hidden).items():
+        if value != default[name]:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            flags.append(f"--{name} {shlex.quote(shown)}" if value is not True else f"--{name}")
+    return " ".join(flags)
+
+
+def _samples(o: Outcome) -> Iterator[tuple[str, str]]:
+    """A story by the baseline, and one by the arm whose loss differs most from it: the same prompt and
+    sampling seed."""
+    condition = o.conditions[-1]
+    baseline = o.baseline_of(condition).arm
+    if not baseline.finished:
+        return
+    arms = [cell.arm for cell in o.arms(condition) if cell.arm.name != o.baseline]
+    least = float(np.mean(baseline.losses))
+    ready = [arm for arm in arms if arm.finished]
+    furthest = max(ready, key=lambda arm: abs(float(np.mean(arm.losses)) - least), default=None)
+    for arm in (baseline, furthest) if furthest else (baseline,):
+        run = arm.finished[0]
+        name = f"{under(arm.name, condition)}, seed {run.config.seed}"
+        yield name, _quoted(run.results.samples[0].text)
+
+
+def _quoted(text: str, most: int = 420) -> str:
+    """A story as one line of a quotation, shortened, with nothing that markdown would obey."""
+    line = " ".join(printable(text).split())
+    line = line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", line)
+
+
+def _plain(text: str) -> str:
+    """Text in which markdown finds nothing to obey: window:64*3 has asterisks, a title may have tags."""
+    return text.replace("*", "\\*").replace("<", "&lt;")
+
+
+def _comparison_lines(o: Outcome) -> list[str]:
+    lines = []
+    for c in o.comparisons:
+        lines += [verdict_line(c), *(f"  {line}" for line in detail_lines(c)), ""]
+    return lines[:-1]
+
+
+def _training_lines(o: Outcome) -> list[str]:
+    arm = o.baseline_of(o.conditions[0]).arm
+    run = arm.finished[0] if arm.finished else arm.runs[0] if arm.runs else None
+    if run is None:
+        return []
+    try:
+        with open_file(run.folder / LOG) as file:
+            text = printable(file.read().decode("utf-8", "replace").replace("\r\n", "\n"))
+    except UserError as error:
+        return [str(error).replace(f"{run.folder.parent}/", "")]
+    lines = text.partition("\nResults\n")[0].strip().splitlines()
+    if run.finished:
+        lines += ["", *(printable(line) for line in summary_lines(run.results))]
+    return lines
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
