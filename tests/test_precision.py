@@ -33,7 +33,7 @@ from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import Interrupted, UserError
 from storylab.model.recompute import recompute
 from storylab.model.transformer import Transformer
-from storylab.precision import quantize as quantizers
+from storylab.precision import fused as fusing
 from storylab.precision.backends import te, torchao
 from storylab.precision.backends.protocol import require_aligned
 from storylab.precision.backends.te import require_te_version, te_arguments
@@ -41,7 +41,7 @@ from storylab.precision.backends.torchao import Torchao
 from storylab.precision.convert import quantize_blocks
 from storylab.precision.edit import find_recipe
 from storylab.precision.formats import E4M3, E5M2, FORMATS, Format
-from storylab.precision.linear import QuantizationState, QuantizedLinear, product
+from storylab.precision.linear import QuantizedLinear, product
 from storylab.precision.quantize import (
     hadamard,
     mxfp8,
@@ -63,6 +63,7 @@ from storylab.precision.recipes import (
 from storylab.precision.rounding import round_nearest, stochastic_round
 from storylab.precision.scalings import SCALINGS, Scaling
 from storylab.precision.selftest import check_layer, check_model, summarize
+from storylab.precision.state import QuantizationState
 from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import RunFolder
 from storylab.record.schema import EvaluationRow, IterationRow, QuantizationRow
@@ -396,9 +397,9 @@ def test_fused_passes_give_the_same_bits(
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for x in list(conformance.tensors(128, 256))[:6]:
-        monkeypatch.setattr(quantizers, "FUSE_FROM", math.inf)
+        monkeypatch.setattr(fusing, "FUSE_FROM", math.inf)
         eager = quantize(x)
-        monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+        monkeypatch.setattr(fusing, "FUSE_FROM", 0)
         assert torch.equal(quantize(x).operand, eager.operand)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
@@ -408,16 +409,16 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     """More than the compiler makes of one function before it gives up."""
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
-    monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+    monkeypatch.setattr(fusing, "FUSE_FROM", 0)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     x = torch.randn(64, 64, generator=generator(1)) * 1e-6
     forms = [dataclasses.replace(E4M3, max=float(2**power)) for power in range(10)]
     for form in (E4M3, E5M2, *forms):
         for quantize in (per_tensor, mxfp8):
-            monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+            monkeypatch.setattr(fusing, "FUSE_FROM", 0)
             ours = quantize(x, form).operand
-            monkeypatch.setattr(quantizers, "FUSE_FROM", math.inf)
+            monkeypatch.setattr(fusing, "FUSE_FROM", math.inf)
             assert torch.equal(ours, quantize(x, form).operand)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2 * 12
 
@@ -427,8 +428,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no Python.h"), None)
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
-    monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
-    doubled = quantizers.fused(lambda x: 2 * x)
+    monkeypatch.setattr(fusing, "FUSE_FROM", 0)
+    doubled = fusing.fused(lambda x: 2 * x)
     assert doubled(torch.ones(2)).tolist() == doubled(torch.ones(2)).tolist() == [2.0, 2.0]
 
 
@@ -439,14 +440,14 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         return 2 * values + (form == "e5m2") * (values == 3.0)
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: miscompiled)
-    monkeypatch.setattr(quantizers, "FUSE_FROM", 0)
+    monkeypatch.setattr(fusing, "FUSE_FROM", 0)
     calls: list[str] = []
 
     def double(values: torch.Tensor, form: str) -> torch.Tensor:
         calls.append(form)
         return 2 * values
 
-    doubled = quantizers.fused(double)
+    doubled = fusing.fused(double)
     x = torch.tensor([1.0, math.nan, 3.0])
     for form in ("e4m3", "e4m3", "e5m2", "e5m2"):
         assert doubled(x, form)[[0, 2]].tolist() == [2.0, 6.0]

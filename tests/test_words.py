@@ -19,10 +19,6 @@ DOCSTRING_START = re.compile(r"What\b")  # a clause is no name for a thing
 ALLOWANCE: dict[str, int] = {
     "src/storylab/compiler.py": 2,
     "src/storylab/experiments/verdicts.py": 1,
-    "src/storylab/precision/backends/protocol.py": 1,
-    "src/storylab/precision/linear.py": 1,
-    "src/storylab/precision/quantize.py": 1,
-    "src/storylab/precision/scalings.py": 1,
     "src/storylab/training/compile_check.py": 1,
     "src/storylab/training/evaluation.py": 1,
     "src/storylab/training/lines.py": 2,

@@ -22,9 +22,11 @@ class AttentionPattern(ABC):
 
     Attributes:
         usage: its spelling, as messages explain it.
+        example: a pattern of this kind that leaves something out in short sequences, for tests.
     """
 
     usage: ClassVar[str]
+    example: ClassVar[str]
 
     @classmethod
     @abstractmethod
@@ -85,7 +87,7 @@ class AttentionPattern(ABC):
 class Full(AttentionPattern):
     """Every position up to the query's own."""
 
-    usage = "full"
+    usage = example = "full"
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -119,7 +121,7 @@ class Window(AttentionPattern):
 
     size: int
 
-    usage = "window:N"
+    usage, example = "window:N", "window:7"
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

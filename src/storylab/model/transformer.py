@@ -234,15 +234,10 @@ class Transformer(nn.Module):
             block.compile(dynamic=False)
 
     def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """The blocks' weight matrices, each with the rows of the projections that it joins."""
-        config = self.config
-        key_value = config.n_kv_head * config.head_size
+        """The blocks' weight matrices, each with the rows of the projections that it fuses."""
         for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block.attention.qkv.weight, (config.n_embd, key_value, key_value)
-            yield block.attention.out.weight, (config.n_embd,)
-            yield block.feed_forward.gate_up.weight, (config.n_hidden, config.n_hidden)
-            yield block.feed_forward.down.weight, (config.n_embd,)
+            for matrix in self.config.matrices():
+                yield block.get_parameter(f"{matrix.name}.weight"), matrix.parts
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from storylab.precision.backends.protocol import PrecisionBackend
-from storylab.precision.linear import BackendLinear, QuantizationState, QuantizedLinear
+from storylab.precision.linear import BackendLinear, QuantizedLinear
 from storylab.precision.recipes import Recipe, layer_name
+from storylab.precision.state import QuantizationState
 
 
 def quantize_blocks(

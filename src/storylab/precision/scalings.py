@@ -26,7 +26,7 @@ MXFP8_BLOCK, NVFP4_BLOCK = 32, 16
 
 
 class TensorContext(Protocol):
-    """What a scaling can ask of the layer whose tensor it quantizes."""
+    """The layer's answers to the scaling that quantizes its tensor."""
 
     def delayed_amax(self, values: Tensor) -> Tensor:
         """Largest magnitude of this tensor in earlier steps (float32 scalar), noting this step's."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from storylab.errors import UserError
 from storylab.precision.backends.protocol import PrecisionBackend
 from storylab.precision.convert import make_layer
-from storylab.precision.linear import BackendLinear, QuantizationState, QuantizedLinear
+from storylab.precision.linear import BackendLinear, QuantizedLinear
 from storylab.precision.recipes import PRODUCTS, Operand, Recipe
+from storylab.precision.state import QuantizationState
 
 TOKENS = 128
 # On N(0, 1) data a product in bfloat16 has a relative error of 0.003, one in E4M3 0.03 or more.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storylab.precision.linear import QuantizationEvent
+from storylab.precision.state import QuantizationEvent
 
 
 class QuantizationStatistics:

@@ -1,4 +1,4 @@
-"""What every precision backend can do, and the checks that all share. This module does not load torch."""
+"""The protocol of precision backends, and the checks that all share. This module does not load torch."""
 
 from __future__ import annotations
 
