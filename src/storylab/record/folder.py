@@ -230,7 +230,6 @@ def create_run(config: TrainConfig, dataset: Dataset, identity: Mapping[str, Any
     """
     assert config.out_dir is not None
     folder = config.out_dir
-    environment = Environment(**msgspec.structs.asdict(current_stage()) | dict(identity))
     data = {key: dataset.manifest.get(key) for key in ("fingerprint", "tokenizer", "dtype")}
     data["request"] = dataset.manifest.get("request")
     data["tokens"] = {name: len(split) for name, split in dataset.splits.items()}
@@ -240,6 +239,7 @@ def create_run(config: TrainConfig, dataset: Dataset, identity: Mapping[str, Any
         (folder / "checkpoints").mkdir(exist_ok=True)
         dataset.tokenizer.save(folder / TOKENIZER_FILE)
         write_json(folder / DATA, data)
+        environment = Environment(**msgspec.structs.asdict(current_stage()) | dict(identity))
         write_json(folder / ENVIRONMENT, msgspec.to_builtins(environment))
         # Last: a folder with a config is one that can be resumed.
         write_json(folder / CONFIG, configs.to_dict(config))
