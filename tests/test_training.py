@@ -843,7 +843,7 @@ def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> No
 
 def test_the_public_api(tiny_config: MakeConfig, capsys: Any) -> None:
     run = storylab.train(tiny_config())
-    assert storylab.load_run(run.folder).config == run.read_config()
+    assert storylab.load_run(run.folder).config == run.config
     model = storylab.load_model(run.folder, device="cpu")
     first = model.sample("Once upon", max_new_tokens=20, count=3)
     assert first == model.sample("Once upon", max_new_tokens=20, count=3)
@@ -981,7 +981,7 @@ class Thing:
 
 def test_what_only_tells_of_a_run_is_there() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
-    root = Path(storylab.config.__file__).parent
+    root = Path(storylab.__file__).parent
     assert all((root / name).is_file() for name in NON_NUMERIC_MODULES)
 
 

@@ -47,8 +47,8 @@ def train(config: TrainConfig, *observers: Observer) -> Run:
 
     Raises:
         UserError: data, device or folder cannot be used.
-        TrainingInterrupted: SIGTERM or Ctrl-C stopped the run; it can be resumed.
-        TrainingDiverged: loss or gradients are not finite; the last good weights are kept.
+        Interrupted: SIGTERM or Ctrl-C stopped the run; it can be resumed.
+        Diverged: loss or gradients are not finite; the last good weights are kept.
     """
     from storylab.training.train import train as run_training
 
