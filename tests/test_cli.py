@@ -281,7 +281,7 @@ def test_from_stories_to_samples(tmp_path: Path) -> None:
     evaluated = run("eval", "runs/a", "--checkpoint", "best", cwd=tmp_path)
     assert evaluated.returncode == 0 and "bits per byte" in evaluated.stdout
     other = run("eval", "runs/a", "--block_size", "32", "--aligned", cwd=tmp_path)
-    assert "windows of 32 tokens beginning anew at every story\n" in other.stdout
+    assert "windows of 32 tokens that start again at every story\n" in other.stdout
     extended = run("resume", "runs/a", cwd=tmp_path)
     assert extended.returncode == 0 and "is finished" in extended.stdout
     again = run("train", *SMALL, *data, "--out_dir", "runs/a", cwd=tmp_path)

@@ -1,6 +1,6 @@
-"""What torch.compile needs on this machine, and the flags that keep it right.
+"""Requirements of torch.compile on this machine, and the flags that keep it right.
 
-This module does not load torch, so that what only plans can ask it.
+This module does not load torch, so that code that only plans can use it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # With generic tuning gcc 12.2 miscompiles two 32 x 32 bfloat16 transposes in one kernel, as the backward
-# pass of rotary positions has them: a tenth of the gradient is garbage or NaN. That is what
-# -march=native comes to where gcc does not know the processor. Each of these names brings a tuning of
-# its own; the first whose instructions the processor has is taken.
+# pass of rotary positions has them: a tenth of the gradient is garbage or NaN. -march=native means
+# generic tuning if gcc does not know the processor. Each of these names brings a specific tuning;
+# the first whose instructions the processor has is taken.
 TUNED_NAMES = (
     ("cooperlake", ("avx512_bf16", "avx512vl", "avx512_vnni")),
     ("icelake-server", ("avx512_vbmi2", "avx512vl", "avx512_vnni")),
@@ -28,13 +28,14 @@ TUNED_NAMES = (
 
 
 def cpp_compiler() -> str | None:
-    """Path of the compiler that torch.compile would use on the CPU, or None where there is none."""
+    """Path of the compiler that torch.compile would use on the CPU, or None if there is none."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def missing_for_compiling(device: str) -> str | None:
-    """What torch.compile lacks for devices of this type (cpu, cuda), for a message; None: nothing."""
+    """The requirement that torch.compile lacks for devices of this type (cpu, cuda), for a message;
+    None: nothing."""
     if device == "cpu":
         if cpp_compiler() is None:
             return "a C++ compiler"
@@ -57,22 +58,22 @@ def _python_header() -> Path:
 
 
 def set_tuning() -> None:
-    """Tell torch's compiler for CPUs which processor to tune for, where it would not by itself.
+    """Set the processor that torch's compiler for CPUs tunes for, if it would not by itself.
 
     Does nothing where ``TORCHINDUCTOR_CPP_MARCH`` has been set, and under torch below 2.12, which has no
-    such setting; there the check before the first step finds what is wrong.
+    such setting; there the check before the first step finds wrong kernels.
     """
     from torch._inductor import config
 
     if getattr(config.cpp, "march", "unknown") is None and (name := tuned_name()) is not None:
         config.cpp.march = name
-    # Kernels go by the number of threads of the moment: a run on a busy machine may go on with one.
+    # Kernels use the current number of threads: a run on a busy machine may go on with one.
     config.cpp.dynamic_threads = True
 
 
 @cache
 def tuned_name() -> str | None:
-    """A value of gcc's ``-march`` that brings tuning for a processor rather than for none.
+    """A value of gcc's ``-march`` that tunes for a processor.
 
     None where ``-march=native`` has such tuning already, where the compiler is not gcc, and on other
     processors than x86-64.

@@ -1,7 +1,7 @@
-"""Decode JSON into typed values, strictly; every error names the file, the key and what is wrong with it.
+"""Decode JSON into typed values, strictly; every error names the file, the key and the fault.
 
-Types are msgspec structs, dataclasses, and what they are made of. Unknown keys are ignored, so that a
-file of a later version can be read.
+Types are msgspec structs, dataclasses, and the types of their fields. Unknown keys are ignored, so
+that a file of a later version can be read.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def fault(error: Exception) -> str:
     what, path = found[1], found[2] or ""
     if missing := _MISSING.fullmatch(what):
         return f"{path}{'.' * bool(path)}{missing[1]}: is missing"
-    # What a check of the program itself says is a sentence with the name in it.
+    # The message of one of our checks is a sentence that has the name in it.
     what = what[:1].lower() + what[1:]
     return f"{path}: {what}" if path else what
 
@@ -88,7 +88,7 @@ def _path(kind: type, value: object) -> object:
 
 
 def _without_surrogates(data: bytes) -> bytes | None:
-    """``data`` with ``?`` for every lone surrogate; None where there is none, or no JSON either."""
+    """``data`` with ``?`` for every lone surrogate; None if it has none, or is not JSON."""
     try:
         text = json.dumps(json.loads(data), ensure_ascii=False)
     except (ValueError, RecursionError):

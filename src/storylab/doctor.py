@@ -55,7 +55,7 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
             continue
         whole = duration(RECORD_TOKENS / speed)
         yield (
-            f"  {name:<5} {speed:>9,.0f} tok/s; the record's 131M tokens would take {whole}"
+            f"  {name:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take {whole}"
             f"{other_programs(use)}"
         )
 

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message says what is wrong and how to mend it, in one line.
+    """Input that cannot be used. The message names the fault and the remedy, in one line.
 
     The command line prints the message and exits with :attr:`exit_code`; a notebook sees a ``ValueError``.
     """
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not a fault
-    """A signal stopped the work. What was trained is saved, and the run can be resumed.
+    """A signal stopped the work. The training so far is saved, and the run can be resumed.
 
     Args:
         message: one line for the user.

@@ -136,7 +136,7 @@ REMEDIES = {
     errno.ENOTDIR: "Make the folder above it, or choose another",
     errno.EISDIR: "Move the folder of that name, or choose another",
     errno.EEXIST: "Move the file of that name, or choose another",
-    errno.ELOOP: "Mend the link, or choose another folder",
+    errno.ELOOP: "Correct the link, or choose another folder",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EACCES: "Choose a folder where you may write, or ask for the right to",
     errno.EPERM: "Choose a folder where you may write, or ask for the right to",
@@ -208,7 +208,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def lock_file(folder: Path) -> Path:
-    """The hidden file that stands for ``folder`` in locks where folders cannot be opened.
+    """The hidden file that is locked in place of ``folder`` where folders cannot be opened.
 
     It is a sibling of the folder, so that the folder can be renamed while the lock is held.
     """

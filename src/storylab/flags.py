@@ -31,7 +31,7 @@ T = TypeVar("T")
 # Ids are stored in 32 bits at most.
 MOST_IDS = 2**32
 LONGEST_LINE = 10_000
-# What other programs of the field call a flag.
+# Names that other programs of the field have for a flag.
 USUAL_NAMES = {
     "learning_rate": "lr peak_lr max_lr",
     "min_lr": "lr_min min_learning_rate",
@@ -140,8 +140,8 @@ def _empty_paths(command: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _unbroken_lines(args: Sequence[str]) -> Iterator[None]:
-    """Let the parser write a message in one line: it fits them to the terminal, in the middle of a number
-    if need be. Help is to be fitted to it."""
+    """Let the parser write a message in one line: otherwise it wraps messages at the terminal's
+    width, even within a number. Help is still wrapped."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(args):
         os.environ["COLUMNS"] = str(LONGEST_LINE)
@@ -154,8 +154,8 @@ def _unbroken_lines(args: Sequence[str]) -> Iterator[None]:
 
 
 def _switches(kind: type[Any], args: Sequence[str]) -> list[str]:
-    """Spell ``--flag``, ``--no_flag``, ``--flag=False`` and ``--flag False``, as nanoGPT has them, in
-    the way that the parser takes: a value for a switch that may be left open, else ``--no_flag``."""
+    """Respell ``--flag``, ``--no_flag``, ``--flag=False`` and ``--flag False`` (nanoGPT's forms) as
+    the parser expects them: a value for a switch that may be left open, else ``--no_flag``."""
     names, rest, result = _switch_names(kind), deque(args), []
     while rest:
         arg = rest.popleft()
@@ -190,8 +190,8 @@ def _switch_names(kind: type[Any]) -> dict[str, bool]:
 
 
 def given_flags(args: Sequence[str]) -> list[str]:
-    """Names of the flags in ``args``, in order, as fields have them: batch_size for --batch-size=4, and
-    compile for --no_compile."""
+    """Names of the fields that the flags in ``args`` set, in order: batch_size for --batch-size=4,
+    and compile for --no_compile."""
     flags = (arg.partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--"))
     return list(dict.fromkeys(flag.removeprefix("__").removeprefix("no_") for flag in flags))
 
@@ -219,9 +219,9 @@ def perhaps(name: str, known: Collection[str]) -> str:
 
 
 def _one_line(box: str, known: Collection[str]) -> str:
-    """The message of the parser's box, with a suggestion if there is one."""
+    """The message in the parser's box, with a suggestion if there is one."""
     sections: list[list[str]] = [[]]
-    # The first line is the box's title, which says less than what is in it.
+    # The first line is the box's title, which says less than its content.
     for row in (line.strip("│|╰╯+ ") for line in box.strip().splitlines()[1:]):
         if row and set(row) <= set("─-"):
             sections.append([])
@@ -233,7 +233,7 @@ def _one_line(box: str, known: Collection[str]) -> str:
 
 
 def _in_plain_words(message: str, known: Collection[str]) -> str:
-    """The parser's message as a user of no Python would say it."""
+    """The parser's message in words that need no knowledge of Python."""
     if match := re.fullmatch(r"Unrecognized options: (.*)", message):
         names = [name.removeprefix("--") for name in re.findall(r"--[\w-]+", match[1])]
         hints = (perhaps(name.replace("-", "_"), known) for name in names)
@@ -265,7 +265,7 @@ def _flag_names(kind: type[Any]) -> set[str]:
 def default_for(args: Sequence[str]) -> TrainConfig:
     """The config of --preset and --method, which the other flags start from, so help shows its values."""
     chosen: dict[str, str] = {}
-    for i, arg in enumerate(args):  # the last one counts, as it does for every flag
+    for i, arg in enumerate(args):  # the last one counts, as with every flag
         flag, _, value = arg.partition("=")
         if flag in ("--preset", "--method"):
             chosen[flag] = value or (args[i + 1] if i + 1 < len(args) else "")

@@ -30,7 +30,7 @@ class ConsoleReporter(Observer):
     """Prints lines to standard output, and bars with an ETA below them if standard error is a terminal.
 
     Args:
-        count: show numbers beside a bar rather than a percentage.
+        count: show numbers next to a bar rather than a percentage.
     """
 
     def __init__(self, count: bool = True) -> None:

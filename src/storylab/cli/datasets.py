@@ -1,4 +1,4 @@
-"""Preparing a data set under a progress bar, for the verbs that do."""
+"""Prepare a data set under a progress bar; shared by several verbs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def prepare_and_describe(config: PrepareConfig) -> None:
-    """Prepare a data set and print what it holds."""
+    """Prepare a data set and print a summary of it."""
     from storylab.data.prepare import prepare
 
     with ConsoleReporter(count=False) as reporter:
@@ -22,7 +22,7 @@ def prepare_and_describe(config: PrepareConfig) -> None:
 
 
 def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """A prepared data set in a few lines."""
+    """Summarize a prepared data set in a few lines."""
     rows = [
         f"{name + ':':<12} {s['stories']:,} stories, {s['tokens']:,} tokens, "
         f"{s['text_bytes']:,} bytes, {s['duplicate_stories']:,} duplicate stories"
@@ -43,7 +43,7 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _reading_lines(manifest: dict[str, Any]) -> list[str]:
-    """The counts of changed and left-out texts of each split; earlier versions did not record them."""
+    """Counts of changed and omitted texts in each split; earlier versions did not record them."""
     from storylab.data.tally import Tally
 
     return [

@@ -65,7 +65,8 @@ def train_planned(
     executor: Executor,
     fresh: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Show the plan, write the experiment's record, and train; returns the record and all runs' states.
+    """Show the plan, write the experiment's record, and train; returns the path of the record and
+    the state of every run.
 
     Raises:
         Interrupted: a signal stopped it.

@@ -52,8 +52,8 @@ class Verb:
         help: one line for the list of verbs.
         group: the part of that list.
         run: does the work and returns the exit code.
-        operand: what follows the name in that list, such as ``FILE``.
-        position: order within the group; equal ones go by name.
+        operand: placeholder after the name in that list, such as ``FILE``.
+        position: order within the group; ties are sorted by name.
         memory_remedy: advice for when memory runs out.
     """
 

@@ -12,7 +12,7 @@ examples:
   storylab prepare --source builtin --tokenizer bpe:4096
   storylab train --preset nano --data_dir data/builtin-bpe4096 --out_dir runs/first
   storylab sample runs/first"""
-# Columns of the name: of a verb of one word, and of a longer one.
+# Width of the column of names: for verbs of one word, and for longer ones.
 SHORT, LONG = 10, 22
 
 
@@ -31,6 +31,6 @@ def _line(verb: Verb) -> str:
 
 
 def family_usage(word: str) -> str:
-    """The verbs of two words that begin with ``word``, in one line."""
+    """List the verbs of two words that begin with ``word``, in one line."""
     seconds = (verb.name.partition(" ")[2] for verb in family(word))
     return f"usage: storylab {word} {'|'.join(seconds)} (each has --help)"

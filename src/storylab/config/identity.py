@@ -33,14 +33,14 @@ def fields_that_change(effect: Effect) -> frozenset[str]:
 
 
 def _added(kind: type[ModelConfig] | type[TrainConfig]) -> dict[str, Any]:
-    """Fields that the first runs did not have, and what those runs did."""
+    """Fields that the first runs did not have, each with the value that describes those runs."""
     found = {name: marks.before for name, marks in marks_of(kind).items()}
     return {name: before for name, before in found.items() if before is not ALWAYS}
 
 
 PRESENTATION_FIELDS = fields_that_change("presentation")
 SEED_FIELDS = fields_of("seed")
-# How a batch is cut into micro-batches changes no tokens: a matter of memory and speed.
+# The size of micro-batches changes memory and speed, and no tokens.
 SPLIT_FIELDS = fields_of("batch")
 ADDED_FIELDS, ADDED_MODEL_FIELDS = _added(TrainConfig), _added(ModelConfig)
 # Fields that storylab once had, each with the value that changed nothing, and removed values of a field
@@ -133,9 +133,9 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
 def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     """Ten hexadecimal digits of all that a run computes, seed apart: its resolved config and its data.
 
-    How the batch is cut into micro-batches is left out, so that a run that had to be cut finer to fit into
-    memory still is the run that was asked for. Fields that runs did not always have are left out where they
-    are as they were before, so that a run keeps its digest.
+    The size of micro-batches is left out, so that a run that needed smaller ones to fit into memory
+    still counts as the planned run. A field that the first runs did not have is left out if it has
+    its value of then, so that a run keeps its digest.
     """
     values = to_dict(config)
     for name in PRESENTATION_FIELDS | SEED_FIELDS | SPLIT_FIELDS:

@@ -39,14 +39,14 @@ choices; ``method``: choices that a named method makes, besides those of schedul
 how long a run is; ``sequence``: the length of a window; ``step``: every optimizer's step; ``record``: where
 and how often a run writes."""
 Effect = Literal["result and speed", "result", "presentation"]
-"""What a field can change: the result together with a step's time or memory; the result alone; or neither,
-so that a resumed run may change it."""
+"""The things that a field can change: the result together with a step's time or memory; the result
+alone; or neither, so that a resumed run may change it."""
 Check = Callable[[str, Any], None]
 """Raises a UserError if the field of a name cannot have a value."""
 
 # More than any machine counts to; products of two still fit into a float, sums into 64 bits.
 MOST = 10**15
-# About what a float32 holds.
+# About the range of a float32.
 LARGEST_RATE = 1e38
 
 
@@ -62,7 +62,7 @@ class Marks:
     """The facts about a field.
 
     Attributes:
-        groups: what it belongs to.
+        groups: groups that it belongs to.
         checks: of its value; None is not checked.
         effect: what it can change.
         before: value that runs had before the field existed. A run that has it keeps its digest of then.

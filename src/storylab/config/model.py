@@ -61,10 +61,10 @@ class ModelConfig:
     """Bring queries and keys of every head to a root mean square of 1 (Henry et al. 2020, arXiv
     2010.04245)."""
     embedding_residual: Annotated[bool, mark("method", before=False, weights=True)] = False
-    """Feed every block a learned sum of the residual stream and the embeddings it began with."""
+    """Feed every block a learned weighted sum of the residual stream and the token embeddings."""
     value_residual: Annotated[ValueResidual, mark("method", before="none", weights=True)] = "none"
-    """What every layer but the first adds to its attention values, by a learned scale: nothing, or the
-    values of the first layer (Zhou et al. 2024, arXiv 2410.17897)."""
+    """Add the values of the first layer to the attention values of every later layer, by a learned
+    scale (Zhou et al. 2024, arXiv 2410.17897); or nothing."""
 
     def __post_init__(self) -> None:
         parse_attention(self.attention)

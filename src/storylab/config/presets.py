@@ -24,9 +24,10 @@ class Preset:
     vocab_size: int
 
 
-# Head size 64 throughout and the record's four query heads to one key/value head where the head
-# count allows it. Below 50M a 50,257-word vocabulary would leave hardly anything for the blocks,
-# so these shapes are counted with a 4,096-token vocabulary (`prepare --tokenizer bpe:4096`).
+# Head size 64 throughout, and four query heads to one key/value head, as in the original log, where
+# the head count allows it. Below 50M a 50,257-word vocabulary would leave hardly anything for the
+# blocks, so these shapes are counted with a 4,096-token vocabulary (`prepare --tokenizer
+# bpe:4096`).
 PRESETS: dict[PresetName, Preset] = {
     "nano": Preset(ModelConfig(3, 2, 1, 128, 288), SMALL_VOCAB_SIZE),
     "3m": Preset(ModelConfig(6, 3, 1, 192, 480), SMALL_VOCAB_SIZE),
@@ -37,8 +38,8 @@ PRESETS: dict[PresetName, Preset] = {
     "200m": Preset(ModelConfig(14, 16, 4, 1024, 2560), GPT2_VOCAB_SIZE),
     "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
 }
-# Named ways of training: what each changes of the record's. Every part of `fast` has been held against runs
-# without it (docs/time-to-loss.md).
+# Named ways of training: the changes that each makes to that of the original log. Every part of
+# `fast` has been compared with runs without it (docs/time-to-loss.md).
 METHODS: dict[MethodName, dict[str, Any]] = {
     "record": {},
     "fast": {

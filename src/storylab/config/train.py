@@ -54,13 +54,14 @@ DEFAULT_DATA_DIR = Path("data/tinystories-gpt2")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are the record's: 113M parameters, 131,072 tokens an iteration."""
+    """One training run. The defaults are those of the original log: 113M parameters, 131,072 tokens
+    an iteration."""
 
     preset: Annotated[PresetName, mark("preset", effect="result")] = DEFAULT_PRESET
-    """Named model shape; the shape flags below change single values of it."""
+    """Named model shape; the shape flags below override single values of it."""
     method: Annotated[MethodName, mark("method", before="record", effect="result")] = "record"
-    """Named way of training that the other flags start from: the record's, or fast, which reaches a loss
-    in a fraction of the tokens."""
+    """Named way of training that sets the defaults of the other flags: record (the original log's),
+    or fast, which reaches a loss in a fraction of the tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data_dir: Annotated[
         Path, mark("data", effect="presentation", set_by="use [data], or --data_dir")
@@ -78,7 +79,7 @@ class TrainConfig:
     """Changes to the recipe of a low-precision dtype, such as "hadamard=false
     forward.weight.square=false high_last_share=0.25"."""
     backend: Annotated[Backend, mark("precision", before="auto")] = "auto"
-    """What computes a low-precision dtype: emulated (exact, any device, no faster), or the hardware
+    """Backend of a low-precision dtype: emulated (exact, any device, no faster), or the hardware
     through te (TransformerEngine) or torchao; auto is emulated on a CPU and te on a GPU."""
     quantization_stats: Annotated[bool, mark("record", before=False, effect="presentation")] = False
     """Record errors, underflow, saturation and scales of every quantised tensor at evaluations."""
@@ -129,10 +130,10 @@ class TrainConfig:
     )
     """Longest time between checkpoints, besides those at evaluations and at the end."""
     device: Annotated[str, mark("machine")] = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA where there is one, else the CPU."""
+    """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA if the machine has it, else the CPU."""
     compile: Annotated[bool | None, mark("machine")] = None
-    """Compile the blocks with torch.compile (needs a C++ compiler on the CPU); by default where the
-    run is long enough to win the time back, but not in low precision."""
+    """Compile the blocks with torch.compile (needs a C++ compiler on the CPU); by default if the
+    run is long enough to win the time back and not in low precision."""
     seed: Annotated[int, mark("seed", checks=SEED, effect="result", set_by="use seeds = [...]")] = (
         1337
     )
@@ -145,7 +146,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_most(MOST, "tokens in an iteration", self.tokens_per_iteration)
-        # The optimizer keeps the ratio of its own rate to that of the run.
+        # The optimizer keeps the ratio of its rate to that of the run.
         own_rate = OPTIMIZERS[self.optimizer].rate_field
         if own_rate and not (
             self.learning_rate and getattr(self, own_rate) / self.learning_rate < float("inf")
@@ -157,7 +158,7 @@ class TrainConfig:
 
     def require_no_rise(self) -> None:
         """Raise a UserError if the learning rate would rise after the warm-up, as it does where only one
-        of two flags was given. For new runs: old ones are what they are."""
+        of two flags was given. For new runs only; old runs may have it."""
         decays = SCHEDULES[self.schedule].decays and self.max_iters > self.warmup_iters
         if decays and self.min_lr > self.learning_rate:
             raise UserError(
@@ -177,7 +178,7 @@ class TrainConfig:
 
     @property
     def tokens_per_iteration(self) -> int:
-        """Tokens that one optimizer step trains on: the record's 64 x 16 x 128 by default."""
+        """Tokens that one optimizer step trains on: by default 64 x 16 x 128, as in the original log."""
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
     @property

@@ -1,7 +1,7 @@
 """Training batches as a pure function of (data fingerprint, seed, iteration).
 
 There is no iterator to advance or to save: the batch of any iteration can be made at any time, and
-it does not depend on how it is cut into micro-batches or on what was evaluated in between.
+it does not depend on the size of micro-batches or on evaluations in between.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TrainingBatches:
 
     Args:
         split: training tokens.
-        fingerprint: the data set's, part of what decides the order.
-        seed: the other part.
+        fingerprint: of the data set; it decides the order together with ``seed``.
+        seed: of the order.
         block_size: T, tokens in a window.
         sequences: windows in the batch of one iteration.
     """
@@ -95,7 +95,7 @@ class Prefetcher:
         self._next: tuple[int, Future[torch.Tensor]] | None = None
 
     def __call__(self, iteration: int) -> torch.Tensor:
-        """The batch of ``iteration``; asking for iterations in order is what makes it quick."""
+        """The batch of ``iteration``; quick only if iterations are asked for in order."""
         ready = self._next
         in_order = ready is not None and ready[0] == iteration
         batch = ready[1].result() if ready is not None and in_order else self._make(iteration)

@@ -55,7 +55,7 @@ def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
 def _check_reachable(endpoint: str) -> None:
     """Fail at once without a network; the hub's client would retry for half a minute."""
     if urllib.request.getproxies():
-        return  # a proxy reaches what this machine does not
+        return  # a proxy may reach the hub although this machine cannot
     address = urllib.parse.urlsplit(endpoint)
     port = address.port or (80 if address.scheme == "http" else 443)
     socket.create_connection((address.hostname or "", port), timeout=10).close()

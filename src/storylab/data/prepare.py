@@ -1,4 +1,5 @@
-"""From stories to shards of token ids with a manifest: every core, bounded memory, all or nothing."""
+"""Turn stories into shards of token ids with a manifest: on every core, in bounded memory, all or
+nothing."""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ class PrepareConfig:
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
     """Make the data set that ``config`` describes, or return it if it is already there.
 
-    The folder appears only when everything in it is complete; what a killed preparation leaves
-    behind is never mistaken for a data set and is cleared by the next one.
+    The folder appears only when everything in it is complete; the remains of a killed preparation
+    are never mistaken for a data set, and the next one removes them.
 
     Raises:
         UserError: a source or tokenizer cannot be had, a split has no stories, the disk is full,
@@ -164,7 +165,7 @@ def _source(config: PrepareConfig) -> Source:
 
 
 def _existing(folder: Path, request: dict[str, Any]) -> Dataset:
-    """The data set in ``folder`` if it is what was asked for."""
+    """The data set in ``folder`` if it is the one that ``config`` describes."""
     with reading(folder):
         made = (folder / MANIFEST).is_file()
     if not made:
@@ -219,7 +220,7 @@ def write_dataset(
                 "train_stories_in_validation": train.overlap,
                 "left_out": not keep_overlap,
             },
-            # Beside the content, so no part of the fingerprint.
+            # Not content, so no part of the fingerprint.
             "reading": {split: dataclasses.asdict(tally) for split, tally in tallies.items()},
         }
         manifest["fingerprint"] = fingerprint(manifest)
@@ -228,7 +229,8 @@ def write_dataset(
 
 @contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder``, locked; it takes that place when the block ends well."""
+    """An empty, locked folder next to ``folder``; it replaces ``folder`` when the block ends
+    without an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)

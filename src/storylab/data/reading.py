@@ -28,7 +28,7 @@ SEARCHED = 1_000_000
 BYTE_ORDER_MARK = "\ufeff"
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-# How a file begins that is something other than text in UTF-8. UTF-32's marks begin with UTF-16's.
+# First bytes of files that are not text in UTF-8. UTF-32's marks begin with UTF-16's.
 _BEGINNINGS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -47,7 +47,7 @@ _TEXT_TYPES = {
     *("string", "large_string", "string_view"),
     *("binary", "large_binary", "binary_view", "null"),
 }
-# What stands between stories in other corpora: a marker in brackets, or a line without a letter.
+# Separators of stories in other corpora: a marker in brackets, or a line without a letter.
 _MARKER = re.compile(r"[<\uff1c\[{][^<>\uff1c\uff1e\[\]{}\n]{1,30}[>\uff1e\]}]")
 _MARKER_NAME = re.compile(r"(?<![a-z])(?:end|eo[stfd]|sep|doc|bos)|^.\s*/?s\s*.$", re.IGNORECASE)
 _RULE = re.compile(r"^[^\S\n]*((?:[^\w\s][^\S\n]*){1,80})$", re.MULTILINE)
@@ -107,7 +107,7 @@ def clean(texts: Iterator[str | None], tally: Tally) -> Iterator[str]:
 
 @contextmanager
 def _checked(path: Path) -> Iterator[None]:
-    """Turn what readers say about a file's content into a line that names the file."""
+    """Turn the readers' errors about a file's content into a line that names the file."""
     with reading(path):
         try:
             yield
@@ -142,7 +142,7 @@ def _pieces(path: Path, mark: bytes) -> Iterator[tuple[int, bytes]]:
                 begin = searched = end + len(mark)
             del buffer[:begin]
             offset += begin
-            # A mark may span two blocks; what is searched once is not searched again.
+            # A mark may span two blocks; bytes that were searched are not searched again.
             searched = max(0, len(buffer) - len(mark) + 1)
             if len(buffer) > MAX_STORY_BYTES:
                 raise _too_long(path, mark, buffer)
@@ -204,7 +204,7 @@ def _read_txt(path: Path, tally: Tally) -> Iterator[str]:
 
 
 def other_separator(text: str) -> str:
-    """Name a marker, other than ``<|endoftext|>``, that may separate stories, and count it."""
+    """Name a marker, besides ``<|endoftext|>``, that may separate stories, and count it."""
     if len(text) > SEARCHED:
         return f"{other_separator(text[:SEARCHED])} in its first {SEARCHED:,} characters"
     markers = Counter(m for m in _MARKER.findall(text) if _MARKER_NAME.search(m))
@@ -258,7 +258,7 @@ def _text_of(row: str, place: str) -> str | None:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{place} has half of a surrogate pair ({text[error.start]!a}), which is no "
-            "character: mend the row or leave it out"
+            "character: correct the row or leave it out"
         ) from error
     return text
 

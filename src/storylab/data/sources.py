@@ -21,7 +21,7 @@ from storylab.files import reading, sha256_file, shown
 
 
 class Source(Protocol):
-    """Texts by split, and what identifies them."""
+    """Texts by split, and the values that identify them."""
 
     def describe(self) -> dict[str, Any]:
         """JSON values that identify the content, for the manifest."""
@@ -72,8 +72,8 @@ class RowRange:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Stories in files; ``rows`` names the part of the files that belongs to a split, and ``skipped``
-    what was passed over in the folders that were given."""
+    """Stories in files; ``rows`` names the part of the files that belongs to a split, and
+    ``skipped`` the entries that were not read in the given folders."""
 
     name: str
     files: dict[str, tuple[Path, ...]]
@@ -149,7 +149,7 @@ HUB_DATASETS: dict[str, HubDataset] = {
 
 
 def hub_source(name: str) -> FileSource:
-    """Download the named hub data set (resuming what is partly there) and read it from disk.
+    """Download the named hub data set (continuing partial downloads) and read it from disk.
 
     Raises:
         UserError: the hub cannot be reached or does not have the files.
@@ -168,7 +168,7 @@ def hub_source(name: str) -> FileSource:
 
 
 def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileSource:
-    """Local files; folders stand for the readable files in and below them, in order of their names.
+    """Local files; a folder means the readable files in and below it, in order of their names.
 
     Raises:
         UserError: a path does not exist or holds no file of a known kind.
@@ -180,7 +180,7 @@ def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileS
 
 
 def _expand(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Files to read, and the names of what folders have beside them."""
+    """Files to read, and the names of other entries of folders."""
     files: list[Path] = []
     skipped: list[str] = []
     for path in paths:
@@ -204,8 +204,9 @@ def _expand(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[str, ...]]
 
 
 def _walk(root: Path) -> tuple[list[Path], list[str]]:
-    """Readable files in and below a folder, in order of their paths, and what is passed over: hidden
-    files and folders, files of other kinds, and links to a folder that holds this one or has been read."""
+    """Readable files in and below a folder, in order of their paths, and the entries that are
+    skipped: hidden files and folders, files of other kinds, and links to a folder that holds this
+    one or has been read."""
     files: list[Path] = []
     skipped: list[str] = []
     with reading(root):

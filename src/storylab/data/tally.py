@@ -23,7 +23,8 @@ class Tally:
         markers: stories that hold ``<|endoftext|>`` as ordinary text.
         skipped: how many entries of folders were not read, and ``skipped_names``, the first of them.
         unseparated: how many .txt files are one story, without ``<|endoftext|>`` inside, and
-            ``unseparated_files``, the first of them with what else may separate their stories.
+            ``unseparated_files``, the first of them, each with another marker that may separate its
+            stories.
     """
 
     line_ends: int = 0
@@ -38,7 +39,7 @@ class Tally:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Tally:
-        """The tally in a manifest; what another version counted is passed over."""
+        """The tally in a manifest; counts of other versions are ignored."""
         names = [f.name for f in dataclasses.fields(Tally)]
         return Tally(**{name: values[name] for name in names if name in values})
 
@@ -48,13 +49,13 @@ class Tally:
         self.skipped_names = [*self.skipped_names, *names][:NAMES_KEPT]
 
     def note_unseparated(self, file: str, has: str) -> None:
-        """Note a file that is one story, and what it has in the place of ``<|endoftext|>``."""
+        """Note a file that is one story, and the marker that it has in the place of ``<|endoftext|>``."""
         self.unseparated += 1
         if len(self.unseparated_files) < NAMES_KEPT:
             self.unseparated_files.append({"file": file, "has": has})
 
     def lines(self) -> list[str]:
-        """A line for each thing that there is to say."""
+        """A line for each kind of change or omission."""
         counted = [
             (self.line_ends, "line end", "of CR or CR LF made LF"),
             (self.byte_order_marks, "byte order mark", "removed"),

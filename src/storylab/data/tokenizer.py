@@ -31,13 +31,14 @@ WORD_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 # The same cuts for text without long runs of white space, in a form that tiktoken runs 2.3 times as
-# fast: no look-ahead, no possessive repeats. GPT-2's rule keeps a run of white space together but
-# for its last character. In a run of one or two characters before a word that leaves each of them
-# alone, which is what the last alternative does.
+# fast: no look-ahead, no possessive repeats. GPT-2's rule keeps a run of white space together,
+# except for its last character. In a run of one or two characters before a word each of them is a
+# piece, and the last alternative does the same.
 FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"""
 LONG_SPACE = re.compile(r"\s\s(?:\s|\Z)")
 # White space by Unicode, as tiktoken has it. Its look-ahead puts every character of a run on a stack that
-# holds a million; a run of this length or more is cut first, where the rule itself would cut it.
+# holds a million; a run of this length or more is split first, at a place where the rule itself
+# splits it.
 MAX_SPACE = 10_000
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The look-behind keeps the search from beginning again at every character of a run.
@@ -55,8 +56,8 @@ GPT2_REPO, GPT2_REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633
 GPT2_HUB_NAMES = {"vocab.bpe": "merges.txt", "encoder.json": "vocab.json"}
 # Enough text for any vocabulary in use here; pairs counted on more would be the same ones.
 TRAINING_BYTES = 200_000_000
-# A longer word is cut into pieces of so many bytes before its pairs are counted: the trainer's work grows
-# with the square of a word. Words of ordinary text are far shorter.
+# A longer word is split into pieces of this many bytes before its pairs are counted: the trainer's
+# work grows with the square of a word. Words of ordinary text are far shorter.
 TRAINING_WORD_BYTES = 256
 
 
@@ -105,10 +106,11 @@ class Tokenizer:
         return self._encode(whole).tolist()
 
     def _encode(self, text: str) -> np.ndarray:
-        """Ids of ``text`` as uint32, cut in huge runs of white space.
+        """Ids of ``text`` as uint32; huge runs of white space are split first.
 
-        GPT-2's rule takes a run that a word follows as one piece but for its last character, which goes
-        with the word. Cut there, both sides give the same pieces alone as together, as no rule looks back.
+        GPT-2's rule takes a run that a word follows as one piece, except for its last character,
+        which goes with the word. Split there, both sides give the same pieces alone as together, as
+        no rule looks back.
         """
         parts, begin = [], 0
         for run in HUGE_SPACE.finditer(text):
@@ -184,7 +186,7 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
     """GPT-2's tokenizer (50,257 ids) from ``folder``, else the installed package, else the hub.
 
     Raises:
-        UserError: no copy is at hand, or one has been altered.
+        UserError: there is no copy, or one has been altered.
     """
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 

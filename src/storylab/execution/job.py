@@ -81,7 +81,7 @@ def encode(message: Event | Outcome) -> str:
 
 
 def decode(line: str) -> Event | Outcome | None:
-    """The message in a line; None where a library has printed something of its own."""
+    """Decode the message in a line; None if a library printed the line."""
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         values = json.loads(line)
         return _MESSAGES[values.pop("message")](**values)

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own on this machine."""
+"""Run each job in a separate process on this machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import IO
 
 from storylab.execution.job import Job, OnEvent, Outcome, decode
 
-# Ctrl-C in a terminal goes to every process of its group. Only this process shall hear it, and ask its jobs
-# to stop: hence a session of their own for jobs, or a group on Windows, which has no sessions.
+# Ctrl-C in a terminal goes to every process of its group. Only this process shall hear it, and ask
+# its jobs to stop. So jobs get a separate session, or a group on Windows, which has no sessions.
 _NEW_GROUP: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 # Windows has no such signal.
 _SIGKILL: int | None = getattr(signal, "SIGKILL", None)
 
 
 class LocalExecutor:
-    """Runs each job in a new process, so that its memory is its own and a crash ends nothing else.
+    """Runs each job in a new process: its memory is measured alone, and a crash ends nothing else.
 
     Args:
         slots: how many processes may run at the same time. They share the cores of this machine.
@@ -64,7 +64,7 @@ class LocalExecutor:
             _ask_to_stop(child)
 
     def _sudden_end(self, child: subprocess.Popen[str], errors: IO[bytes]) -> Outcome:
-        """The outcome of a process that ended without naming one."""
+        """Describe the end of a process that reported no outcome."""
         if self._stopped:
             return Outcome("interrupted", "stopped before it could save anything")
         if _SIGKILL is not None and child.returncode == -_SIGKILL:

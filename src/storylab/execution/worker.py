@@ -55,7 +55,7 @@ def _first_line(error: Exception) -> str:
 
 
 def send(message: Event | Outcome) -> None:
-    """Write a message for the parent process. If that is gone, stop as if told to: the work is saved."""
+    """Write a message for the parent process. If that is gone, stop as on a signal: the work is saved."""
     try:
         print(encode(message), flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Training one planned run to its end: attempts, and the remedies between them."""
+"""Train one planned run to its end: attempts, and the remedies between them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Remedy = Callable[[PlannedRun, Attempt, Outcome], tuple[Attempt, str] | None]
 
 
 def resume_once(run: PlannedRun, attempt: Attempt, outcome: Outcome) -> tuple[Attempt, str] | None:
-    """Continue from the checkpoint, once: whoever killed the process may not have meant the run."""
+    """Continue from the checkpoint, once: the process may have been killed for a reason outside the run."""
     if attempt.resumes or not exists(RunFolder(run.folder).checkpoint("last")):
         return None
     note = f"{outcome.reason}; going on from its checkpoint"

@@ -1,4 +1,4 @@
-"""Is one recipe better than another, by how much, and may the two be compared at all?
+"""Decide whether one recipe is better than another, by how much, and whether they may be compared.
 
 Two questions are kept apart: whether two trained models differ on stories like these (paired by
 story, the runs as they are), and whether one recipe is better than the other (paired by seed: the
@@ -32,7 +32,7 @@ from storylab.record.run import Run
 BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
 NO_DIFFERENCE, CANT_TELL, CONFOUNDED = "no difference seen", "can't tell", "confounded"
 DIVERGED = "diverged"
-# Mean and median speed further apart than this tell of other work on the machine.
+# Mean and median speed further apart than this show that the machine did other work.
 UNSTEADY = 0.05
 
 
@@ -121,7 +121,7 @@ class Comparison:
         ``diverged`` or ``confounded``; corrected for the number of comparisons made together."""
         if self.confounds:
             return CONFOUNDED
-        # Whatever the runs that are left say, they are a choice of the lucky ones.
+        # The runs that are left are a biased choice: those that happened not to diverge.
         if self.diverged and not self.baseline_diverged:
             return DIVERGED
         if self.baseline_diverged:
@@ -133,7 +133,7 @@ class Comparison:
             return EQUIVALENT
         if self.adjusted_p < ALPHA:
             return BETTER if self.recipes.estimate < 0 else WORSE
-        # A difference that only the correction takes away has been seen, but not surely enough.
+        # A difference that fails only because of the correction is no proof of equality either.
         return CANT_TELL if self.recipes.p < ALPHA else NO_DIFFERENCE
 
     @property
@@ -183,16 +183,16 @@ def compare_arms(
 
     Args:
         arm: its runs; those of the baseline's seeds are paired.
-        baseline: what it is held against.
+        baseline: the arm to compare with.
         allowed: config fields in which the two may differ: the factor's.
         condition: under which condition both were run, for the report.
         margin: the difference in nats that counts as none, if equivalence is asked for.
-        noise: spread over seeds of the baseline's recipe; by default that of its own runs, or of
-            the other seeds in the folder of a single one.
+        noise: spread over seeds of the baseline's recipe; by default that of the baseline's runs;
+            for a single run, that of the other seeds in its folder.
         cache: runs that have been read already.
     """
     pairs, paired = _pair(arm, baseline)
-    # Without pairs every run of the one stands against every run of the other.
+    # Without pairs every run of one arm is compared with every run of the other.
     met = pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
     confounds = dict.fromkeys(c for pair in met for c in _confounds(*pair, allowed, paired))
     speed_confounds = dict.fromkeys(c for pair in met for c in _speed_confounds(*pair))
@@ -237,7 +237,7 @@ def compare_arms(
 
 
 def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Run, Run]], bool]:
-    """Runs of the two with the same seeds and True; where there are none, runs as they come."""
+    """Runs of the two with the same seeds, and True; if no seed is shared, all runs in order, and False."""
     ours = {run.seeds: run for run in arm.finished}
     theirs = {run.seeds: run for run in baseline.finished}
     pairs = [(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs]
@@ -289,8 +289,8 @@ def noise_floor(run: Run, cache: RunCache | None = None) -> Noise | None:
 
 
 def other_seeds(run: Run, cache: RunCache | None = None) -> tuple[list[Run], list[str]]:
-    """The run and those in the same folder with its config, seeds apart, its data and its code; and the
-    faults of those that cannot be read."""
+    """The run and those in the same folder with the same config (except seeds), data and code; and
+    the faults of unreadable ones."""
     cache = cache or RunCache()
     alike, problems = [run], []
     for folder in run_folders(run.folder.parent):
@@ -307,7 +307,7 @@ def other_seeds(run: Run, cache: RunCache | None = None) -> tuple[list[Run], lis
 
 
 def group_runs(results: Iterable[Run]) -> list[Arm]:
-    """Runs of the same recipe and data as one arm, in the order in which they first come."""
+    """Group runs of the same recipe and data into arms, in order of their first run."""
     groups: list[list[Run]] = []
     for result in results:
         for group in groups:
@@ -322,9 +322,9 @@ def group_runs(results: Iterable[Run]) -> list[Arm]:
 
 
 def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Comparison]:
-    """Hold the arms that ``results`` make up against the first of them; a seed counts once.
+    """Group ``results`` into arms and compare each with the first; a seed counts once.
 
-    What the arms differ in is the factor if one factor covers it; else they are confounded.
+    The difference between two arms is the factor if one factor covers it; else they are confounded.
     """
     baseline, *arms = group_runs(results)
     comparisons = []
@@ -337,7 +337,8 @@ def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Co
 
 
 def _arm_name(group: Sequence[Run], first: Sequence[Run]) -> str:
-    """Where its first run lies, and what sets its config apart from the first group's."""
+    """Name of an arm: the folder of its first run, and the difference of its config to the first
+    group's."""
     changed = changed_fields(first[0].config, group[0].config)
     name = group[0].folder.name
     if not changed or len(changed) > 3:
@@ -385,7 +386,7 @@ def _speed_confounds(a: Run, b: Run) -> Iterable[str]:
         "platform", *({stage.platform for stage in run.stages} for run in (a, b))
     )
     if any(run.results.emulated for run in (a, b)):
-        yield "emulated precision, whose time and memory say nothing of hardware"
+        yield "emulated precision, whose time and memory are no measure of hardware"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
         yield f"micro-batch: {a.config.batch_size} against {b.config.batch_size} sequences"
 
@@ -397,7 +398,7 @@ def _differences(name: str, ours: set[Any], theirs: set[Any]) -> Iterable[str]:
 
 
 def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> Iterable[str]:
-    """Facts that a reader should know, though they make no comparison void."""
+    """Facts for the reader that do not make the comparison void."""
     for side in (arm, baseline):
         resumed = sum(bool(run.environment.resumed) for run in side.runs)
         if resumed:
@@ -413,7 +414,7 @@ def _notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> Iterabl
     if lost and arm.finished:
         yield (
             f"{lost} of {len(arm.runs)} runs of {arm.name} did not finish: the difference is that of "
-            "those that did"
+            "the others"
         )
 
 
@@ -438,7 +439,7 @@ def _ratio(values: Sequence[tuple[Any, ...]]) -> Ratio | None:
 
 
 def _equal_time(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> EqualTime | None:
-    """The difference when the faster of each pair has just ended, read off the curves."""
+    """The difference at the time when the faster run of each pair ended, read off the curves."""
     differences, progress = [], []
     slower_arm = 0
     for a, b in pairs:

@@ -1,4 +1,4 @@
-"""Loss curves in formulas: power laws over a run, and where a learning rate is best."""
+"""Formulas for loss curves: power laws over a run, and the best learning rate."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MOST_SEEDS = 10_000
 
 @dataclass(frozen=True)
 class Expectation:
-    """A number that the hypothesis names, to be held against the measured one."""
+    """A number that the hypothesis predicts, for comparison with the measured one."""
 
     text: str
     metric: str
@@ -34,7 +34,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm under a condition, with the config of its runs but for the seed."""
+    """An arm under a condition, with the config of its runs except the seed."""
 
     condition: str
     arm: str
@@ -45,7 +45,7 @@ class Cell:
 class Experiment:
     """A checked experiment at one scale.
 
-    ``conditions`` are compared apart, each with a baseline of its own; an experiment without
+    ``conditions`` are compared separately, each with its own baseline; an experiment without
     conditions has the one named ``""``. ``matched`` names those conditions whose arms have the
     baseline's training compute instead of its number of tokens.
     """

@@ -38,7 +38,7 @@ WHOLE_RECIPES = ("method", "training")
 
 
 def under(name: str, condition: str) -> str:
-    """An arm's name, or another text, with the condition that it was run under, if any."""
+    """An arm's name, or another text, followed by its condition, if any."""
     return f"{name} @ {condition}" if condition else name
 
 
@@ -92,7 +92,7 @@ def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]
 def unexplained(
     a: TrainConfig, b: TrainConfig, allowed: frozenset[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields other than the ``allowed`` ones in which two runs differ, as name -> (a's, b's).
+    """Fields, except the ``allowed`` ones, in which two runs differ, as name -> (a's, b's).
 
     A change of block_size may change the number of sequences in a batch, but not its number of tokens.
     """
@@ -106,7 +106,7 @@ def unexplained(
 
 
 def same_learning_rates(a: TrainConfig, b: TrainConfig) -> bool:
-    """Whether peak, warm-up and schedule come to the same learning rate at every iteration."""
+    """Whether peak, warm-up and schedule give the same learning rate at every iteration."""
     return a.max_iters == b.max_iters and all(
         learning_rate(a, i) == learning_rate(b, i) for i in telling_iterations((a, b), a.iterations)
     )

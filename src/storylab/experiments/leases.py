@@ -53,4 +53,4 @@ def _is_held(folder: Path) -> bool:
     try:
         return exists(folder) and held(folder)
     except UserError:
-        return False  # whoever trains the run names the fault
+        return False  # the code that trains the run reports the fault

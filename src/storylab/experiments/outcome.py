@@ -33,7 +33,7 @@ from storylab.record.schema import CellRecord, ExperimentRecord
 
 @dataclass(frozen=True)
 class CellResult:
-    """An arm under a condition: the config it was to be trained with, and its runs."""
+    """An arm under a condition: its planned config, and its runs."""
 
     condition: str
     arm: Arm
@@ -49,7 +49,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Checked:
-    """An expectation with the number it was held against: None if there is none."""
+    """An expectation with the measured number, or None if there is none."""
 
     expectation: Expectation
     condition: str
@@ -94,7 +94,7 @@ class Outcome:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """Conditions in the file's order; one named "" where there are none."""
+        """Conditions in the file's order; a single one named "" if the file has none."""
         return tuple(dict.fromkeys(cell.condition for cell in self.cells))
 
     @property
@@ -149,7 +149,7 @@ def read_experiment(path: Path) -> ExperimentRecord:
 
 
 def _record_faults(record: ExperimentRecord) -> Iterator[str]:
-    """Where a record does not fit together."""
+    """Contradictions within a record."""
     cells = [(cell.condition, cell.arm) for cell in record.cells]
     if not cells:
         yield "it has no cells"
@@ -238,7 +238,7 @@ def _read_cell(
 
 
 def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:
-    """The expectation held against its arm, under every condition that it speaks of."""
+    """Compare the expectation with its arm, under every condition that it covers."""
     for cell in outcome.cells:
         wanted = expectation.condition in (None, cell.condition)
         if cell.arm.name == expectation.arm and wanted:

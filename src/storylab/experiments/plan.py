@@ -100,7 +100,7 @@ def resolved_cells(
             if not only or cell.arm in only:
                 raise UserError(f"arm '{cell.arm}': {error}; --only runs the other arms") from error
         name = f"{config.preset}-{recipe_digest(config, dataset.fingerprint)}"
-        # If compiling goes wrong, a run stops only where the user asked for compiling by name.
+        # If compiling fails, a run stops only if the user asked for compiling.
         config = dataclasses.replace(config, compile=cell.config.compile)
         cells.append((dataclasses.replace(cell, config=config), name))
     return cells

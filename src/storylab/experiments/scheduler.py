@@ -1,4 +1,4 @@
-"""Trains the runs of an experiment in order, skips those that have ended, and shows how it goes."""
+"""Train the runs of an experiment in order, skip those that have ended, and show the progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POLL_SECONDS = 2.0
 
 
 class ExperimentReporter(Protocol):
-    """Shows how an experiment goes."""
+    """Shows the progress of an experiment."""
 
     def line(self, text: str) -> None:
         """A line for the user."""
@@ -82,7 +82,7 @@ def run_experiment(
     Args:
         planned: the runs, in order.
         executor: carries out the training.
-        reporter: shows how it goes.
+        reporter: shows the progress.
         fresh: train everything again; earlier runs are set aside.
 
     Returns:
@@ -212,7 +212,7 @@ class _Scheduler:
 
         outcome = self._executor.run(job, show)
         self._require_going()
-        if outcome.status == "interrupted":  # by somebody else than us
+        if outcome.status == "interrupted":  # by another program
             raise Interrupted(outcome.reason, signal.SIGTERM)
         return outcome
 

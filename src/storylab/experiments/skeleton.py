@@ -19,16 +19,9 @@ seeds = [1337, 1338, 1339]        # each seed is one pair of runs: same weights,
 source = "builtin"                # tinystories, or builtin to try this without a download
 tokenizer = "bpe:1024"
 
-[config]                          # shared by all arms; what is not here is the record's
-preset = "nano"
-max_iters = 300
-batch_size = 32
-gradient_accumulation_steps = 1
-warmup_iters = 30
-learning_rate = 1e-3
-min_lr = 0.0
-eval_interval = 50
-eval_iters = 2
+[config]                          # shared by all arms; other flags keep the defaults of `storylab
+train` preset = "nano" max_iters = 300 batch_size = 32 gradient_accumulation_steps = 1 warmup_iters
+= 30 learning_rate = 1e-3 min_lr = 0.0 eval_interval = 50 eval_iters = 2
 
 [arms]                            # each arm states what it changes
 "1e-3" = {{ learning_rate = 1e-3 }}
@@ -37,7 +30,7 @@ eval_iters = 2
 
 
 def skeleton(title: str) -> str:
-    """The text of a new experiment file, which runs as it is.
+    """The text of a new experiment file, which runs without an edit.
 
     Raises:
         UserError: no file can have the title.
@@ -46,6 +39,6 @@ def skeleton(title: str) -> str:
         raise UserError("the title is empty: give a line of text")
     if not is_unicode(title):
         raise UserError("the title is not UTF-8 text: write it again")
-    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
+    # A JSON string is a TOML string, except for one control character that JSON does not escape.
     quoted = json.dumps(title, ensure_ascii=False).replace("\x7f", "\\u007f")
     return SKELETON.format(title=quoted, factors=", ".join(FACTORS))

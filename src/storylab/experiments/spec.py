@@ -119,7 +119,7 @@ class _Reader:
             raise UserError(f"the baseline '{baseline}' is not one of the arms: {listed(arms)}")
         factor = get_typed(table, "factor", str, "")
         if len(arms) > 1 and not factor:
-            raise UserError("it needs a factor: what its arms differ in")
+            raise UserError("it needs a factor, the one thing that its arms differ in")
         if factor:
             factor_fields(factor)
         experiment = Experiment(
@@ -145,7 +145,7 @@ class _Reader:
             if factor and factor_fields(factor) & values.keys():
                 raise UserError(
                     f"condition '{name}' sets {listed(factor_fields(factor) & values.keys())}, which is "
-                    "for the arms: it is what they differ in"
+                    "for the arms: it is the factor"
                 )
         cells = [
             Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
@@ -180,7 +180,7 @@ class _Reader:
             if instead := FIELDS[name].set_by:
                 raise UserError(f"{place}: {name} is not an arm's to set: {instead}")
         for name in sorted(values.keys() - FIELDS.keys()):
-            hint = perhaps(name, FIELDS) or "; see storylab train --help for what there is"
+            hint = perhaps(name, FIELDS) or "; storylab train --help lists the flags"
             raise UserError(f"unknown key '{name}'{hint}; in {place}")
         flags = as_flags({"data_dir": str(self.data.folder)} | values)
         config = parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
@@ -189,7 +189,7 @@ class _Reader:
 
 
 def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
-    """The cells, those of a matched condition as long as the baseline's compute lasts."""
+    """The cells; those of a matched condition train until they have used the baseline's compute."""
     for cell in experiment.cells:
         if cell.condition not in experiment.matched or cell.arm == experiment.baseline:
             yield cell
@@ -206,8 +206,8 @@ def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
 
 
 def _alike_compiled(experiment: Experiment) -> Iterable[Cell]:
-    """The cells, uncompiled where nothing else is said and one of them could not be compiled or is too
-    short for it: arms must not differ in that."""
+    """The cells with the same choice of compiling, as arms must not differ in it. Unless the file
+    decides, all are uncompiled if one cannot be compiled or is too short for it."""
     short = any(
         cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config)
         for cell in experiment.cells
@@ -241,8 +241,7 @@ def _check_arms(experiment: Experiment) -> None:
                 a, b = (experiment.cell(condition, name).config for name in (other, arm))
                 if not changed_fields(a, b):
                     raise UserError(
-                        f"arm '{arm}' changes nothing{where}: all that decides its result is as in "
-                        f"'{other}'"
+                        f"arm '{arm}' changes nothing{where}: it has the same result as '{other}'"
                     )
                 if extra := set(unexplained(a, b, allowed)):
                     raise UserError(

@@ -1,4 +1,4 @@
-"""Values out of the tables of a TOML file, with errors that name the key."""
+"""Read values from the tables of a TOML file, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LISTS = ("train", "validation")
 
 
 def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
-    """Put underscores for hyphens in the keys of a file, or of one of its scales, as flags have both. Names
-    that the user chose stay.
+    """Replace hyphens by underscores in the keys of a file, or of one of its scales, as flags may
+    have both. Names that the user chose stay.
 
     Raises:
         UserError: a key is given in both spellings.
@@ -43,7 +43,8 @@ def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
 
 
 def _one_spelling(table: Any, place: str) -> Any:
-    """Spell the keys of a table with underscores. Other values stay: whoever reads them names the fault."""
+    """Spell the keys of a table with underscores. Other values stay: the code that reads them
+    reports the fault."""
     if not isinstance(table, dict):
         return table
     spelled: dict[str, Any] = {}
@@ -65,7 +66,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     """Turn a table into flags, so that one parser checks files and the command line.
 
     Raises:
-        UserError: a value is of a kind that no flag has.
+        UserError: a value has a type that no flag has.
     """
     flags = []
     for key, value in values.items():
@@ -76,7 +77,7 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
                 raise UserError(f"{key} must be {kind}, not {shown(value)}")
             if isinstance(entry, str) and ("\0" in entry or (many and entry.startswith("-"))):
                 raise UserError(f"{key} cannot be {shown(entry)}")
-        # With "=" a value that looks like a flag is none.
+        # With "=" a value that looks like a flag is not taken for one.
         flags += [f"--{key}", *value] if many else [f"--{key}={value}"]
     return flags
 

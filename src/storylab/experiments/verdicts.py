@@ -18,19 +18,20 @@ from storylab.experiments.statistics import Interval
 
 
 def nats(value: float) -> str:
-    """A signed difference in nats, to the digits that a seed's noise leaves."""
+    """A signed difference in nats, with as many digits as the noise between seeds allows."""
     return f"{value:+.4f}" if abs(value) < 0.01 else f"{value:+.3f}"
 
 
 def interval_text(interval: Interval) -> str:
-    """``+0.012 nats (95 % CI +0.008 to +0.016``, open for what follows."""
+    """``+0.012 nats (95 % CI +0.008 to +0.016``, without the closing parenthesis; the caller
+    appends to it."""
     digits = 4 if max(abs(interval.low), abs(interval.high)) < 0.1 else 3
     low, high = (f"{v:+.{digits}f}" for v in (interval.low, interval.high))
     return f"{interval.estimate:+.{digits}f} nats (95 % CI {low} to {high}"
 
 
 def verdict_line(c: Comparison) -> str:
-    """The comparison in one line and few words."""
+    """The comparison in one short line."""
     title = under(f"{c.arm} vs {c.baseline}", c.condition)
     if c.verdict == DIVERGED:
         return f"{title}: {DIVERGED}, so worse: {'; '.join(c.failures)}"
@@ -60,8 +61,8 @@ def _loss_part(c: Comparison) -> str:
         more = f"; about {needed} paired seeds would decide" if needed else ""
         return (
             f"{difference} with one seed ({stories}): {CANT_TELL} whether the recipe or the seed did "
-            f"it, as no noise floor is known for this recipe (train the baseline with other seeds beside "
-            f"it, or see `storylab noise`){more}"
+            f"it, as no noise floor is known for this recipe (train the baseline with other seeds "
+            f"too, or see `storylab noise`){more}"
         )
     if c.from_noise:
         assert c.noise is not None
@@ -133,7 +134,7 @@ def ratio_text(ratio: Ratio, more: str, less: str, what: str, paired: bool = Tru
 
 
 def detail_lines(c: Comparison) -> list[str]:
-    """What stands behind the verdict, a fact a line."""
+    """The facts behind the verdict, one a line."""
     lines = []
     if c.recipes is not None and not c.confounds:
         adjusted = f", {c.adjusted_p:.2g} corrected for {c.family}" if c.family > 1 else ""

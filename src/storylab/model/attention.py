@@ -101,8 +101,8 @@ def _banded_attention(
 ) -> Tensor:
     """Attention in a pattern of limited reach, at a cost of T * reach rather than T * T.
 
-    Time is cut into blocks at least as long as the reach, so a block of queries needs only the keys
-    of its own block and of the one before it.
+    Time is split into blocks at least as long as the reach, so a block of queries needs only the
+    keys of the same block and of the one before it.
     """
     batch, heads, time, size = query.shape
     block = max(reach, MIN_BLOCK)

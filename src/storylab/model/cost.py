@@ -1,7 +1,7 @@
 """Arithmetic of a model by part of a step: FLOPs from its matrices and its attention patterns.
 
-Plans (:mod:`storylab.planning.roofline`) and profiles (:mod:`storylab.training.measure`) cut a step into
-the same parts, :class:`StepPart`. This module does not load torch.
+Plans (:mod:`storylab.planning.roofline`) and profiles (:mod:`storylab.training.measure`) divide a
+step into the same parts, :class:`StepPart`. This module does not load torch.
 """
 
 from __future__ import annotations

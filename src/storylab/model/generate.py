@@ -40,13 +40,13 @@ class Sampling:
 def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities ``[B, V]`` float32 that tokens are drawn with, from ``logits [B, V]``.
 
-    Top-k is applied first, then top-p (Holtzman et al. 2020, arXiv 1904.09751) to what it left.
+    Top-k is applied first, then top-p (Holtzman et al. 2020, arXiv 1904.09751) to the remaining tokens.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, best, 1.0)
-    # Within what a float32 holds: at the smallest, all that is not the greatest has no chance either.
+    # Within the range of a float32; at its smallest value, only the greatest logit has a chance.
     bounds = torch.finfo(torch.float32)
     temperature = min(max(sampling.temperature, bounds.tiny), bounds.max)
     # Relative to the greatest, so that a tiny temperature cannot overflow.
@@ -76,7 +76,7 @@ def generate(
     """Yield the next token of every row, ``[B]`` int64 on the CPU, ``max_new_tokens`` times.
 
     The model never sees more than ``context`` tokens, the length it was trained on: when they are
-    full it goes on from the later half of them.
+    full, it continues from the later half of them.
 
     Args:
         model: in evaluation use; called under the caller's autocast.

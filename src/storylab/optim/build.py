@@ -1,4 +1,4 @@
-"""The optimizers of a run, and what a step does with all of them."""
+"""Build the optimizers of a run; functions that a step applies to all of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def build_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that update ``model``: the config's, and AdamW behind it where that one is for the
-    matrices of the blocks alone. Matrices and embeddings decay, norm gains and scales do not.
+    """The optimizers that update ``model``: the config's, followed by AdamW if the config's is only
+    for the matrices of the blocks. Matrices and embeddings decay, norm gains and scales do not.
 
     The ``lr_ratio`` of a parameter group is its learning rate over the step's; ``state_names`` of an
     optimizer are the tensors that it keeps for a parameter.
@@ -73,7 +73,7 @@ def require_skipping(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Give every parameter group its learning rate where the run's is ``learning_rate``."""
+    """Set the learning rate of every parameter group, given the run's ``learning_rate``."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)

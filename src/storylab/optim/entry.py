@@ -1,4 +1,4 @@
-"""The facts about an optimizer, in one object: how to build it, how to name it, and what its update costs.
+"""The facts about an optimizer, in one object: how to build it, its name, and the cost of its update.
 
 Nothing here imports torch, so that the config can list the names and a plan can ask for costs at once.
 """

@@ -26,12 +26,12 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: each weight ``[rows, columns]`` with the rows of the projections that it joins,
-            each of which is updated as a matrix of its own.
+            each of which is updated as a separate matrix.
         lr: learning rate.
         weight_decay: share of lr by which a weight shrinks.
         normalize_rows: divide every row of an update by the root of a running mean of its squares,
-            and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491, but
-            for that norm, which makes lr mean the same with and without).
+            and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491,
+            except for that norm, which gives lr the same meaning with and without).
     """
 
     skips_where_found_inf = True
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """One update from the current gradients."""
         assert closure is None
         skip: Tensor | None = getattr(self, "found_inf", None)
         keep = None if skip is None else skip == 0

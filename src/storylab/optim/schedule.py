@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Schedule:
     """The course of the learning rate from the end of the warm-up (progress 0) to the last iteration (1).
 
-    A schedule with a parameter reads it from a field of its own in the config, marked ``"schedule"``.
+    A schedule with a parameter reads it from a separate field of the config, marked ``"schedule"``.
 
     Attributes:
         left: share of (learning_rate - min_lr) at a progress.

@@ -53,7 +53,7 @@ def bench_lines(
         configs: see :func:`variants`.
         vocab_size: number of token ids.
         seconds: time for steps, shared by all configs.
-        executor: measures each config as a job of its own.
+        executor: measures each config in a separate job.
 
     Raises:
         Interrupted: a signal stopped it.
@@ -80,8 +80,8 @@ def bench_lines(
 def shares_line(
     shares: dict[str, float] | None, config: TrainConfig, vocab_size: int, gpu: Gpu | None
 ) -> str:
-    """Share of a step's time that each part takes, with the predicted share beside the measured one
-    where the GPU is known and the plan covers the config. Parts of 0 % are left out."""
+    """Share of a step's time that each part takes, with the predicted share next to the measured
+    one if the GPU is known and the plan covers the config. Parts of 0 % are left out."""
     if shares is None:
         return f"no parts: the operations of {config.backend} are not told apart"
     predicted: dict[StepPart, float] = {}

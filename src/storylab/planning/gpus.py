@@ -108,7 +108,7 @@ GPUS: dict[str, Gpu] = {
 if TYPE_CHECKING:
     GpuName = str
 else:
-    # For the parser of flags: a key of the registry, or the machine at hand.
+    # For the parser of flags: a key of the registry, or this machine.
     GpuName = Literal[(*GPUS, "this")]
 
 # Words in a driver's name for another model than the one with the same number.

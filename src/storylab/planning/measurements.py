@@ -72,8 +72,9 @@ def time_steps(
 
     Returns:
         ``seconds`` and ``joules`` (or None) of a step; ``memory``, its peak in bytes; ``shares`` of the
-        step's parts, or None where a library computes low precision in operations of its own; and
-        ``products``, the seconds of its matrix products alone, or None where they are quantized.
+        step's parts, or None if a library computes low precision by operations that the rules do
+        not know; and ``products``, the seconds of its matrix products alone, or None where they are
+        quantized.
 
     Raises:
         UserError: this machine lacks the device or the precision.

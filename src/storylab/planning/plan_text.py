@@ -45,7 +45,7 @@ def obstacle(gpu: Gpu, config: TrainConfig) -> str | None:
     if config.dtype == "float32":
         return "float32 is not planned for: its products run on other units"
     if config.backend == "emulated":
-        return "emulated: its time says nothing of hardware"
+        return "emulated: its time is no measure of hardware"
     if recipe is not None and not has_backend(recipe):
         return "no library computes this recipe: it can be emulated"
     return None if can_run(gpu, recipe) else f"{gpu.name} cannot train in {config.dtype}"

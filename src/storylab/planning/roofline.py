@@ -1,4 +1,4 @@
-"""How long a training step takes: the FLOPs and bytes of every part against a GPU's limits.
+"""Predict the time of a training step: the FLOPs and bytes of every part against a GPU's limits.
 
 A part takes the longer of its arithmetic and its memory traffic, plus the time to start its kernels
 (Williams et al. 2009, the roofline model). :mod:`storylab.planning.gpus` has the limits,
@@ -238,7 +238,8 @@ def gains(
     config: TrainConfig, vocab_size: int, gpu: Gpu, software: Software, recipe: Recipe
 ) -> tuple[float, float]:
     """Speed-up that the recipe is predicted to bring, and the most that it can by Amdahl's law: its
-    products at the GPU's rate of their format, quantized for nothing, and all else as it is."""
+    products at the GPU's rate of their format, quantized at no cost, and everything else
+    unchanged."""
     work = micro_batch_work(config, vocab_size, software, recipe)
     free = [each for each in work if each.part is not StepPart.QUANTIZING]
     before = micro_batch_seconds(micro_batch_work(config, vocab_size, software), gpu, software)

@@ -25,7 +25,7 @@ class Traffic:
         mix: per element of a sum with learned scales: embedding residual, value residual.
         norm_kernels: kernels of a norm that not every model has.
         mix_kernels: kernels of a sum with learned scales.
-        least_update: whether an update moves the least that it can, rather than what PyTorch moves.
+        least_update: whether an update moves the least memory that it can, rather than as much as PyTorch.
     """
 
     norm: float

@@ -19,8 +19,8 @@ def find_recipe(name: str, changes: str = "") -> Recipe | None:
     """The recipe of a dtype with ``changes`` made to it; None for a dtype that has none.
 
     A change is ``FIELD=VALUE`` for a field of :class:`Recipe`, ``PRODUCT=bfloat16`` to leave a
-    product in bfloat16, or ``PRODUCT.OPERAND.FIELD=VALUE`` for a field of :class:`Operand`; ``*`` stands
-    for every product or operand that there is, as in ``*.gradient.stochastic=false``.
+    product in bfloat16, or ``PRODUCT.OPERAND.FIELD=VALUE`` for a field of :class:`Operand`; ``*``
+    means every product or operand that exists, as in ``*.gradient.stochastic=false``.
 
     Raises:
         UserError: a change cannot be understood, or there is no recipe to change.

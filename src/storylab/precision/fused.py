@@ -31,7 +31,7 @@ class fused:  # noqa: N801 - used as a decorator
         self.proven: dict[object, bool] = {}
         """Whether the kernel for a kind of arguments may be used."""
         self.wrong = False
-        """Whether any kernel gave a result other than the function's."""
+        """Whether any kernel gave another result than the function."""
 
     @cached_property
     def kernel(self) -> Callable[..., Tensor] | None:
@@ -51,7 +51,7 @@ class fused:  # noqa: N801 - used as a decorator
             with torch._dynamo.config.patch(COMPILING):
                 result = self.kernel(values, *others)
         except Exception:
-            self.proven[kind] = False  # whatever it failed with, the function needs no compiler
+            self.proven[kind] = False  # any failure is caught, as the function needs no compiler
             return self.function(values, *others)
         if kind in self.proven:
             return result
@@ -63,7 +63,7 @@ class fused:  # noqa: N801 - used as a decorator
 
 
 def _kind(values: Tensor, others: tuple[object, ...]) -> object:
-    """Key of the arguments for which the compiler makes a separate kernel."""
+    """Key of the arguments that get a separate kernel from the compiler."""
     return tuple(
         (x.dtype, x.dim(), x.is_contiguous()) if isinstance(x, Tensor) else x
         for x in (values, *others)

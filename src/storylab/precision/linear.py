@@ -195,8 +195,8 @@ class QuantizedLinear(nn.Module):
         return quantized
 
     def delayed_amax(self, values: Tensor, kind: str) -> Tensor:
-        """Largest magnitude of a tensor in earlier steps (float32 scalar), times 2^margin; this step's
-        where there is no earlier one.
+        """Largest magnitude of a tensor in earlier steps (float32 scalar), times 2^margin; this
+        step's if there is no earlier one.
 
         A training pass also notes this step's. Repeating a step's forward pass changes nothing.
         """

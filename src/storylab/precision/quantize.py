@@ -116,7 +116,7 @@ def mxfp8_exponents(blocks: Tensor, form: Format) -> Tensor:
     bits = wanted.view(torch.int32)
     exponent = (bits >> 23) - 127
     above = (bits & 0x7FFFFF) != 0
-    # Subnormal values have a stored exponent of 0 and lie below 2^-126.
+    # Subnormal values have a stored exponent of 0 and are below 2^-126.
     subnormal = bits < 0x800000
     exponent = torch.where(
         subnormal, torch.where(bits > 0x400000, -126, -127), exponent + above.int()

@@ -1,4 +1,4 @@
-"""Precision recipes as data: which operand of which product is quantized, how, and what is not.
+"""Precision recipes as data: which operand of which product is quantized, and how.
 
 A linear layer y = x W' has three products: forward (x, W), input gradient (dy, W) and weight gradient
 (dy, x), in papers fprop, dgrad and wgrad. Blocks always run along the axis that a product sums over. A
@@ -180,7 +180,7 @@ RECIPES: dict[str, Recipe] = {
     "mxfp8": _same(Operand(E4M3, MXFP8_SCALING)),
     # NVIDIA 2025, arXiv 2509.25149.
     "nvfp4": _NVFP4,
-    # Without what GeForce cards have no instructions for.
+    # Without the parts for which GeForce cards have no instructions.
     "nvfp4-plain": Recipe(
         (_NV, _NV_WEIGHT), (_NV, _NV_WEIGHT), (_NV, _NV), high_last_share=_NVFP4.high_last_share
     ),

@@ -1,9 +1,9 @@
 """Scalings: how the elements of a tensor share scales. A scaling is one class here.
 
-A scaling owns all its facts: how it quantizes, which value one unit of the element format stands for
-at each place, which GPU feature it needs, what shapes it needs and how many bytes an element takes.
-This module does not load torch: plans read the facts, and the methods that compute on tensors import
-their kernels (:mod:`storylab.precision.quantize`) when they are called.
+A scaling owns all its facts: how it quantizes, which value one unit of the element format
+represents at each place, which GPU feature and which shapes it needs, and how many bytes an element
+takes. This module does not load torch: plans read the facts, and the methods that compute on
+tensors import their kernels (:mod:`storylab.precision.quantize`) when they are called.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Scaling(ABC):
         name: as ``--recipe`` spells it.
         formats: element formats that it takes.
         options: names of the options of :class:`Operand` that it takes.
-        feature: what a GPU needs to multiply its operands.
+        feature: the GPU feature that multiplies its operands.
         alignment: tokens of a sequence and features of a layer must be multiples of this in hardware.
         scale_bytes: bytes of scales per element; 0 where a scale covers a row or a tensor.
         per_tensor: one scale covers the tensor, so that its transpose has the same values.
@@ -77,7 +77,7 @@ class Scaling(ABC):
             scale: the float32 scale that :meth:`quantize` returned.
 
         Returns:
-            At least ``[M, K]``, float32; what is behind M rows or K columns is padding.
+            At least ``[M, K]``, float32; further rows and columns are padding.
         """
 
     def transposable(self, operand: Operand) -> bool:

@@ -50,7 +50,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
             save_file(tensors, temporary, metadata)
         except safetensors.SafetensorError as error:
-            # The library wraps what the system said, such as "No space left on device".
+            # The library wraps the system's message, such as "No space left on device".
             raise OSError(None, str(error)) from error
         temporary.chmod(0o644)  # the library leaves it readable by its owner alone
 
@@ -59,7 +59,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint, on the CPU.
 
     Raises:
-        UserError: the file is missing, cut short or altered.
+        UserError: the file is missing, truncated or altered.
     """
     if not exists(path):
         raise UserError(f"{path} is missing: the run has no such checkpoint (yet)")

@@ -74,7 +74,8 @@ class RunFolder:
         return read_record(self.folder / DATA, DataInfo)
 
     def read_environment(self) -> Environment:
-        """Read code version, packages, device, and the hashes that prove what paired runs share."""
+        """Read code version, packages, device, and the hashes that prove which weights and data
+        paired runs share."""
         return read_record(self.folder / ENVIRONMENT, Environment)
 
     def read_summary(self) -> Summary | None:
@@ -83,7 +84,7 @@ class RunFolder:
         return read_record(path, Summary) if exists(path) else None
 
     def read_rows(self) -> list[Row]:
-        """Read the rows of ``metrics.jsonl``, without a last line that a kill has cut short."""
+        """Read the rows of ``metrics.jsonl``, without a last line that a kill truncated."""
         path = self.folder / METRICS
         if not exists(path):
             return []
@@ -92,7 +93,7 @@ class RunFolder:
         try:
             return _row_decoder().decode_lines(data)
         except (ValueError, RecursionError):
-            # A line at a time is slower, but tells which one is wrong.
+            # Decoding a line at a time is slower, but finds the wrong one.
             return [row for row, _ in _rows(data.splitlines(), path)]
 
     def load_tokenizer(self) -> Tokenizer:
@@ -115,11 +116,12 @@ class RunFolder:
     def truncate_to(
         self, next_iteration: int, config: TrainConfig, compile_record: Mapping[str, Any]
     ) -> None:
-        """Prepare the folder to go on at ``next_iteration``: drop everything after it, note the new stage.
+        """Prepare the folder to continue at ``next_iteration``: drop everything after it, record
+        the new stage.
 
         Args:
             next_iteration: number of iterations that the checkpoint has done.
-            config: the config to go on with.
+            config: the config to continue with.
             compile_record: findings of the checks of compiled code, fields of
                 :class:`~storylab.record.schema.Stage`.
         """
@@ -197,7 +199,7 @@ def _row_decoder() -> msgspec.json.Decoder[Row]:
 
 
 def _rows(lines: list[bytes], path: Path) -> Iterator[tuple[Row, bytes]]:
-    """Rows with the lines that they were read from; a last line that was cut short is left out."""
+    """Rows with the lines that they were read from; a truncated last line is left out."""
     for number, line in enumerate(lines, start=1):
         try:
             yield parse_row(line, f"{path} line {number}"), line
@@ -210,7 +212,7 @@ def parse_row(line: bytes, place: str) -> Row:
     """Decode a row of ``metrics.jsonl``.
 
     Raises:
-        UserError: it is cut short, or something in it is missing or of another type.
+        UserError: it is truncated, or a value in it is missing or of another type.
     """
     # A union of structs is a type to msgspec, though not to the checker.
     return decode(Row, line, place)  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def _entry(folder: Path) -> RunEntry:
             regular = found[name].is_file()
         if not regular:
             with open_file(folder / name):
-                pass  # which says what it is instead
+                pass  # whose message says what the path is instead
     return RunEntry(
         folder.name,
         summary.status,
@@ -124,7 +124,7 @@ def _files(summary: Summary, found: dict[str, os.DirEntry[str]]) -> Iterator[str
 
 
 def run_folders(runs: Path) -> list[Path]:
-    """Folders in ``runs`` that hold a run or part of one, and those that cannot be looked into, by name.
+    """Folders in ``runs`` that hold a run or part of one, and unreadable folders, sorted by name.
 
     Raises:
         UserError: ``runs`` itself cannot be read.
@@ -197,7 +197,7 @@ class RunCache:
 
 
 def _stamps(folder: Path) -> Stamps:
-    """Name, time of the last change and size of the files in a folder; empty where there is none."""
+    """Name, time of the last change and size of the files in a folder; empty if it does not exist."""
     if not exists(folder):
         return ()
     with reading(folder):

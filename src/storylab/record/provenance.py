@@ -30,12 +30,12 @@ NON_NUMERIC_MODULES = (
 )
 # Code versions that `benchmarks/same_bits.py` has shown to give equal bits: SHA-256 of each, as
 # :func:`code_sha256` gives it, with the one that represents them all. To add one, run the benchmark against
-# the commit that has it, and map its hash to the representative of the code at hand.
+# the commit that has it, and map its hash to the representative of the current code.
 EQUIVALENT_CODE: Mapping[str, str] = {}
 
 
 def representative(code: str, table: Mapping[str, str] | None = None) -> str:
-    """The code version that stands for ``code`` in comparisons: itself, unless the table has it.
+    """The code version that represents ``code`` in comparisons: itself, unless the table has it.
 
     Args:
         code: a code version, as :func:`code_sha256` gives it.
@@ -53,7 +53,7 @@ def representative(code: str, table: Mapping[str, str] | None = None) -> str:
 
 def current_stage() -> Stage:
     """Code version, packages and machine of this process."""
-    # Here, as reading a run needs none of them, and torch takes a second to load.
+    # Imported here, as reading a run needs none of them, and torch takes a second to load.
     import numpy
     import psutil
     import torch
@@ -153,10 +153,10 @@ def _decides_numbers(module: str) -> bool:
 def bare_source(source: str) -> str:
     """``source`` without comments, docstrings and blank lines.
 
-    The text itself is cut, because ``ast.unparse`` gives other text under another version of Python.
+    The text itself is edited, because ``ast.unparse`` gives different text in different versions of Python.
     """
     lines = source.splitlines()
-    # From the last to the first, so that what is cut moves nothing that is still to be cut.
+    # From the last to the first, so that a removal does not move the places of later removals.
     for first, start, last, end in sorted(_unread_spans(source), reverse=True):
         tail = lines[last][end:]
         lines[first : last + 1] = [lines[first][:start] + tail]

@@ -185,7 +185,7 @@ def training_memory(rows: Sequence[Row]) -> int | None:
 
 
 def run_state(folder: Path) -> tuple[str, str]:
-    """State of a run folder and the reason for it, whatever is left in the folder."""
+    """State of a run folder and the reason for it, for folders in any condition."""
     state, reason, _ = _state(folder)
     return state, reason
 
@@ -208,7 +208,7 @@ def _state(folder: Path) -> tuple[str, str, Summary | None]:
 
 @dataclass(frozen=True)
 class RunHead:
-    """The two small files that tell which runs belong together."""
+    """The two small files that decide which runs belong together."""
 
     config: TrainConfig
     data: DataInfo
@@ -261,7 +261,7 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
 
 
 def _faults(run: Run) -> Iterator[str]:
-    """Places where the files of a run do not fit together."""
+    """Contradictions between the files of a run."""
     for number, row in enumerate(run.iterations):
         if row.iteration != number:
             yield f"{METRICS} has iteration {row.iteration} where {number} should be"

@@ -72,9 +72,9 @@ class Stage(Struct, frozen=True, kw_only=True):
     cores: int | None
     threads: Count
     compile_checks: list[dict[str, Any]] | UnsetType = UNSET
-    """Findings of the checks of compiled code, where the run was to be compiled."""
+    """Findings of the checks of compiled code; not set if nothing was compiled."""
     compile_fault: str | UnsetType | None = UNSET
-    """Why a run that was to be compiled is not."""
+    """Fault for which the run goes on uncompiled; None if compiled code passed the checks."""
 
 
 class Resumption(Stage, frozen=True, kw_only=True):

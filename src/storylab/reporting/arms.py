@@ -91,7 +91,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
     runs = cell.arm.finished
     states = ", ".join(dict.fromkeys(run.state for run in cell.arm.runs if not run.finished))
     if not runs:
-        # From the verdict's column on there is nothing but how it ended.
+        # From the verdict's column on, a row says only how the arm ended.
         return [cell.name, *[""] * 10, f"0 of {cell.planned}", states or "no run"]
     speed = mean_of(cell.arm, lambda run: run.speed)
     memory = mean_of(cell.arm, lambda run: run.training_memory)

@@ -33,11 +33,11 @@ def html(
         "problems": list(problems),
         "sections": [_section(outcome, figures[outcome.label]) for outcome in outcomes],
     }
-    # "<" is escaped so that no text can end the script element that the data lies in.
+    # "<" is escaped so that no text can end the script element that holds the data.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     template = resources.files("storylab.reporting").joinpath("page.html").read_text("utf-8")
     page = template.replace("@DATA@", data.replace("<", "\\u003c"))
-    # Its type stub wants an argument that the function does without.
+    # Its type stub asks for an argument that the function does not need.
     bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     return page.replace("@BUNDLE@", bundle.replace("</script", "<\\/script"))
 

@@ -209,7 +209,7 @@ def _optimizers(name: str) -> str:
 
 
 def _anchor(label: str) -> str:
-    """An id of our own: two experiments, or two scales of one, may have the same title."""
+    """The section's id, as two experiments, or two scales of one, may have the same title."""
     return "experiment-" + re.sub(r"[^\w\-]+", "-", label.lower())
 
 
@@ -243,14 +243,14 @@ def _samples(o: Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _quoted(text: str, most: int = 420) -> str:
-    """A story as one line of a quotation, shortened, with nothing that markdown would obey."""
+    """A story as one line of a quotation, shortened, with markdown's syntax escaped."""
     line = " ".join(printable(text).split())
     line = line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", line)
 
 
 def _plain(text: str) -> str:
-    """Text in which markdown finds nothing to obey: window:64*3 has asterisks, a title may have tags."""
+    """Text with markdown's syntax escaped: window:64*3 has asterisks, a title may have tags."""
     return text.replace("*", "\\*").replace("<", "&lt;")
 
 

@@ -30,7 +30,7 @@ def read_remarks(text: str) -> dict[str, str]:
         if [name for _, name in begun].count(label) != whole.count(label):
             raise UserError(
                 f"line {number}: the remarks on {label} are not between a line "
-                f"{BEGIN_REMARKS.format(label)} and a line {END_REMARKS}: mend that, or they would be lost"
+                f"{BEGIN_REMARKS.format(label)} and a line {END_REMARKS}: correct that, or they are lost"
             )
     remarks = {label: body.strip("\n") for label, body in found}
     return {k: v for k, v in remarks.items() if v.strip() and v.strip() != REMARKS_HINT}

@@ -1,4 +1,4 @@
-"""Writing the report: a pure function of the folder of runs (and of the remarks in an older log)."""
+"""Write the report: a pure function of the folder of runs (and of the remarks in an older log)."""
 
 from __future__ import annotations
 
@@ -80,13 +80,14 @@ def _read_remarks(log: Path) -> dict[str, str]:
 
 
 def _renumbered(svg: str) -> str:
-    """The picture with its clip paths counted from 0; vl-convert counts them over a process."""
+    """The picture with its clip paths numbered from 0; vl-convert numbers them through the whole
+    process."""
     numbers: dict[str, int] = {}
     return re.sub(r"\bclip(\d+)", lambda m: f"clip{numbers.setdefault(m[1], len(numbers))}", svg)
 
 
 def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
-    """Every figure that an experiment has the numbers for, by caption; the telling ones first."""
+    """Every figure that an experiment has the numbers for, by caption; the most important ones first."""
     made = [
         ("Final loss against peak learning rate", curves.learning_rates(outcome)),
         ("Final loss against training time and size", curves.pareto(outcome)),
@@ -114,7 +115,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
 
 
 def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, Spec]]:
-    """The figures of the log: those that no one needs to click, under every condition."""
+    """The figures of the log: those that need no interaction, under every condition."""
     for caption, spec in specs.items():
         if "one seed of every arm" in caption:
             continue

@@ -25,7 +25,7 @@ DIGITS = 5
 
 
 def rounded(value: float | None) -> float | None:
-    """``value`` to five significant digits; None for what is not finite."""
+    """``value`` to five significant digits; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
@@ -221,7 +221,7 @@ def quantization_rows(outcome: Outcome) -> list[Row]:
 
 
 def low_precision_share(cell: CellResult) -> float | None:
-    """Share of an arm's matrix multiplication that is in low precision; None without runs."""
+    """Share of an arm's matrix multiplication in low precision; None without runs."""
     if not cell.arm.runs:
         return None
     config = cell.config
@@ -255,7 +255,7 @@ def training_seconds(run: Run) -> float:
 
 
 def flat_config(cell: CellResult) -> Row:
-    """The config of an arm as text, a field a line, without what only places the run."""
+    """The config of an arm as text by field, without seeds and the fields that cannot change a result."""
     config = cell.arm.runs[0].config if cell.arm.runs else cell.config
     values = flat(config, PRESENTATION_FIELDS | SEED_FIELDS)
     return {key: str(value) for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""When checkpoints are due, and saving them without keeping a GPU waiting."""
+"""Decide when checkpoints are due, and save them without keeping a GPU waiting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Checkpoints:
         self._saved_iteration: int | None = None
 
     def save_first(self) -> bool:
-        """Save a checkpoint from before any fault unless the run has one; whether it had none."""
+        """Save a checkpoint from before any fault unless the run has one; returns whether it saved."""
         missing = not self.run.checkpoint("last").exists()
         if missing:
             self.save_last()
@@ -38,7 +38,7 @@ class Checkpoints:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether the last checkpoint has the weights at hand."""
+        """Whether the last checkpoint has the current weights."""
         return self._saved_iteration == self.progress.next_iteration
 
     def minutes_passed(self) -> bool:
@@ -47,7 +47,7 @@ class Checkpoints:
         return minutes >= self.state.config.checkpoint_minutes
 
     def save_last(self) -> None:
-        """Save the weights at hand with all that resuming needs.
+        """Save the current weights with all that resuming needs.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -60,7 +60,7 @@ class Checkpoints:
         self._saved_at, self._saved_iteration = time.perf_counter(), self.progress.next_iteration
 
     def save_best(self, iteration: int, val_loss: float) -> None:
-        """Save the weights at hand as the best ones.
+        """Save the current weights as the best ones.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -83,7 +83,7 @@ class Saver:
         self._copies: dict[Path, dict[str, Tensor]] = {}
 
     def save(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint; what went wrong with those before comes to light here or in :meth:`wait`.
+        """Write a checkpoint. An earlier one that failed raises its error here or in :meth:`wait`.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -108,7 +108,7 @@ class Saver:
         self._writing[path] = self._pool.submit(write)
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk.
+        """Wait until the saved checkpoints are on the disk.
 
         Raises:
             UserError: it could not be written.
@@ -117,6 +117,6 @@ class Saver:
             self._writing.pop(path).result()
 
     def close(self) -> None:
-        """End the thread, when it has written what it was given."""
+        """End the thread after it has written its last checkpoint."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)

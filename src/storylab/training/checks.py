@@ -39,7 +39,7 @@ def with_proven_compiler(
     except Exception as error:
         if out_of_memory(error):
             raise
-        # Whatever the compiler failed with, the run needs none.
+        # The run can go on without a compiler, so any of its failures is caught.
         reason = " ".join(str(error).split("\n\n")[0].split())[:300]
         fault = f"torch.compile fails on this machine ({reason or type(error).__name__})"
     if fault is None:
@@ -74,8 +74,8 @@ def require_blameless_compiler(setup: TrainingSetup, error: NonFiniteError) -> N
     """Make sure that numbers which are not finite come from the recipe and not from compiled code.
 
     Raises:
-        UserError: the batch at hand is finite uncompiled. That says nothing about the recipe, so it must
-            not become a result.
+        UserError: the current batch is finite uncompiled. The compiler is at fault and not the
+            recipe, so the run must not end as a result.
     """
     iteration = setup.progress.next_iteration
     if not setup.config.compile or iteration > setup.config.max_iters:

@@ -1,10 +1,11 @@
-"""Proof that a compiled model computes what the uncompiled one does, before a run relies on it.
+"""Prove that a compiled model computes the same as the uncompiled one, before a run relies on it.
 
 Compilers miscompile: gcc 12.2 gave NaN for the gradients of rotated keys while the loss was right. So a
 run takes loss and every gradient of one micro-batch three times: compiled, uncompiled in the same
-precision, and uncompiled in float32. The error of the uncompiled 16-bit pass against float32 is what
-rounding does; the compiled pass may err by a few times as much. Measured, the ratio of the two is 0.93
-to 1.11 for every tensor of `nano`; a wrong kernel is off by a tenth of its values or more.
+precision, and uncompiled in float32. The error of the uncompiled 16-bit pass against float32 shows
+the effect of rounding; the compiled pass may err by a few times as much. Measured, the ratio of the
+two is 0.93 to 1.11 for every tensor of `nano`; a wrong kernel is off by a tenth of its values or
+more.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from storylab.training.state import TrainState
 # have next to no error in one of the passes, so these are judged together and more loosely.
 RATIO, FEW_RATIO = 3.0, 30.0
 FEW = 64
-# Share of a gradient's norm that it may be off by however small the rounding: two orders of adding up
-# differ by this much in float32, and by the second number where a handful of values cancel out.
+# Share of a gradient's norm by which it may always be off: two orders of adding up differ by this
+# much in float32, and by the second number where a handful of values cancel out.
 FLOOR, FEW_FLOOR = 1e-4, 2e-2
 # The same for the loss: 16-bit passes of 113M parameters were within 3e-4 nats of float32.
 LOSS_FLOOR = 2e-3
@@ -46,9 +47,9 @@ class CompileCheck:
         seconds: that the check took, compiling included.
         loss: of the compiled pass, in nats.
         loss_uncompiled: in the same precision.
-        worst: name of the gradient whose error is the largest share of what is allowed.
-        share: that share; above 1, or infinite for values that are not finite, the kernels are wrong.
-        finite: whether the uncompiled float32 pass is finite; where it is not, nothing can be said.
+        worst: name of the gradient whose error is the largest share of its limit.
+        share: that share. Above 1 the kernels are wrong; values that are not finite count as infinite.
+        finite: whether the uncompiled float32 pass is finite; where it is not, the check has no result.
     """
 
     seconds: float
@@ -65,7 +66,7 @@ class CompileCheck:
 
     @property
     def fault(self) -> str:
-        """What is wrong, for a message."""
+        """Describe the fault, for a message."""
         if self.worst == "loss":
             return f"loss {self.loss:.4f} instead of {self.loss_uncompiled:.4f}"
         times = (
@@ -179,7 +180,7 @@ def _distance(values: Tensor, right: Tensor) -> float:
 def _shares(
     named: list[tuple[str, int]], errors: list[float], rounding: list[float], norms: list[float]
 ) -> Iterator[tuple[str, float]]:
-    """Error of every gradient, those of a few values taken together, as a share of what is allowed."""
+    """Error of every gradient as a share of its limit; gradients of a few values count together."""
     few = [number for number, (_, numel) in enumerate(named) if numel < FEW]
     for number, (name, numel) in enumerate(named):
         if numel >= FEW:

@@ -1,11 +1,12 @@
-"""Training beside other programs on the same cores.
+"""Train next to other programs on the same cores.
 
 Threads of GNU's OpenMP library, which torch's CPU builds use, spin for milliseconds wherever they wait for
-each other. On a core of their own that saves waking up; where another program holds the core of the thread
-that is waited for, a step takes many times as long (docs/performance.md has the table). So a run on a CPU
-watches what other programs use, and where they leave no core free, it tries what is faster: to go on, to
-wait without spinning, or to use one thread. None of it changes a bit: waiting is no arithmetic, and one
-thread is used only after a whole step has given the same bits with it.
+each other. If every thread has a core for itself, that saves waking up. If another program holds
+the core of the thread that is waited for, a step takes many times as long (docs/performance.md has
+the table). So a run on a CPU watches the use of the cores. If other programs leave no core free, it
+tries three ways and takes the fastest: to go on, to wait without spinning, or to use one thread.
+None of it changes a bit: waiting is no arithmetic, and one thread is used only after a whole step
+has given the same bits with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from storylab.training.step import NonFiniteError
 SOME_CORES = 0.25
 # A way of working is timed for this long at least.
 WINDOW_SECONDS = 1.0
-# How long a look at what other programs use takes, in seconds.
+# Duration of one measurement of the cores' use, in seconds.
 LOOK_SECONDS = 0.1
 # Seconds until another trial, on a machine that stays busy.
 TRIAL_SECONDS = 60.0
@@ -123,8 +124,8 @@ def available_cores() -> int:
 
 
 def considerate(device: torch.device) -> AbstractContextManager[object]:
-    """Context for work on a CPU that is too short to try what is faster: threads sleep where they wait if
-    other programs leave no core free at its start."""
+    """Context for work on a CPU that is too short to try several ways: threads sleep while they
+    wait if other programs leave no core free at its start."""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return nullcontext()
     use = CoreUse()
@@ -133,14 +134,14 @@ def considerate(device: torch.device) -> AbstractContextManager[object]:
 
 
 class CoreSharing:
-    """Chooses how threads wait, by what is fastest while the machine is busy.
+    """Chooses the fastest way for threads to wait while the machine is busy.
 
     Call :meth:`begin` before a step, :meth:`tick` before each of its micro-batches, and :meth:`end`.
 
     Args:
         active: False makes every call do nothing, for other devices than the CPU.
         one_thread: whether a step gives the same bits with one thread; asked once at most, between steps.
-        tell: given one line when the way of waiting first changes.
+        tell: called with one line when the way of waiting first changes.
     """
 
     def __init__(
@@ -191,7 +192,8 @@ class CoreSharing:
 
     @contextmanager
     def all_threads(self) -> Iterator[None]:
-        """For what is no step, and so has not been shown to give the same bits with one thread."""
+        """Context for work other than steps, which has not been shown to give the same bits with
+        one thread."""
         alone = self.way == ONE_THREAD
         if alone:
             self._go(SLEEPING)
@@ -267,8 +269,8 @@ def same_bits_with_one_thread(
 ) -> bool:
     """Whether a whole step over ``windows [S, T + 1]`` gives the same bits with one thread as with all.
 
-    Sums that are cut up between threads differ. The state is afterwards as it was before. False where
-    memory does not suffice to find out.
+    Sums that are split between threads differ. The state is afterwards as it was before. False
+    where memory does not suffice to find out.
     """
     threads = torch.get_num_threads()
     tensors = state.tensors()

@@ -22,7 +22,7 @@ from storylab.training.sampling import load_story_model
 Tick = Callable[[int, int], None]
 """Called before every batch with the windows done and all of them; may raise to leave."""
 
-# Windows in one evaluation batch, whatever the training batch size: the record's.
+# Windows in one evaluation batch, whatever the training batch size: as in the original log.
 EVAL_BATCH = 64
 
 
@@ -132,8 +132,9 @@ def evaluate_split(
 
     Windows follow each other without overlap, so a token is predicted from 1 to ``block_size``
     tokens before it; the last window reaches back to be whole, and only its new tokens count.
-    With ``aligned`` they begin anew at every story, with the end of the one before it, so that a
-    token is predicted from its own story alone; tokens of a window past its story's end do not count.
+    With ``aligned`` a new window begins at every story, with the end-of-text token of the story
+    before, so that a token is predicted from its own story alone; tokens of a window past its
+    story's end do not count.
     """
     targets = (
         len(split) - 1

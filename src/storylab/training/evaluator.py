@@ -31,7 +31,7 @@ SAMPLE_PROMPTS = (
 @dataclass(frozen=True)
 class FinalEvaluation:
     """The whole validation split under the final weights, in bfloat16 or wider and, for a run in low
-    precision, in its own; and a sample for each of the prompts."""
+    precision, in its own; and a sample for each prompt."""
 
     evaluation: Evaluation
     own_precision: Evaluation | None
@@ -88,7 +88,7 @@ class Evaluator:
         self.recorder.rows([row])
 
     def final(self) -> FinalEvaluation:
-        """Evaluate the weights at hand on the whole validation split, and sample from them.
+        """Evaluate the current weights on the whole validation split, and sample from them.
 
         Raises:
             NonFiniteError: the loss is not finite.

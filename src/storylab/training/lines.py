@@ -1,4 +1,4 @@
-"""The lines that a run prints, in the record's format."""
+"""The lines that a run prints, in the format of the original log."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def iteration_line(
 ) -> str:
     """``iter 100:  loss 7.5410,  time 112196.47ms, 116,824 tok/s,  lr 1.00e-05``.
 
-    ``seconds`` is the wall time since the line before, evaluations included, and ``tokens`` what
-    was trained in it: 0 on the first line.
+    ``seconds`` is the wall time since the line before, evaluations included, and ``tokens`` the
+    tokens trained in it: 0 on the first line.
     """
     speed = tokens / seconds if seconds > 0 else 0.0
     fields = (
@@ -83,7 +83,7 @@ def unseen_lines(unseen: int, tokens: int, block_size: int) -> list[str]:
 
 
 def opening_lines(config: TrainConfig, batches: TrainingBatches, cuda: bool) -> list[str]:
-    """Lines for the start of a run: what its windows reach, and tokens that it never trains on."""
+    """Lines for the start of a run: the reach of its windows, and the tokens that it never trains on."""
     size, tokens = config.block_size, len(batches.split)
     windows = attention_lines(config.model, size, cuda)
     return [*windows, *unseen_lines(batches.unseen, tokens, size)]
@@ -116,12 +116,12 @@ def _with_perplexity(loss: float | None) -> str:
 
 def windows_words(block_size: int, aligned: bool = False) -> str:
     """The windows that a whole split was read in, without which its loss means little."""
-    course = "beginning anew at every story" if aligned else "running through the stories in turn"
+    course = "that start again at every story" if aligned else "running through the stories in turn"
     return f"windows of {block_size:,} tokens {course}"
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """The results of a run, as the record lists them, from its summary."""
+    """The results of a run from its summary, in the order of the original log."""
     full = summary.validation
     energy = summary.energy_joules
     rows = [
@@ -139,7 +139,7 @@ def summary_lines(summary: Summary) -> list[str]:
         (
             "Average speed",
             f"{summary.tokens_per_second:,.0f} tok/s"
-            + (" (emulated precision: says nothing of hardware)" if summary.emulated else ""),
+            + (" (emulated precision: no measure of hardware)" if summary.emulated else ""),
         ),
         (
             "Total time",
@@ -158,7 +158,7 @@ def summary_lines(summary: Summary) -> list[str]:
 
 
 def precision_line(dtype: str, found: dict[str, Any]) -> str:
-    """What the precision self-test found, in one line."""
+    """The findings of the precision self-test, in one line."""
     return (
         f"{dtype} ({found['backend']}): {found['low']} of {found['products']} products of "
         f"{len(found['layers'])} linear layers run low, {found['share_of_flops']:.0%} of all matrix "

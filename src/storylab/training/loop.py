@@ -31,7 +31,7 @@ from storylab.training.summary import write_diverged, write_finished
 
 
 def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder:
-    """Train from where the progress stands to ``max_iters``, evaluate, and sum up.
+    """Train from the current progress to ``max_iters``, evaluate, and sum up.
 
     The caller holds the run folder, so that no other process writes to it.
 
@@ -116,7 +116,7 @@ class Loop:
             raise Interrupted(message, self.stop.number or signal.SIGINT) from None
 
     def start(self) -> None:
-        """Save a first checkpoint, print what a person should know, and check quantized layers."""
+        """Save a first checkpoint, print the lines for the user, and check quantized layers."""
         if self.checkpoints.save_first():
             cuda = self.setup.precision.device.type == "cuda"
             for line in lines.opening_lines(self.config, self.setup.batches, cuda):

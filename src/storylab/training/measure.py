@@ -179,7 +179,7 @@ def part_of(event: Any) -> StepPart:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA device has done what it was given."""
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

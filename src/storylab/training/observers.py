@@ -22,7 +22,7 @@ class Observer:
         """A row was added to ``metrics.jsonl``: an iteration, an evaluation or a quantized tensor."""
 
     def line(self, text: str) -> None:
-        """A line was added to ``log.txt``, or is for the person watching alone."""
+        """A line was added to ``log.txt``, or is shown to observers only."""
 
     def progress(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` parts of the work called ``name`` are done."""
@@ -62,7 +62,7 @@ class Observers(Observer):
     def _tell(self, method: str, *values: Any) -> None:
         for observer in tuple(self._observers):
             if observer not in self._observers:
-                continue  # dropped while this was being told
+                continue  # this one was dropped during the loop
             try:
                 getattr(observer, method)(*values)
             except Exception as error:

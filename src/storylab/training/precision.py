@@ -16,7 +16,7 @@ from storylab.precision.backends.protocol import PrecisionBackend
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import Recipe
 
-# What a recipe leaves alone is computed in bfloat16.
+# Products that a recipe leaves alone are computed in bfloat16.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -41,7 +41,7 @@ class Precision:
 
     @property
     def backend(self) -> Backend:
-        """What computes the recipe: the hardware's name or emulated; auto where there is none."""
+        """Name of the backend that computes the recipe, or emulated; auto without a recipe."""
         if self.recipe is None:
             return "auto"
         return "emulated" if self.hardware is None else self.hardware.name
@@ -61,7 +61,7 @@ class Precision:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``name`` means; auto is CUDA where there is one, else the CPU.
+    """The device called ``name``; auto is CUDA if the machine has it, else the CPU.
 
     Raises:
         UserError: no such device here.
@@ -90,15 +90,16 @@ def choose_device(name: str) -> torch.device:
 def require_same_bits(device: torch.device, block_size: int) -> None:
     """Let a step on a CUDA device give the same bits whenever it is repeated.
 
-    Flash attention's backward pass adds up blocks of 128 keys in the order in which they come to be ready,
-    unless torch is told not to; with a single block there is no order (docs/performance.md).
+    Flash attention's backward pass adds up blocks of 128 keys in the order in which they become
+    ready, unless torch uses its deterministic kernels. A single block has no order
+    (docs/performance.md).
     """
     if device.type != "cuda":
         return
     several = block_size > FLASH_BLOCK
     torch.use_deterministic_algorithms(
         several
-    )  # a warning alone would leave flash attention as it is
+    )  # with warnings alone, flash attention would not change
     if several:
         # New tensors are written before they are read here, so filling them would be for nothing.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -114,7 +115,7 @@ def choose_precision(
         device: where it computes.
         dtype: name of a dtype or of a recipe.
         changes: to the recipe of a low-precision dtype.
-        backend: what computes the recipe.
+        backend: name of the backend that computes the recipe.
 
     Raises:
         UserError: the device has no matrix products in ``dtype``, the backend cannot run the recipe
@@ -129,7 +130,7 @@ def choose_precision(
 
 
 def high_precision(device: torch.device, dtype: Dtype) -> Precision:
-    """The precision of what a recipe leaves alone: a low-precision dtype counts as bfloat16.
+    """The precision of products that a recipe leaves alone: a low-precision dtype counts as bfloat16.
 
     Raises:
         UserError: the device has no such matrix products.

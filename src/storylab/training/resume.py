@@ -1,4 +1,4 @@
-"""Continuing a run, and refusing to where the result would not be the run's."""
+"""Continue a run, or refuse to where the result would not be the run's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
 
     Args:
         folder: the run folder.
-        wanted: config to continue with, by default the run's own. It may differ in where things
-            lie and how often to print, and in ``max_iters`` where the learning rates of the
-            iterations so far would have been the same and nothing goes by a share of the run.
+        wanted: config to continue with, by default the run's own. It may differ in folders and in
+            how often to print. It may also differ in ``max_iters`` if the learning rates of the
+            iterations so far stay the same and nothing depends on a share of the run.
         observers: watch it.
 
     Raises:
@@ -85,7 +85,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
 
 
 def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
-    """What a user should know before the run goes on."""
+    """Lines for the user before the run goes on."""
     if config.max_iters != stored.max_iters:
         yield (
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
@@ -98,11 +98,11 @@ def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) 
         ("CPU", now.cpu, then.cpu),
     ):
         if a != b:
-            yield f"The {name} is not what the run was started with: bits may differ"
+            yield f"The {name} is not that of the run's start: bits may differ"
     recipe = find_recipe(config.dtype, config.recipe)
     if recipe is not None and recipe.delayed and config.backend != "emulated":
         yield (
-            f"Delayed scales begin anew: {config.backend} keeps their history to itself, so the first "
+            f"Delayed scales start again: {config.backend} keeps their history to itself, so the first "
             "steps are not those of an unbroken run"
         )
     if now.packages != then.packages:

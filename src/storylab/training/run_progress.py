@@ -12,12 +12,12 @@ from storylab.training.telemetry import PowerTotals
 
 
 class StopRequested(Exception):  # noqa: N818
-    """Unwinds the iteration or evaluation that a signal cut short."""
+    """Unwinds the iteration or evaluation that a signal interrupted."""
 
 
 @dataclass
 class RunProgress:
-    """What a run has done so far; saved with every checkpoint. Times in seconds."""
+    """Progress of a run so far; saved with every checkpoint. Times in seconds."""
 
     next_iteration: int = 0
     last_line: int = 0
@@ -34,7 +34,7 @@ class RunProgress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunProgress:
-        """Rebuild what a checkpoint's header holds.
+        """Rebuild the progress from a checkpoint's header.
 
         Raises:
             UserError: it is of another version.

@@ -20,7 +20,8 @@ DEFAULT_TOKENS = 256
 
 
 def as_in_stories(prompt: str) -> str:
-    """The prompt without what no story has there.
+    """The prompt as a story would have it: without a space at its end, or an ``<|endoftext|>`` at
+    its start.
 
     A space belongs to the word after it, so models have hardly seen a text that ends with one; and the
     ``<|endoftext|>`` before a story is there without being asked for.
@@ -62,7 +63,7 @@ class StoryModel:
         self, prompt: str, sampling: Sampling, max_new_tokens: int, count: int
     ) -> Iterator[list[bytes]]:
         end = self.tokenizer.end_of_text
-        # An end of text comes before every story in training, so it tells that one begins.
+        # In training an end of text comes before every story, so it marks the beginning of one.
         ids = [
             token
             for story in as_in_stories(prompt).split(END_OF_TEXT)

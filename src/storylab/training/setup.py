@@ -91,11 +91,11 @@ class TrainingSetup:
     """A run before its first step, or before its next one after :meth:`restore`.
 
     Attributes:
-        state: what a step reads or updates.
+        state: everything that a step reads or updates.
         batches: the training batch of every iteration.
         progress: how far the run has come.
         compile_checks: results of comparing compiled with uncompiled code.
-        compile_fault: why the run is not compiled although it was to be; None otherwise.
+        compile_fault: the fault for which a run goes on uncompiled; None otherwise.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, precision: Precision) -> None:
@@ -130,7 +130,7 @@ class TrainingSetup:
 
     def identity(self) -> dict[str, Any]:
         """Device, hashes of the initial weights and of the first batch, and the checks of compiled code,
-        for ``environment.json``. The hashes prove what runs share."""
+        for ``environment.json``. The hashes prove which runs share weights and data order."""
         device = self.precision.device
         cuda = device.type == "cuda"
         weights = {name: p.detach() for name, p in self.state.model.named_parameters()}

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Ctrl-Break is what a parent can send on Windows, where SIGTERM ends a process at once.
+# On Windows a parent process can send Ctrl-Break; SIGTERM ends a process at once there.
 STOPPING = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
 ]

@@ -44,7 +44,7 @@ def write_diverged(
 ) -> tuple[str, Summary]:
     """Write down that a run has diverged; returns a message and the summary.
 
-    The last checkpoint stays, as it is from before.
+    The last checkpoint stays: it was saved before the fault.
     """
     iteration = setup.progress.next_iteration
     rate = learning_rate(setup.config, iteration)

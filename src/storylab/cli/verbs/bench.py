@@ -13,8 +13,8 @@ from storylab.flags import default_for, given_flags, vocab_size_or
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time training steps here in every precision and attention: tok/s, share of the card's peak,
-    memory, energy, and where the time goes. No file is written.
+    """Time training steps on this machine in every precision and attention pattern: tok/s, share of
+    the GPU's peak, memory, energy, and the time of each part of a step. No file is written.
 
     On a CPU a micro-batch is 8 sequences here unless --batch_size says otherwise, and the time of a
     low-precision dtype is that of its emulation.
@@ -29,7 +29,7 @@ class BenchCommand:
     seconds: float = 40.0
     """Time for steps, shared by all; starting, warming up and profiling come on top."""
     vocab_size: int = 0
-    """Token ids; 0: as many as the preset is counted with."""
+    """Vocabulary size; 0: the one that the preset's parameter count assumes."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -64,7 +64,7 @@ def run(call: Call) -> int:
 
 VERB = Verb(
     "bench",
-    "speed, memory and where the time goes, for each precision and attention here",
+    "speed and memory of training here, for each precision and attention pattern",
     "experiments",
     run,
     position=5,

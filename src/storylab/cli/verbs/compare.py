@@ -13,8 +13,8 @@ from storylab.errors import UserError
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Compare runs: the first one's recipe is the baseline; runs that differ in the seed alone are
-    one arm.
+    """Compare runs. Runs that differ only in the seed form one arm; the arm of the first run is the
+    baseline.
 
     Examples: storylab compare runs/a runs/b | storylab compare runs/a-s1 runs/a-s2 runs/b-s1 runs/b-s2
     """
@@ -22,7 +22,7 @@ class CompareCommand:
     runs: RunFolders
     """Run folders, two or more."""
     margin: float | None = None
-    """The difference in nats that counts as none: asks whether the arms are equivalent."""
+    """Largest difference in nats that counts as none; setting it tests whether the arms are equivalent."""
 
 
 def run(call: Call) -> int:
@@ -71,7 +71,7 @@ def _require_distinct(runs: tuple[Path, ...]) -> None:
 
 VERB = Verb(
     "compare",
-    "is one run better than another, by how much, and may they be compared",
+    "whether one run is better than another, by how much, and whether they may be compared",
     "experiments",
     run,
     position=6,

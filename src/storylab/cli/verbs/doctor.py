@@ -16,9 +16,10 @@ class DoctorCommand:
     """
 
     precision: bool = False
-    """Test the low-precision recipes instead: which run here, on what, and how exactly."""
+    """Test the low-precision recipes instead: which ones run here, on which backend, and with which
+    error."""
     presets: tuple[PresetName, ...] = ("nano", "10m", "113m")
-    """Models to time a few micro-batches of."""
+    """Models to time, for a few micro-batches each."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -35,4 +36,6 @@ def run(call: Call) -> int:
     return 0
 
 
-VERB = Verb("doctor", "what this machine can run, and how fast", "runs", run, position=7)
+VERB = Verb(
+    "doctor", "devices, precisions and training speed of this machine", "runs", run, position=7
+)

@@ -14,7 +14,8 @@ from storylab.cli.registry import Call, Verb
 class EvalCommand:
     """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
 
-    A loss holds for the length of the windows and for where they begin: compare like with like.
+    A loss depends on the length of the windows and on where they begin: only compare losses of the
+    same windows.
 
     Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
     | storylab eval runs/a --block_size 512 --aligned
@@ -29,9 +30,9 @@ class EvalCommand:
     block_size: int | None = None
     """Tokens in a window; by default as many as in training."""
     aligned: bool = False
-    """Start a new window at every story, instead of running windows through all stories in turn."""
+    """Start a new window at every story, instead of reading all stories as one sequence."""
     data_dir: Path | None = None
-    """Where the run's data set is now, if it has moved."""
+    """New place of the run's data set, if it has moved."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -64,7 +65,7 @@ def run(call: Call) -> int:
 
 VERB = Verb(
     "eval",
-    "loss, perplexity and bits per byte of a run on a whole split",
+    "print loss, perplexity and bits per byte of a run on a whole split",
     "runs",
     run,
     position=4,

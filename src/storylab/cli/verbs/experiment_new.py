@@ -12,7 +12,7 @@ from storylab.errors import UserError
 
 @dataclass(frozen=True)
 class ExperimentNewCommand:
-    """Write the skeleton of an experiment file, which runs as it is.
+    """Write the skeleton of an experiment file, which runs without an edit.
 
     Examples: storylab experiment new mine.toml | storylab experiment new mine.toml --title "Decay"
     """

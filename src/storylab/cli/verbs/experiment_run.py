@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class ExperimentRunCommand:
     """Run an experiment file: every arm with every seed, then the comparison and the report.
 
-    Finished runs are not run again, and a stopped experiment goes on where it was.
+    Finished runs are not trained again, and a stopped experiment continues where it stopped.
 
     Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
     | storylab experiment run mine.toml --seeds 5 --only full --dry_run
@@ -26,7 +26,7 @@ class ExperimentRunCommand:
     file: ExperimentFile
     """Experiment file (TOML)."""
     scale: str | None = None
-    """One of the file's scales; by default laptop where there is one, else the first."""
+    """One of the file's scales; by default laptop if the file has it, else the first."""
     seeds: int | None = None
     """Number of seeds; by default those that the file lists."""
     only: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class ExperimentRunCommand:
 
 
 def run(call: Call) -> int:
-    """Train the arms of an experiment, compare them and write the report."""
+    """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
     from storylab.cli.console import ConsoleReporter
     from storylab.cli.experiments import plan_lines, prepare_and_plan, resumable, train_planned
@@ -66,8 +66,8 @@ def run(call: Call) -> int:
 
 
 def _print_results(record: Path, runs: Path, cache: RunCache) -> None:
-    """Print the verdicts of an experiment, and write the report of all; runs in ``cache`` are not read
-    again."""
+    """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
+    in ``cache``."""
     from storylab.experiments.outcome import load_outcome
     from storylab.experiments.verdicts import verdict_line
     from storylab.reporting.report import write_report

@@ -18,10 +18,10 @@ class InfoCommand:
     """
 
     preset: PresetName = DEFAULT_PRESET
-    """Named model shape; the shape flags change single values of it."""
+    """Named model shape; the shape flags override single values of it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     vocab_size: int = 0
-    """Vocabulary to count with; 0: the one that the preset is named for."""
+    """Vocabulary size to count with; 0: the one that the preset's name assumes."""
 
 
 def run(call: Call) -> int:
@@ -41,4 +41,4 @@ def run(call: Call) -> int:
     return 0
 
 
-VERB = Verb("info", "shape and parameter count of a model", "runs", run, position=6)
+VERB = Verb("info", "print shape and parameter count of a model", "runs", run, position=6)

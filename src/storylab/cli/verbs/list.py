@@ -22,7 +22,7 @@ class ListCommand:
     status: Literal["any", "finished", "diverged", "failed", "unfinished", "damaged"] = "any"
     """Only runs in this state."""
     contains: str = ""
-    """Only runs with this in their name."""
+    """Only runs whose name contains this text."""
     sort: Literal["name", "loss", "speed", "started"] = "name"
     """Order of the table."""
 
@@ -55,5 +55,5 @@ def run(call: Call) -> int:
 
 
 VERB = Verb(
-    "list", "the runs in a folder", "experiments", run, position=8, memory_remedy=MORE_MEMORY
+    "list", "list the runs in a folder", "experiments", run, position=8, memory_remedy=MORE_MEMORY
 )

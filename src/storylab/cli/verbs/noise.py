@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseCommand:
-    """How much the final loss moves with the seed alone: the floor below which nothing can be told.
+    """Measure how much the final loss changes with the seed alone. A smaller difference proves nothing.
 
-    Given a run, from the seeds of its recipe that lie beside it; given an experiment file, its
-    baseline is trained with --seeds seeds first. `storylab compare` finds the floor by itself.
+    Given a run, this noise floor comes from runs of the same recipe with other seeds in the same
+    folder. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
+    compare` finds the floor by itself.
 
     Examples: storylab noise runs/nano-7df279b362-s1337 | storylab noise mine.toml --seeds 8
     """
@@ -31,7 +32,7 @@ class NoiseCommand:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
     """Run folder or experiment file."""
     seeds: int = 5
-    """How many seeds of a file's baseline."""
+    """Number of seeds to train of a file's baseline."""
     scale: str | None = None
     """One of the file's scales."""
     runs: Path = DEFAULT_RUNS_DIR
@@ -67,7 +68,8 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
 
 
 def _print_noise(condition: str, result: Run) -> None:
-    """Print the standard deviation over the seeds of a run's config, and the differences it hides.
+    """Print the standard deviation over the seeds of a run's config, and the smallest detectable
+    differences.
 
     Raises:
         UserError: no other seed of it has finished.
@@ -81,7 +83,7 @@ def _print_noise(condition: str, result: Run) -> None:
     floor = noise_of(alike)
     if floor is None:
         raise UserError(
-            f"{result.folder} has no finished runs of other seeds beside it: train some with "
+            f"{result.folder} has no finished runs with other seeds in its folder: train some with "
             "`storylab noise FILE --seeds 5`"
         )
     low, high = deviation_interval(floor.standard_deviation, floor.seeds)
@@ -97,4 +99,6 @@ def _print_noise(condition: str, result: Run) -> None:
         print(f"  {pairs} pairs of seeds could see {detectable_difference(spread, pairs):.4f}")
 
 
-VERB = Verb("noise", "how much the loss moves with the seed alone", "experiments", run, position=7)
+VERB = Verb(
+    "noise", "measure how much the loss changes with the seed alone", "experiments", run, position=7
+)

@@ -17,7 +17,7 @@ from storylab.flags import default_for, given_flags, vocab_size_or
 from storylab.planning.gpus import GPUS, GpuName
 from storylab.planning.software import SOFTWARE, SoftwareName
 
-# Seconds for which --gpu this trains, and the least number of steps of each kind.
+# Seconds that --gpu this trains for, and the least number of steps of each kind.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 20.0, 3
 
 
@@ -31,15 +31,16 @@ class PlanCommand:
     """
 
     file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
-    """Experiment file; without one, the run that the flags describe."""
+    """Experiment file; without one, plan the run that the flags describe."""
     gpu: tuple[GpuName, ...] = ("rtx5090",)
-    """GPUs, or this: the machine at hand, timed for some 20 seconds (at least 4 to 12 micro-batches)."""
+    """GPUs, or this: times this machine for some 20 seconds (at least 4 to 12 micro-batches)."""
     scale: str | None = None
     """One of the experiment's scales."""
     software: SoftwareName = "eager"
-    """For an experiment: how well its products and kernels use the GPU."""
+    """For an experiment: the kind of software, which decides how well it uses the GPU."""
     vocab_size: int = 0
-    """Token ids; 0: as many as the preset is counted with, or the experiment's tokenizer has."""
+    """Vocabulary size; 0: the one that the preset's parameter count assumes, or that of the
+    experiment's tokenizer."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -104,7 +105,7 @@ def _plan_experiment(command: PlanCommand, file: Path) -> None:
 
 VERB = Verb(
     "plan",
-    "predicted time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
+    "predict time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
     "experiments",
     run,
     position=4,

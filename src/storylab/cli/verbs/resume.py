@@ -13,7 +13,7 @@ from storylab.cli.registry import MORE_MEMORY, Call, Verb
 
 @dataclass(frozen=True)
 class ResumeCommand:
-    """Continue a run that was stopped or killed; it ends with the bits of an uninterrupted one.
+    """Continue a run that was stopped or killed. It ends with the same bits as an uninterrupted run.
 
     Examples: storylab resume runs/a | storylab resume runs/a --max_iters 2000
     """
@@ -21,10 +21,10 @@ class ResumeCommand:
     run: RunFolder
     """Run folder."""
     max_iters: int | None = None
-    """A new last iteration, where the learning rates so far stay the same (warm-up, constant) and nothing
-    else goes by the length of the run."""
+    """New last iteration. The learning rates so far must stay the same (warm-up, constant), and
+    nothing else may depend on the length of the run."""
     data_dir: Path | None = None
-    """Where the run's data set is now, if it has moved."""
+    """New place of the run's data set, if it has moved."""
 
 
 def run(call: Call) -> int:

@@ -24,7 +24,7 @@ class SampleCommand:
     run: RunFolder
     """Run folder."""
     prompt: str = "Once upon a time there was a little"
-    """How the stories begin; empty, or <|endoftext|>, for the model to begin them."""
+    """Beginning of the stories; if it is empty or <|endoftext|>, the model begins them."""
     samples: int = 1
     """Number of stories, written in one batch; the first one is shown as it grows."""
     max_new_tokens: int = 256
@@ -32,7 +32,7 @@ class SampleCommand:
     temperature: float = 0.8
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Draw among this many most likely tokens; 0: among all."""
+    """Draw among this many of the most likely tokens; 0: among all."""
     top_p: float = 1.0
     """Draw among the fewest tokens whose probabilities sum to at least this."""
     seed: int = 0
@@ -67,9 +67,9 @@ def run(call: Call) -> int:
 
 
 def _print_stories(prompt: str, stream: Iterable[list[bytes]], samples: int) -> None:
-    """Print the first story as its bytes come, then the others.
+    """Print the first story while it grows, then the others.
 
-    Characters may span tokens, so each story has a decoder of its own.
+    Characters may span tokens, so each story has its own decoder.
     """
     from storylab.training.lines import printable
 

@@ -12,9 +12,10 @@ from storylab.flags import default_for
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a model. The defaults are the record's: 113M parameters, 131,072 tokens an iteration.
+    """Train a model. The defaults are those of the original log: 113M parameters, 131,072 tokens an
+    iteration.
 
-    Without --data_dir the TinyStories data set is fetched from the hub and prepared first.
+    Without --data_dir, the TinyStories data set is downloaded and prepared first.
 
     Examples: storylab train --dtype bfloat16 --max_iters 1000
     | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
@@ -55,5 +56,5 @@ def _prepare_default_data(config: TrainConfig) -> None:
     prepare_and_describe(PrepareConfig())
 
 
-VERB = Verb("train", "train a model; the defaults are the record's experiment 1", "runs", run,
+VERB = Verb("train", "train a model; the defaults are those of the original experiment", "runs", run,
             position=2)  # fmt: skip

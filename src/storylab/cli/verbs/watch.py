@@ -22,7 +22,7 @@ class WatchCommand:
     runs: Path = DEFAULT_RUNS_DIR
     """Folder that holds the run folders."""
     once: bool = False
-    """Print the table once and stop, as it does where there is no terminal."""
+    """Print the table once and stop; this is also done if standard output is no terminal."""
 
 
 def run(call: Call) -> int:
@@ -59,7 +59,7 @@ def run(call: Call) -> int:
 
 VERB = Verb(
     "watch",
-    "experiments as they run",
+    "follow experiments while they run",
     "experiments",
     run,
     position=9,

@@ -1,7 +1,7 @@
 """Backends that compute low precision in hardware; a backend is one module in :data:`BACKENDS`.
 
-The libraries are optional and need an NVIDIA GPU. A recipe either runs exactly as it is named, or is
-refused with what the GPU can do instead. This package does not load torch.
+The libraries are optional and need an NVIDIA GPU. A recipe either runs exactly as it is named, or
+is refused with a message that lists the recipes of this GPU. This package does not load torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BACKENDS: dict[str, BackendEntry] = {"te": te, "torchao": torchao}
 
 
 def has_backend(recipe: Recipe) -> bool:
-    """Whether any backend computes a recipe as it is, on some GPU."""
+    """Whether any backend computes exactly this recipe, on some GPU."""
     return any(backend.computes(recipe) for backend in BACKENDS.values())
 
 

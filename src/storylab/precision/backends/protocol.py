@@ -43,14 +43,14 @@ class BackendEntry(Protocol):
     """A backend as the registry has it: a module with these two functions."""
 
     def computes(self, recipe: Recipe) -> bool:
-        """Whether the library computes the recipe as it is, on some GPU; loads nothing."""
+        """Whether the library computes exactly this recipe, on some GPU; loads nothing."""
         ...
 
     def load(self, recipe: Recipe, gpu: str, capability: Capability) -> PrecisionBackend:
         """Set the library up for ``recipe`` on a GPU called ``gpu``.
 
         Raises:
-            UserError: GPU or library cannot run the recipe as it is, or the library is missing.
+            UserError: GPU or library cannot run exactly this recipe, or the library is missing.
         """
         ...
 
@@ -63,7 +63,7 @@ def without_block_choice(recipe: Recipe) -> Recipe:
 
 
 def require_features(recipe: Recipe, gpu: str, capability: Capability) -> None:
-    """Raise a UserError that says what the GPU can do, unless it can do what the recipe needs."""
+    """Raise a UserError that lists the GPU's abilities, unless it has all that the recipe needs."""
     missing = recipe.missing_features(capability)
     if not missing:
         return

@@ -155,7 +155,7 @@ def _backward(recipe: Recipe) -> dict[str, str | None]:
 
 
 def computes(recipe: Recipe) -> bool:
-    """Whether TransformerEngine computes the recipe as it is, on some GPU."""
+    """Whether TransformerEngine computes exactly this recipe, on some GPU."""
     return te_arguments(recipe) is not None
 
 
@@ -163,7 +163,7 @@ def load(recipe: Recipe, gpu: str, capability: Capability) -> PrecisionBackend:
     """TransformerEngine for ``recipe`` on a GPU called ``gpu``.
 
     Raises:
-        UserError: GPU or library cannot run the recipe as it is, or the library is missing.
+        UserError: GPU or library cannot run exactly this recipe, or the library is missing.
     """
     require_features(recipe, gpu, capability)
     found = te_arguments(recipe)

@@ -63,7 +63,7 @@ def torchao_name(recipe: Recipe) -> str | None:
 
 
 def computes(recipe: Recipe) -> bool:
-    """Whether torchao computes the recipe as it is, on some GPU."""
+    """Whether torchao computes exactly this recipe, on some GPU."""
     return torchao_name(recipe) is not None
 
 
@@ -71,7 +71,7 @@ def load(recipe: Recipe, gpu: str, capability: Capability) -> PrecisionBackend:
     """torchao's float8 for ``recipe`` on a GPU called ``gpu``.
 
     Raises:
-        UserError: GPU or library cannot run the recipe as it is, or the library is missing.
+        UserError: GPU or library cannot run exactly this recipe, or the library is missing.
     """
     require_features(recipe, gpu, capability)
     name = torchao_name(recipe)

@@ -25,7 +25,7 @@ def curves(outcome: Outcome) -> Spec | None:
     """Validation loss along the run, a line an arm with the range over seeds.
 
     The parameter ``hidden`` names the arms left out, ``condition`` the condition shown, ``axis``
-    what the horizontal axis counts.
+    the quantity on the horizontal axis.
     """
     rows = curve_rows(outcome)
     if not rows:
@@ -84,7 +84,7 @@ def finals(outcome: Outcome) -> Spec | None:
 
 
 def steps(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
-    """Figures along the run, one seed of every arm, by what they show."""
+    """Figures along the run, one seed of every arm, by the name of their quantity."""
     rows = step_rows(outcome)
     for name in ("training loss", "gradient norm", "learning rate", "tokens a second"):
         if known := [row for row in rows if row[name] is not None]:
@@ -165,7 +165,7 @@ def learning_rates(outcome: Outcome) -> Spec | None:
 
 
 def positions(outcome: Outcome) -> Spec | None:
-    """Loss by position in the window: where a sliding window has less to read, and at what cost."""
+    """Loss by position in the window, which shows the cost of a sliding window where it reads less."""
     rows = position_rows(outcome)
     if outcome.factor != "attention" or not rows:
         return None

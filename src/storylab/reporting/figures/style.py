@@ -52,7 +52,7 @@ def along(
 
 
 def zoomed(chart: Any) -> Any:
-    """A chart to drag and zoom. Its names are given: altair would count them up over a process."""
+    """A chart to drag and zoom. Its names are fixed: altair would number them through the whole process."""
     zoom = alt.selection_interval(name="zoom", bind="scales")
     return chart.properties(name="curves").add_params(zoom)
 
@@ -76,7 +76,7 @@ def only(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
 
 
 def done(chart: Any, height: int = 300) -> Spec:
-    """The chart as a specification, as wide as its place on the page."""
+    """The chart as a specification, as wide as its container on the page."""
     spec: Spec = chart.properties(width="container", height=height).to_dict()
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     spec["background"] = "transparent"

@@ -1,7 +1,7 @@
 """Key observations: statements computed from the runs, each with its numbers.
 
-A figure is measured unless the sentence says that it is predicted. To add observations for a factor, write
-a function from an outcome to sentences in a file of its own, and enter it below.
+A figure is measured unless the sentence says that it is predicted. To add observations for a
+factor, write a function from an outcome to sentences in a new file, and enter it below.
 """
 
 from __future__ import annotations

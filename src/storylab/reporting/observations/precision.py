@@ -70,8 +70,8 @@ def _predicted_gains(outcome: Outcome) -> Iterable[str]:
     ]
     if bounds:
         yield (
-            f"Speed was not measured on hardware. The most that the recipes could bring the record's model "
-            f"on an {PLANNED_GPU.name} with compiled code is predicted (`storylab plan`): "
+            f"Speed was not measured on hardware. The most that the recipes could bring the original log's "
+            f"model on an {PLANNED_GPU.name} with compiled code is predicted (`storylab plan`): "
             f"{', '.join(bounds)}."
         )
 
@@ -100,7 +100,7 @@ def _worst_tensors(outcome: Outcome) -> Iterable[str]:
 
 
 def _largest_gain(cell: CellResult) -> float | None:
-    """By how much an emulated arm's recipe could speed up the record's model at most."""
+    """The most that an emulated arm's recipe could speed up the original log's model."""
     recipe = find_recipe(cell.config.dtype, cell.config.recipe)
     emulated = any(run.results.emulated for run in cell.arm.finished)
     if recipe is None or not emulated or not can_run(PLANNED_GPU, recipe):

@@ -64,7 +64,7 @@ def _of_grid(grid: Sequence[CellResult], where: str) -> Iterable[str]:
         )
     else:
         text += (
-            "; it is at an end of the grid or beside a diverged run, so the optimum may lie beyond"
+            "; it is at an end of the grid or next to a diverged run, so the optimum may be outside"
         )
     yield text + "."
     gone = [rate for rate, loss in zip(rates, losses, strict=True) if not math.isfinite(loss)]

@@ -17,7 +17,7 @@ SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.1, 21
 
 
 def spikes(values: Sequence[float]) -> list[int]:
-    """Indices of values that stand out above the neighbours around them."""
+    """Indices of values that exceed their neighbours by far."""
     found = []
     half = SPIKE_WINDOW // 2
     for i, value in enumerate(values):
