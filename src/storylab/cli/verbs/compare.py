@@ -71,7 +71,7 @@ def _require_distinct(runs: tuple[Path, ...]) -> None:
 
 VERB = Verb(
     "compare",
-    "whether one run is better than another, by how much, and whether they may be compared",
+    "compare runs: which is better, by how much, and whether the comparison is fair",
     "experiments",
     run,
     position=6,

@@ -16,8 +16,7 @@ class DoctorCommand:
     """
 
     precision: bool = False
-    """Test the low-precision recipes instead: which ones run here, on which backend, and with which
-    error."""
+    """Test the low-precision recipes instead: which ones run here, and with which error."""
     presets: tuple[PresetName, ...] = ("nano", "10m", "113m")
     """Models to time, for a few micro-batches each."""
     device: str = "auto"

@@ -39,8 +39,7 @@ class PlanCommand:
     software: SoftwareName = "eager"
     """For an experiment: the kind of software, which decides how well it uses the GPU."""
     vocab_size: int = 0
-    """Vocabulary size; 0: the one that the preset's parameter count assumes, or that of the
-    experiment's tokenizer."""
+    """Vocabulary size; 0: the preset's, or that of the experiment's tokenizer."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
