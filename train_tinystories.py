@@ -1,4 +1,4 @@
-"""The record's command: python train_tinystories.py --dtype bfloat16 --max_iters 1000"""
+"""The command of the original log: python train_tinystories.py --dtype bfloat16 --max_iters 1000"""
 
 import sys
 

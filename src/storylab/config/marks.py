@@ -64,7 +64,7 @@ class Marks:
     Attributes:
         groups: groups that it belongs to.
         checks: of its value; None is not checked.
-        effect: what it can change.
+        effect: see :data:`Effect`.
         before: value that runs had before the field existed. A run that has it keeps its digest of then.
         weights: whether the field adds or reshapes weights. Weights of the same name and shape begin the
             same.

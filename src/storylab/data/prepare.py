@@ -142,7 +142,7 @@ def _in_use(folder: Path) -> bool:
         if not folder.is_dir():
             raise UserError(f"{shown(folder)} is a file: choose another folder with --out")
         if folder.samefile(Path()):
-            raise UserError("the data set needs a folder of its own: choose one with --out")
+            raise UserError("the data set needs a folder for itself: choose one with --out")
         return any(folder.iterdir())
 
 

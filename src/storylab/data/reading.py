@@ -118,8 +118,8 @@ def _checked(path: Path) -> Iterator[None]:
                 raise  # the file system's
             reason = shown((str(error).splitlines() or [type(error).__name__])[0])
             raise UserError(
-                f"cannot read {shown(path)} ({reason}): it is damaged, or not what its name says; get "
-                "the file again"
+                f"cannot read {shown(path)} ({reason}): it is damaged, or not of the "
+                "kind that its name says; get the file again"
             ) from error
 
 

@@ -34,7 +34,7 @@ def find_action(name: ActionName) -> Action:
 
 
 def perform(job: Job, on_event: OnEvent) -> Outcome:
-    """Carry a job out in this process. Whatever goes wrong is the outcome of this job alone."""
+    """Carry a job out in this process. Any error is the outcome of this job alone."""
     try:
         answer = find_action(job.action)(job.config, on_event, **job.options)
     except Diverged as stop:

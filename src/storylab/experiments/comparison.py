@@ -186,7 +186,7 @@ def compare_arms(
         baseline: the arm to compare with.
         allowed: config fields in which the two may differ: the factor's.
         condition: under which condition both were run, for the report.
-        margin: the difference in nats that counts as none, if equivalence is asked for.
+        margin: the largest difference in nats that counts as none; None for no test of equivalence.
         noise: spread over seeds of the baseline's recipe; by default that of the baseline's runs;
             for a single run, that of the other seeds in its folder.
         cache: runs that have been read already.

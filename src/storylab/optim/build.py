@@ -55,7 +55,7 @@ def _built(
 
 def require_skipping(optimizer: torch.optim.Optimizer) -> None:
     """Make sure that an optimizer leaves weights and state alone where ``found_inf`` is set, see
-    :func:`skip_where`. torch's do so if fused, by an attribute that torch.amp.GradScaler goes by too;
+    :func:`skip_where`. torch's do so if fused, by an attribute that torch.amp.GradScaler uses too;
     others ignore it and would write NaN.
 
     Raises:

@@ -83,7 +83,7 @@ def shares_line(
     """Share of a step's time that each part takes, with the predicted share next to the measured
     one if the GPU is known and the plan covers the config. Parts of 0 % are left out."""
     if shares is None:
-        return f"no parts: the operations of {config.backend} are not told apart"
+        return f"no parts: the operations of {config.backend} cannot be distinguished"
     predicted: dict[StepPart, float] = {}
     if gpu is not None and config.dtype != "float32" and config.backend != "emulated":
         software = SOFTWARE["compiled" if config.compile else "eager"]

@@ -107,7 +107,10 @@ def gpu_lines(gpu: Gpu, config: TrainConfig, vocab_size: int) -> Iterator[str]:
     memory = memory_bytes(config, vocab_size)
     room = "" if memory < gpu.memory * 1e9 else ": more than the card has, take a smaller batch"
     if config.dtype == "bfloat16":
-        yield "  converted are the linear layers of the blocks; head, attention and what memory bounds stay"
+        yield (
+            "  converted: the linear layers of the blocks; head, attention and memory-bound work stay as "
+            "before"
+        )
     if idle := idle_windows(config.model, config.block_size):
         yield f"  {idle}"
     yield f"  memory about {memory / 1e9:.1f} GB{room}"

@@ -97,7 +97,7 @@ def _entry(folder: Path) -> RunEntry:
             regular = found[name].is_file()
         if not regular:
             with open_file(folder / name):
-                pass  # whose message says what the path is instead
+                pass  # whose message describes the path
     return RunEntry(
         folder.name,
         summary.status,

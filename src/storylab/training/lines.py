@@ -51,7 +51,7 @@ def idle_windows(model: ModelConfig, block_size: int) -> str | None:
     ):
         return None
     return (
-        f"on a GPU these windows save no time at {block_size} tokens: what attention skips there are "
+        f"on a GPU these windows save no time at {block_size} tokens: attention there skips whole "
         f"blocks of {SKIPPED_BLOCK} positions"
     )
 

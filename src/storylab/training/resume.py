@@ -118,8 +118,8 @@ def _require_device(run: RunFolder, stored: TrainConfig) -> None:
     except UserError as error:
         raise UserError(
             f"{run.folder} was trained on device '{stored.device}', which this machine lacks: a run goes "
-            "on on its own kind of device only, as another computes other bits. Resume it where there is "
-            "one; `storylab eval` and `storylab sample` work here too"
+            "on on its own kind of device only, as another computes other bits. Resume it on such a "
+            "device; `storylab eval` and `storylab sample` work here too"
         ) from error
 
 

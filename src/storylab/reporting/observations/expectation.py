@@ -27,7 +27,7 @@ def expectation_text(check: Checked) -> str:
     missed = check.missed_bound
     by = f", missed by {abs(check.value - missed):.4g}" if missed is not None else ""
     if check.met is None:
-        answer, by = "can't tell, the bound lies within the interval", ""
+        answer, by = "can't tell, the bound is within the interval", ""
     else:
         answer = "met" if check.met else "not met"
     if not math.isfinite(check.value):
