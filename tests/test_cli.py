@@ -76,6 +76,10 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["train", "--data_dir", "nowhere"], ["no prepared data in nowhere", "storylab prepare"]),
         (["train", "--resume"], ["--out_dir"]),
         (["prepare", "--tokenizer", "bert"], ["bert", "bpe:4096"]),
+        (
+            ["prepare", "--source", "builtin", "--builtin_stories", "9" * 30, "--out", "unmade"],
+            ["builtin_stories", "than 100,000,000"],
+        ),
         (["prepare", "--train", "missing.txt", "--validation", "b.txt"], ["missing.txt"]),
         (["prepare", "--train", "missing.txt"], ["--validation"]),
         (["resume", "nowhere"], ["nowhere is not a run folder"]),

@@ -52,6 +52,10 @@ Progress = Callable[[str, int, int | None], None]
 """Called with the name of the work, the bytes done, and the bytes in all (None: unknown)."""
 
 
+# A few hours of preparing. The grammar repeats itself long before.
+MAX_BUILTIN_STORIES = 100_000_000
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """Turn stories into a data set to train on.
@@ -160,6 +164,11 @@ def _source(config: PrepareConfig) -> Source:
     if config.source == "builtin":
         if config.builtin_stories < 2:
             raise UserError("builtin_stories must be at least 2: one to train on, one to validate")
+        if config.builtin_stories > MAX_BUILTIN_STORIES:
+            raise UserError(
+                f"builtin_stories is {config.builtin_stories}: the grammar has too few words to be worth more "
+                f"than {MAX_BUILTIN_STORIES:,}"
+            )
         return BuiltinSource(config.builtin_stories, config.builtin_seed)
     return hub_source(config.source)
 
