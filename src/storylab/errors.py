@@ -24,7 +24,7 @@ class Interrupted(Exception):  # noqa: N818 - a request, not a fault
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """128 + the signal's number, as in shells."""
         return 128 + self.signal_number
 
 

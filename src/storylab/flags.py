@@ -110,7 +110,7 @@ def parse(
 
 
 def _registry() -> ConstructorRegistry:
-    """The parser's types, with an empty path kept apart from the current folder."""
+    """The parser's types, which distinguish an empty path from the current folder."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule

@@ -1,4 +1,4 @@
-"""The one place where an exception becomes a line on standard error and an exit code."""
+"""Turn exceptions into a line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from collections.abc import Callable
 from storylab.errors import Diverged, Interrupted, UserError
 from storylab.files import system_words
 
-# The system's reasons for an output that takes nothing more.
+# The system's reasons for an output that cannot be written any longer.
 OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The exit code of a program that SIGPIPE ends: 128 + 13.
 READER_LEFT = 141
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run ``work``; one line on standard error and an exit code for every fault that users can meet."""
+    """Run ``work``; every fault that users can cause becomes one line on standard error and an exit
+    code."""
     _open_output()
     try:
         code = work()
@@ -52,7 +53,7 @@ def _open_output() -> None:
     output that is closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # Takes the lowest free descriptor, the closed one, before a file of ours does.
+            # Takes the lowest free descriptor, that of the closed output, before another file does.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as we run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -60,5 +61,5 @@ def _open_output() -> None:
 
 
 def _discard_output() -> None:
-    """Keep Python from complaining at its exit that the text left to print cannot be written."""
+    """Prevent Python's error at exit about buffered text that it cannot write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Planning and training an experiment on the terminal, for the verbs that do."""
+"""Plan and train an experiment on the terminal; shared by several verbs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepare_and_plan(
     seeds: Sequence[int],
     only: Sequence[str] = (),
 ) -> tuple[Dataset, list[PlannedRun]]:
-    """The data set of an experiment, prepared if need be, and the runs.
+    """The data set of an experiment, prepared if necessary, and the planned runs.
 
     Args:
         experiment: all of it.
@@ -36,7 +36,7 @@ def prepare_and_plan(
         only: arms to train; by default all.
 
     Raises:
-        UserError: the experiment cannot run, or its data cannot be had.
+        UserError: the experiment cannot run, or its data is not available.
     """
     from storylab.data.dataset import load_dataset
     from storylab.data.prepare import prepare

@@ -1,4 +1,4 @@
-"""Training on the terminal, for the verbs that train one run."""
+"""Train one run on the terminal; shared by several verbs."""
 
 from __future__ import annotations
 

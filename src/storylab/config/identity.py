@@ -102,7 +102,7 @@ def without_removed(values: Mapping[str, Any], path: str = "") -> dict[str, Any]
     """``values`` of fields by name, without those that storylab once had, where they change nothing.
 
     Raises:
-        UserError: one of them changes something; it is named behind ``path``.
+        UserError: one of them changes something; the message begins with ``path`` and its name.
     """
     for name, value in values.items():
         neutral = name not in REMOVED_FIELDS or value == REMOVED_FIELDS[name]
@@ -131,7 +131,8 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
-    """Ten hexadecimal digits of all that a run computes, seed apart: its resolved config and its data.
+    """Ten hexadecimal digits that identify a run's computation, without its seeds: its resolved
+    config and its data.
 
     The size of micro-batches is left out, so that a run that needed smaller ones to fit into memory
     still counts as the planned run. A field that the first runs did not have is left out if it has

@@ -49,7 +49,7 @@ SHARD_TOKENS = 2**27
 CHUNK_BYTES = 1 << 20
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with the name of the work, the bytes done, and the bytes in all (None: unknown)."""
+"""Called with the name of the work, the bytes done, and the total of bytes (None: unknown)."""
 
 
 # A few hours of preparing. The grammar repeats itself long before.
@@ -99,7 +99,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
     are never mistaken for a data set, and the next one removes them.
 
     Raises:
-        UserError: a source or tokenizer cannot be had, a split has no stories, the disk is full,
+        UserError: a source or tokenizer is not available, a split has no stories, the disk is full,
             or the folder holds something else.
     """
     _check_tokenizer_name(config.tokenizer)
@@ -166,8 +166,8 @@ def _source(config: PrepareConfig) -> Source:
             raise UserError("builtin_stories must be at least 2: one to train on, one to validate")
         if config.builtin_stories > MAX_BUILTIN_STORIES:
             raise UserError(
-                f"builtin_stories is {config.builtin_stories}: the grammar has too few words to be worth more "
-                f"than {MAX_BUILTIN_STORIES:,}"
+                f"builtin_stories is {config.builtin_stories}: the grammar has too few words to be worth "
+                f"more than {MAX_BUILTIN_STORIES:,}"
             )
         return BuiltinSource(config.builtin_stories, config.builtin_seed)
     return hub_source(config.source)

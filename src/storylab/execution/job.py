@@ -25,7 +25,7 @@ class Job:
     Attributes:
         action: a key of ``storylab.execution.worker.ACTIONS``.
         config: the run to train or to measure.
-        options: further arguments of the action, as JSON has them.
+        options: further arguments of the action, JSON values.
     """
 
     action: ActionName

@@ -1,6 +1,6 @@
 """Decide whether one recipe is better than another, by how much, and whether they may be compared.
 
-Two questions are kept apart: whether two trained models differ on stories like these (paired by
+Two questions are separate: whether two trained models differ on stories like these (paired by
 story, the runs as they are), and whether one recipe is better than the other (paired by seed: the
 same initial weights and data order in both arms). The verdict answers the second.
 """
@@ -73,7 +73,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class EqualTime:
-    """Difference of validation loss after the training seconds that the faster arm took in all.
+    """Difference of validation loss after the total training seconds of the faster arm.
 
     Read off both curves, of the estimate on a few fixed windows: ``progress`` is the share of its
     schedule that the slower arm had done by then, so its learning rate had not come down as far.

@@ -41,7 +41,7 @@ class PowerLaw:
 
 
 def fit_power_law(iterations: Sequence[int], losses: Sequence[float]) -> PowerLaw | None:
-    """The power law through a curve by least squares; None where the points cannot carry one."""
+    """The power law through a curve by least squares; None if there are too few points."""
     if len(iterations) < LEAST_POINTS:
         return None
     x, y = np.asarray(iterations, float), np.asarray(losses, float)

@@ -71,7 +71,7 @@ class Experiment:
 
     @property
     def label(self) -> str:
-        """Name of the experiment and its scale, fit for a file name."""
+        """Name of the experiment and its scale, valid as a file name."""
         return f"{self.name}-{self.scale}" if self.scale else self.name
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ class Outcome:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run that could be read, once each."""
+        """Every readable run, once."""
         found = {run.folder: run for cell in self.cells for run in cell.arm.runs}
         return list(found.values())
 

@@ -23,8 +23,7 @@ tokenizer = "bpe:1024"
 train` preset = "nano" max_iters = 300 batch_size = 32 gradient_accumulation_steps = 1 warmup_iters
 = 30 learning_rate = 1e-3 min_lr = 0.0 eval_interval = 50 eval_iters = 2
 
-[arms]                            # each arm states what it changes
-"1e-3" = {{ learning_rate = 1e-3 }}
+[arms]                            # the changes of each arm "1e-3" = {{ learning_rate = 1e-3 }}
 "3e-3" = {{ learning_rate = 3e-3 }}
 """
 

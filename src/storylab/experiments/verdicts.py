@@ -1,4 +1,4 @@
-"""A comparison in words: one line, and the lines behind it."""
+"""A comparison in words: one line, and lines with the details."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class LayerKVCache:
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, T, D]`` behind the filled positions; return all keys and values so far."""
+        """Store ``[B, K, T, D]`` after the filled positions; return all keys and values so far."""
         if self.length == 0:  # autocast decides the dtype of keys and values
             self.keys, self.values = self.keys.to(key.dtype), self.values.to(value.dtype)
         start, self.length = self.length, self.length + key.shape[2]

@@ -90,7 +90,7 @@ def chunk_sizes(device: torch.device) -> ChunkSizes:
 
 
 def padded_vocab_size(vocab_size: int, device: torch.device) -> int:
-    """Number of logits that are computed; those behind ``vocab_size`` are zero and are dropped."""
+    """Number of logits that are computed; those from ``vocab_size`` on are zero and are dropped."""
     return vocab_size + -vocab_size % chunk_sizes(device).vocab_multiple
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The average of a model's weights over about the last ``span`` iterations, and over all of them before
-    there are so many. Training does not see it.
+    """The average of a model's weights over about the last ``span`` iterations, or over all
+    iterations of a shorter run. Training does not see it.
 
     Args:
         model: its weights as they begin are the first average.
@@ -23,14 +23,15 @@ class WeightAverage:
             self.tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def update(self, model: nn.Module, iteration: int) -> None:
-        """Take in the weights that ``iteration`` (from 0) has left."""
+        """Add the weights after ``iteration`` (from 0) to the average."""
         if self.tensors:
             newest = 1 / min(iteration + 1, max(1.0, self.span))
             weights = [p.detach() for p in model.parameters()]
             torch._foreach_lerp_(list(self.tensors.values()), weights, newest)
 
     def exchange(self, model: nn.Module) -> bool:
-        """Swap the model's weights and their average; twice is none. Return whether there is an average."""
+        """Swap the model's weights and their average; a second call restores them. Returns whether
+        there is an average."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
                 parameter.data, self.tensors[name] = self.tensors[name], parameter.data

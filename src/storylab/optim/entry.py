@@ -32,7 +32,7 @@ class UpdateCost:
         weight_kernels: kernels for each weight.
         shape_kernels: kernels for all matrices of one shape, matrix products left out.
         product_kernels: matrix products for all matrices of one shape.
-        product_flops: FLOPs of the matrix products for a matrix of so many rows and columns.
+        product_flops: FLOPs of the matrix products for a matrix, given its rows and columns.
     """
 
     bytes: float

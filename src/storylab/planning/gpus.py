@@ -20,7 +20,7 @@ class Gpu:
     these) or with float16 accumulation (on GeForce cards twice these).
 
     Attributes:
-        name: as tables have it.
+        name: in tables.
         capability: CUDA's compute capability.
         tflops: peak rate of matrix products by matrix unit, TFLOP/s; a missing unit means none.
         bandwidth: of its memory, TB/s.

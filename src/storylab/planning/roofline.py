@@ -40,7 +40,7 @@ class Work:
 
     Attributes:
         part: of the step.
-        name: as tables have it; a part may be several works.
+        name: in tables; a part may consist of several works.
         bytes: memory traffic.
         flops: arithmetic, of matrix products only; other operations are bound by memory.
         kernels: number started; a fraction where the work is a share of an update.
@@ -141,8 +141,9 @@ def _options(model: ModelConfig, traffic: Traffic) -> tuple[float, int]:
 
 
 def _update_work(config: TrainConfig, vocab_size: int, traffic: Traffic) -> Iterator[Work]:
-    """A micro-batch's share of the update, the average of the weights included. The optimizer's matrix
-    products are apart, as their arithmetic does not overlap with work that memory bounds."""
+    """A micro-batch's share of the update, the average of the weights included. The optimizer's
+    matrix products are separate works, as their arithmetic does not overlap with memory-bound
+    work."""
     model, updates = config.model, 1 / config.gradient_accumulation_steps
     parameters = model.parameter_count(vocab_size)
     moved, kernels = 0.0, 0
@@ -163,14 +164,14 @@ def _update_work(config: TrainConfig, vocab_size: int, traffic: Traffic) -> Iter
         yield Work(
             StepPart.UPDATE,
             f"update, products of {OPTIMIZERS[config.optimizer].label}",
-            bytes=0.0,  # in the cache, or bound by arithmetic where they are too large for it
+            bytes=0.0,  # the operands are in the cache; those too large for it are bound by arithmetic
             flops=flops * updates,
             kernels=shapes * cost.product_kernels * updates,
         )
 
 
 def _linear_work(config: TrainConfig, recipe: Recipe | None) -> Iterator[Work]:
-    """The linear layers of the blocks; products that ``recipe`` quantizes are apart."""
+    """The linear layers of the blocks; products that ``recipe`` quantizes are separate works."""
     model = config.model
     tokens, layers = config.batch_size * config.block_size, model.n_layer
     linear = linear_flops(model)

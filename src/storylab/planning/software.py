@@ -46,7 +46,7 @@ class Software:
     """The shares of a GPU's limits that a kind of software reaches.
 
     Attributes:
-        name: as tables have it.
+        name: in tables.
         products: share of the peak rate in matrix products.
         attention: the same in attention.
         bandwidth: share of the memory's bandwidth in elementwise work.

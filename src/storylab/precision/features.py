@@ -17,10 +17,10 @@ GEFORCE_BLACKWELL = 12
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that the matrix units of a GPU can or cannot do.
+    """An ability that the matrix units of a GPU have or lack.
 
     Attributes:
-        name: as messages have it.
+        name: in messages.
         present: whether a GPU of a compute capability has it.
     """
 

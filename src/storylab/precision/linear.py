@@ -156,7 +156,7 @@ class QuantizedLinear(nn.Module):
             use: the product that reads it.
 
         Returns:
-            M rows and at least K columns; the columns behind are zeros.
+            M rows and at least K columns; further columns are zeros.
         """
         quantized = operand.scaling.quantize(values, operand, LayerContext(self, kind, use))
         if self.state.on_quantize is not None and self._training_pass:
@@ -251,7 +251,7 @@ class QuantizedProduct(torch.autograd.Function):
 def product(left: Quantized, right: Quantized) -> Tensor:
     """``left [M, K]`` times ``right [N, K]`` transposed: ``[M, N]`` float32.
 
-    Where one has more columns than the other, the columns behind are padding.
+    If one has more columns than the other, the additional columns are padding.
     """
     columns = min(left.operand.shape[1], right.operand.shape[1])
     with _exact_in_bfloat16():

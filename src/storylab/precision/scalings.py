@@ -64,7 +64,7 @@ class Scaling(ABC):
     def quantize(self, values: Tensor, operand: Operand, context: TensorContext) -> Quantized:
         """Quantize ``values [M, K]`` (float32 or bfloat16), blocks along the last axis.
 
-        The result has M rows and may have more than K columns; the columns behind are zeros.
+        The result has M rows and may have more than K columns; further columns are zeros.
         """
 
     @abstractmethod

@@ -19,7 +19,8 @@ from storylab.training.telemetry import Telemetry
 
 
 class Checkpoints:
-    """The two checkpoints of a run: the last weights, with the state behind them, and the best weights."""
+    """The two checkpoints of a run: the last weights with the state to resume from, and the best
+    weights."""
 
     def __init__(
         self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
@@ -72,8 +73,9 @@ class Checkpoints:
 class Saver:
     """Saves checkpoints: on a CPU at once, on a CUDA device from a copy in a thread.
 
-    The copy is queued on the device behind the step that it belongs to, so that the steps after it cannot
-    reach it. One checkpoint is written after the other, and one copy of each is kept in pinned memory.
+    The copy is queued on the device after the step that it belongs to, so that the steps after it
+    cannot reach it. One checkpoint is written after the other, and one copy of each is kept in
+    pinned memory.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -12,7 +12,8 @@ from storylab.record.schema import Row, Summary
 class Observer:
     """Watches a run. Override any of the methods; by default each does nothing.
 
-    A run calls them in its own thread. An exception in one of them ends the watching, not the run.
+    A run calls them in its own thread. An exception in one of them drops the observer and does not
+    stop the run.
     """
 
     def start(self, folder: Path) -> None:

@@ -19,9 +19,9 @@ from storylab.training.telemetry import Telemetry, peak_memory_bytes
 
 
 class Recorder:
-    """The run folder's ``metrics.jsonl`` and ``log.txt``, and the clocks behind their numbers.
+    """Writes the run folder's ``metrics.jsonl`` and ``log.txt``, and keeps the clocks for their numbers.
 
-    Clocks run from construction on; ``progress`` holds their sums, in seconds.
+    Clocks start at construction; ``progress`` holds their sums, in seconds.
     """
 
     def __init__(

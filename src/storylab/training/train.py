@@ -1,4 +1,4 @@
-"""Training a new run; ``resume.py`` continues one."""
+"""Train a new run; ``resume.py`` continues one."""
 
 from __future__ import annotations
 

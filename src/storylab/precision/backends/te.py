@@ -191,6 +191,6 @@ def require_te_version(version: str, recipe: Recipe, capability: Capability) -> 
     number = tuple(int(part) for part in version.split(".")[:2])
     if fragile and capability[0] == GEFORCE_BLACKWELL and number < TE_FOR_GEFORCE:
         raise UserError(
-            f"TransformerEngine {version} trains NVFP4 wrongly on this card, in silence: upgrade it "
+            f"TransformerEngine {version} silently trains NVFP4 wrongly on this card: upgrade it "
             f"to 2.20 or later, use --dtype nvfp4-plain, or {EMULATED}"
         )

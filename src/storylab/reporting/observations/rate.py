@@ -31,7 +31,7 @@ def rate_observations(outcome: Outcome) -> Iterable[str]:
 
 
 def _ended(cell: CellResult) -> dict[tuple[int, int], float]:
-    """Losses by seed of the runs that came to an end; infinite for one that diverged."""
+    """Losses by seed of the runs that ended; infinite for one that diverged."""
     return {run.seeds: run.loss for run in cell.arm.runs if run.state in ENDED}
 
 
