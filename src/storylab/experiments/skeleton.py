@@ -19,11 +19,19 @@ seeds = [1337, 1338, 1339]        # each seed is one pair of runs: same weights,
 source = "builtin"                # tinystories, or builtin to try this without a download
 tokenizer = "bpe:1024"
 
-[config]                          # shared by all arms; other flags keep the defaults of `storylab
-train` preset = "nano" max_iters = 300 batch_size = 32 gradient_accumulation_steps = 1 warmup_iters
-= 30 learning_rate = 1e-3 min_lr = 0.0 eval_interval = 50 eval_iters = 2
+[config]                          # shared by all arms; other flags keep their defaults
+preset = "nano"
+max_iters = 300
+batch_size = 32
+gradient_accumulation_steps = 1
+warmup_iters = 30
+learning_rate = 1e-3
+min_lr = 0.0
+eval_interval = 50
+eval_iters = 2
 
-[arms]                            # the changes of each arm "1e-3" = {{ learning_rate = 1e-3 }}
+[arms]                            # the changes of each arm
+"1e-3" = {{ learning_rate = 1e-3 }}
 "3e-3" = {{ learning_rate = 3e-3 }}
 """
 
