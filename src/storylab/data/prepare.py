@@ -165,8 +165,8 @@ def _source(config: PrepareConfig) -> Source:
             raise UserError("builtin_stories must be at least 2: one to train on, one to validate")
         if config.builtin_stories > MAX_BUILTIN_STORIES:
             raise UserError(
-                f"builtin_stories is {config.builtin_stories}: the grammar has too few words to be worth more "
-                f"than {MAX_BUILTIN_STORIES:,}"
+                f"builtin_stories is {config.builtin_stories}: the grammar has too few words to be worth "
+                f"more than {MAX_BUILTIN_STORIES:,}"
             )
         return BuiltinSource(config.builtin_stories, config.builtin_seed)
     return hub_source(config.source)
