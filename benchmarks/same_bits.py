@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = place / "code"
         clone = ["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(before)]
         subprocess.run(clone, check=True)
-        checkout = ["git", "-C", str(before), "checkout", "--quiet", "--detach", args.commit]
+        resolve = ["git", "-C", str(ROOT), "rev-parse", "--verify", f"{args.commit}^{{commit}}"]
+        commit = subprocess.run(resolve, check=True, capture_output=True, text=True).stdout.strip()
+        checkout = ["git", "-C", str(before), "checkout", "--quiet", "--detach", commit]
         subprocess.run(checkout, check=True)
         data = place / "data"
         prepared = ["--source", "builtin", "--tokenizer", "bpe:300", "--builtin_stories", "600"]

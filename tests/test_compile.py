@@ -83,7 +83,7 @@ def miscompiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
         monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
         # What the machine lacks does not matter to this compiler.
-        for module in ("training.precision", "training.resume"):
+        for module in ("training.setup", "training.resume"):
             monkeypatch.setattr(f"storylab.{module}.missing_for_compiling", lambda device: None)
 
     return install
@@ -183,7 +183,7 @@ def test_a_resumed_run_goes_on_without_a_compiler(
 ) -> None:
     miscompiling("none")
     run = train(tiny_config(compile=True, schedule="constant", warmup_iters=0))
-    for module in ("training.precision", "training.resume"):
+    for module in ("training.setup", "training.resume"):
         monkeypatch.setattr(f"storylab.{module}.missing_for_compiling", lambda device: "a compiler")
     resume(run.folder, dataclasses.replace(run.read_config(), max_iters=9))
     assert run.read_config().compile is False

@@ -55,9 +55,9 @@ def test_an_example_works(name: str, dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/builtin-bpe1024").symlink_to(dataset.folder)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "src")}
-    for language, block in re.findall(
-        r"^```(\w+)\n(.*?)^```", EXAMPLES[name], re.DOTALL | re.MULTILINE
-    ):
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", EXAMPLES[name], re.DOTALL | re.MULTILINE)
+    assert blocks and 2 * len(blocks) == len(re.findall(r"^```", EXAMPLES[name], re.MULTILINE))
+    for language, block in blocks:
         if language == "diff":
             apply(block, tmp_path)
             continue

@@ -44,7 +44,7 @@ from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.skeleton import skeleton
 from storylab.experiments.spec import load_experiment
 from storylab.model.cost import training_flops
-from storylab.optim.schedule import learning_rate, telling_iterations
+from storylab.optim.schedule import SCHEDULES, learning_rate, telling_iterations
 from storylab.planning.estimate import estimate_runs
 from storylab.record.folder import SUMMARY, RunFolder
 from storylab.record.run import run_state
@@ -324,7 +324,7 @@ def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> No
 COURSES = st.fixed_dictionaries(
     {
         "warmup_iters": st.integers(0, 60),
-        "schedule": st.sampled_from(["cosine", "linear", "constant"]),
+        "schedule": st.sampled_from(list(SCHEDULES)),
         "learning_rate": st.sampled_from([1e-3, 2e-3]),
         "min_lr": st.sampled_from([0.0, 1e-3]),
     }

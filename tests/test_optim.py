@@ -254,8 +254,8 @@ def test_a_schedule_may_bend_by_a_field_of_its_own(monkeypatch: pytest.MonkeyPat
 
 def test_a_constant_schedule_never_reads_its_end() -> None:
     assert [name for name, s in SCHEDULES.items() if not s.decays] == ["constant"]
-    rates = {
-        learning_rate(TrainConfig(schedule="constant", warmup_iters=2, max_iters=9), i)
-        for i in range(2, 10)
-    }
-    assert rates == {TrainConfig().learning_rate}
+    for peak, end in ((1e-4, 5e-5), (0.01, 0.001), (0.003, 0.0001)):
+        config = TrainConfig(
+            schedule="constant", warmup_iters=2, max_iters=9, learning_rate=peak, min_lr=end
+        )
+        assert {learning_rate(config, i) for i in range(2, 10)} == {peak}

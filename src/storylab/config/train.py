@@ -94,7 +94,7 @@ class TrainConfig:
     learning_rate: Annotated[float, mark("schedule", checks=RATE, effect="result")] = 1e-4
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: Annotated[float, mark("schedule", checks=RATE, effect="result")] = 5e-5
-    """Learning rate at the last iteration (cosine and linear schedules)."""
+    """Learning rate at the last iteration, under a schedule that decays."""
     warmup_iters: Annotated[
         int, mark("schedule", "length", checks=COUNT_OR_NONE, effect="result")
     ] = 1000

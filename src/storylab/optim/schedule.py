@@ -43,6 +43,8 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     span = max(config.max_iters - config.warmup_iters, 1)
     progress = min((iteration - config.warmup_iters) / span, 1.0)
     left = SCHEDULES[config.schedule].left(progress, config)
+    if left == 1.0:
+        return config.learning_rate  # which the sum below may miss by its last bit
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
