@@ -37,7 +37,6 @@ from storylab.record import checkpoint
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import NON_NUMERIC_MODULES, bare_source
 from storylab.record.schema import EvaluationRow, IterationRow, Summary
-from storylab.training import loop
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
 from storylab.training.precision import (
@@ -343,7 +342,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     """As on CUDA: results are read when a line, an evaluation or a checkpoint is due."""
     config = {"max_iters": 11, "log_interval": 4, "eval_interval": 6}
     at_once = train(tiny_config(out_dir=tmp_path / "at-once", **config))
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
     times = [row.step_seconds for row in ahead.read_rows() if isinstance(row, IterationRow)]
@@ -357,7 +356,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
 def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:
@@ -379,7 +378,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     whole = training_step
 
     def poisoned(*args: Any, **values: Any) -> Any:

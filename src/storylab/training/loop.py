@@ -1,4 +1,4 @@
-"""The training loop: one run, from its config to its summary."""
+"""The training loop of one run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
@@ -57,23 +55,17 @@ def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder
     return run
 
 
-def runs_ahead(device: torch.device) -> bool:
-    """Whether the host gains by starting steps before earlier ones are read; on a CPU it does not."""
-    return device.type == "cuda"
-
-
 class Loop:
     """The parts of a run under way. Each iteration calls them in the order that :func:`fit` shows."""
 
     def __init__(self, setup: TrainingSetup, run: RunFolder, observers: Observers) -> None:
         self.setup, self.run, self.observers = setup, run, observers
         self.config, self.state, self.progress = setup.config, setup.state, setup.progress
-        device = setup.precision.device
-        self.stop = StopSignal()
+        device, self.stop = setup.precision.device, StopSignal()
         self.recorder = Recorder(run, self.config, self.progress, device, observers)
         self.checkpoints = Checkpoints(run, self.state, self.progress, self.recorder.telemetry)
         self.prefetcher = Prefetcher(setup.batches, pin=device.type == "cuda")
-        self.in_flight = StepsInFlight(runs_ahead(device))
+        self.in_flight = StepsInFlight(device)
         self.cores = CoreSharing(device.type == "cpu", self._thread_free, self.recorder.line)
         parts = self.recorder, self.checkpoints, self.cores
         self.evaluator = Evaluator(setup, *parts, leave=self.stop.check)

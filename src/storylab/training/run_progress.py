@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from storylab.decode import convert
 from storylab.errors import UserError
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
@@ -70,17 +72,22 @@ class StopSignal:
         self.number = number
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host gains by starting steps before earlier ones are read; on a CPU it does not."""
+    return device.type == "cuda"
+
+
 class StepsInFlight:
     """Steps that were started and not read yet, in order.
 
     On a GPU the host runs ahead until a line is due, so only the time of all of them together is known.
 
     Args:
-        runs_ahead: False where the host gains nothing by it.
+        device: the device of the steps.
     """
 
-    def __init__(self, runs_ahead: bool) -> None:
-        self.runs_ahead = runs_ahead
+    def __init__(self, device: torch.device) -> None:
+        self.runs_ahead = runs_ahead(device)
         self._steps: list[InFlightStep] = []
         self._since = 0.0
 
