@@ -37,6 +37,7 @@ from storylab.record import checkpoint
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import NON_NUMERIC_MODULES, bare_source
 from storylab.record.schema import EvaluationRow, IterationRow, Summary
+from storylab.training import run_progress
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_run, evaluate_split
 from storylab.training.observers import Observer
 from storylab.training.precision import (
