@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from msgspec import structs
 
-from storylab.experiments.comparison import BETTER, WORSE, Arm, Noise, compare_arms, noise_of
+from storylab.experiments.compare import compare_arms
+from storylab.experiments.comparison import BETTER, WORSE, Arm, Noise
+from storylab.experiments.noise import noise_of
 from storylab.experiments.outcome import experiment_records, load_outcome
 from storylab.experiments.statistics import (
     ALPHA,

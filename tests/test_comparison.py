@@ -20,6 +20,7 @@ from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import experiment, outcome
+from storylab.experiments.compare import compare_arms, compare_runs, group_runs
 from storylab.experiments.comparison import (
     BETTER,
     CANT_TELL,
@@ -32,12 +33,9 @@ from storylab.experiments.comparison import (
     Comparison,
     Noise,
     Ratio,
-    compare_arms,
-    compare_runs,
     correct,
-    group_runs,
-    noise_floor,
 )
+from storylab.experiments.noise import noise_floor
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
 from storylab.record.run import Run, load_run
 from storylab.training.train import train

@@ -21,7 +21,8 @@ from storylab.cli import main
 from storylab.config import TrainConfig, to_dict
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.comparison import Arm, compare_arms
+from storylab.experiments.compare import compare_arms
+from storylab.experiments.comparison import Arm
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.spec import load_experiment
 from storylab.record import provenance

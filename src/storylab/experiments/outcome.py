@@ -14,12 +14,8 @@ from msgspec import structs
 
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
-from storylab.experiments.comparison import (
-    Arm,
-    Comparison,
-    compare_arms,
-    correct,
-)
+from storylab.experiments.compare import compare_arms
+from storylab.experiments.comparison import Arm, Comparison, correct
 from storylab.experiments.curves import fit_power_law
 from storylab.experiments.experiment import METRICS, Expectation
 from storylab.experiments.factors import allowed_fields, under

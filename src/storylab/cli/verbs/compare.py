@@ -31,7 +31,7 @@ def run(call: Call) -> int:
     if command.margin is not None and not 0 < command.margin < float("inf"):
         raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
     _require_distinct(command.runs)
-    from storylab.experiments.comparison import compare_runs
+    from storylab.experiments.compare import compare_runs
     from storylab.experiments.verdicts import detail_lines, verdict_line
     from storylab.record.run import load_run
 

@@ -74,7 +74,7 @@ def _print_noise(condition: str, result: Run) -> None:
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.comparison import noise_of, other_seeds
+    from storylab.experiments.noise import noise_of, other_seeds
     from storylab.experiments.statistics import detectable_difference, deviation_interval
 
     alike, problems = other_seeds(result)
