@@ -19,7 +19,7 @@ from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import experiment, outcome
+from storylab.experiments import experiment, measures
 from storylab.experiments.compare import compare_arms, compare_runs, group_runs
 from storylab.experiments.comparison import (
     BETTER,
@@ -478,4 +478,4 @@ def test_detail_lines_name_what_is_behind_a_verdict(low: Run) -> None:
 
 
 def test_every_metric_of_an_expectation_can_be_computed() -> None:
-    assert set(experiment.METRICS) == set(outcome._METRICS)
+    assert set(experiment.METRICS) == set(measures.MEASURES)

@@ -287,8 +287,8 @@ def test_ids_are_checked_when_loaded(tmp_path: Path) -> None:
 
 def test_the_shards_hold_the_stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards and chunks, so that both have borders; checked against one plain loop."""
-    monkeypatch.setattr("storylab.data.prepare.SHARD_TOKENS", 1000)
-    monkeypatch.setattr("storylab.data.prepare.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("storylab.data.shards.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("storylab.data.shards.CHUNK_BYTES", 3000)
     stories = list(builtin.stories(3, 0, 150))
     tokenizer = train_tokenizer(iter(stories), 300)
     split = write(tmp_path / "data", stories, tokenizer).splits["train"]

@@ -30,7 +30,8 @@ from storylab.data import builtin
 from storylab.data import tokenizer as tokenizers_here
 from storylab.data.dataset import Dataset, load_dataset
 from storylab.data.prepare import PrepareConfig, prepare
-from storylab.data.reading import clean, other_separator, read_texts
+from storylab.data.reading import clean, read_texts
+from storylab.data.separators import other_separator
 from storylab.data.sources import download, local_source
 from storylab.data.tally import Tally
 from storylab.data.tokenizer import gpt2_tokenizer, train_tokenizer
@@ -524,7 +525,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "a.txt").write_text("A story.")
-    monkeypatch.setattr("storylab.data.prepare.os.fsync", fail)
+    monkeypatch.setattr("storylab.data.shards.os.fsync", fail)
     assert "No space left on device" in refusal(tmp_path, tmp_path / "a.txt")
 
 

@@ -6,8 +6,6 @@ Every fault in a file's content becomes one line that names the file and the pla
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storylab.data.columns import text_column
 from storylab.data.layout import END_OF_TEXT
-from storylab.data.tally import Tally, plural
+from storylab.data.separators import other_separator
+from storylab.data.tally import Tally
 from storylab.errors import UserError
 from storylab.files import open_file, reading, shown
 
 READ_BYTES = 1 << 20
 MAX_STORY_BYTES = 64_000_000
 PARQUET_ROWS = 4096
-SEARCHED = 1_000_000
 BYTE_ORDER_MARK = "\ufeff"
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -42,16 +41,6 @@ _BEGINNINGS = {
     b"PAR1": "a parquet file",
     b"%PDF-": "a PDF file",
 }
-# Columns of text as parquet has them. Bytes are text for writers that leave the annotation out.
-_TEXT_TYPES = {
-    *("string", "large_string", "string_view"),
-    *("binary", "large_binary", "binary_view", "null"),
-}
-# Separators of stories in other corpora: a marker in brackets, or a line without a letter.
-_MARKER = re.compile(r"[<\uff1c\[{][^<>\uff1c\uff1e\[\]{}\n]{1,30}[>\uff1e\]}]")
-_MARKER_NAME = re.compile(r"(?<![a-z])(?:end|eo[stfd]|sep|doc|bos)|^.\s*/?s\s*.$", re.IGNORECASE)
-_RULE = re.compile(r"^[^\S\n]*((?:[^\w\s][^\S\n]*){1,80})$", re.MULTILINE)
-_BLANK = re.compile(r"\n[^\S\n]*(?=\n)")
 
 
 def kind_of(path: Path) -> str | None:
@@ -203,21 +192,6 @@ def _read_txt(path: Path, tally: Tally) -> Iterator[str]:
         tally.note_unseparated(path.name, other_separator(first))
 
 
-def other_separator(text: str) -> str:
-    """Name a marker, besides ``<|endoftext|>``, that may separate stories, and count it."""
-    if len(text) > SEARCHED:
-        return f"{other_separator(text[:SEARCHED])} in its first {SEARCHED:,} characters"
-    markers = Counter(m for m in _MARKER.findall(text) if _MARKER_NAME.search(m))
-    rules = Counter(match.strip() for match in _RULE.findall(text))
-    for found in (markers, rules):
-        if found:
-            what, count = found.most_common(1)[0]
-            return f"'{what}' {count:,} times" if count > 1 else f"'{what}' once"
-    text = text.strip().replace("\r\n", "\n")
-    blank = len(_BLANK.findall(text))
-    return plural(blank, "blank line") if blank else plural(len(text.splitlines()), "line")
-
-
 def _read_jsonl(path: Path, tally: Tally) -> Iterator[str | None]:
     number = 0
     for offset, piece in _pieces(path, b"\n"):
@@ -280,7 +254,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=float)
 def _read_parquet(path: Path, tally: Tally) -> Iterator[str | None]:
     with open_file(path) as stream, _checked(path):
         file = pq.ParquetFile(stream, page_checksum_verification=True)
-        name = _text_column(path, file.schema_arrow)
+        name = text_column(path, file.schema_arrow)
         number = 0
         batches = file.iter_batches(PARQUET_ROWS, columns=[name], use_threads=False)
         while (batch := _next_batch(batches, path, number)) is not None:
@@ -300,20 +274,6 @@ def _next_batch(batches: Iterator[pa.RecordBatch], path: Path, rows: int) -> pa.
         raise UserError(
             f"{shown(path)}, after row {rows:,}: not UTF-8; save it as UTF-8"
         ) from error
-
-
-def _text_column(path: Path, schema: pa.Schema) -> str:
-    name = next((name for name in ("text", "story") if name in schema.names), None)
-    if name is None:
-        columns = shown(", ".join(schema.names))
-        raise UserError(f"{shown(path)} has no column 'text' or 'story' (its columns: {columns})")
-    if schema.names.count(name) > 1:
-        raise UserError(f"{shown(path)} has two columns '{name}': rename or remove one")
-    kind = schema.field(name).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if str(plain) not in _TEXT_TYPES:
-        raise UserError(f"{shown(path)}: the column '{name}' holds {shown(str(kind))}, not text")
-    return name
 
 
 def _text_of_value(value: pa.Scalar, path: Path, place: str) -> str | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from storylab.config import (
     FIELDS,
-    WIDE_DTYPES,
     TrainConfig,
     check_seed,
     without_removed,
@@ -31,6 +30,7 @@ from storylab.experiments.factors import (
     factor_fields,
     unexplained,
 )
+from storylab.experiments.matching import equally_compiled, matched_cells
 from storylab.experiments.tables import (
     as_flags,
     get_table,
@@ -43,8 +43,6 @@ from storylab.experiments.tables import (
 )
 from storylab.files import read_text
 from storylab.flags import default_for, parse, perhaps
-from storylab.model.cost import training_flops
-from storylab.training.compile_policy import worth_compiling
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
@@ -153,8 +151,8 @@ class _Reader:
             for arm in arms
         ]
         experiment = dataclasses.replace(experiment, cells=tuple(cells))
-        experiment = dataclasses.replace(experiment, cells=tuple(_matched_cells(experiment)))
-        experiment = dataclasses.replace(experiment, cells=tuple(_alike_compiled(experiment)))
+        experiment = dataclasses.replace(experiment, cells=tuple(matched_cells(experiment)))
+        experiment = dataclasses.replace(experiment, cells=tuple(equally_compiled(experiment)))
         _check_arms(experiment)
         return experiment
 
@@ -186,40 +184,6 @@ class _Reader:
         config = parse(TrainConfig, flags, "", default_for(flags), advice=f"in {place}")
         config.require_no_rise()
         return config
-
-
-def _matched_cells(experiment: Experiment) -> Iterable[Cell]:
-    """The cells; those of a matched condition train until they have used the baseline's compute."""
-    for cell in experiment.cells:
-        if cell.condition not in experiment.matched or cell.arm == experiment.baseline:
-            yield cell
-            continue
-        base = experiment.cell(cell.condition, experiment.baseline).config
-        vocab_size = experiment.vocab_size
-        ratio = _flops(base, vocab_size) / _flops(cell.config, vocab_size)
-        ratio *= base.tokens_per_iteration / cell.config.tokens_per_iteration
-        updates = max(1, round(base.iterations * ratio))
-        stretch = (updates - 1) / max(base.max_iters, 1)
-        warmup = round(cell.config.warmup_iters * stretch)
-        config = dataclasses.replace(cell.config, max_iters=updates - 1, warmup_iters=warmup)
-        yield dataclasses.replace(cell, config=config)
-
-
-def _alike_compiled(experiment: Experiment) -> Iterable[Cell]:
-    """The cells with the same choice of compiling, as arms must not differ in it. Unless the file
-    decides, all are uncompiled if one cannot be compiled or is too short for it."""
-    short = any(
-        cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config)
-        for cell in experiment.cells
-    )
-    for cell in experiment.cells:
-        if short and cell.config.compile is None:
-            cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, compile=False))
-        yield cell
-
-
-def _flops(config: TrainConfig, vocab_size: int) -> float:
-    return training_flops(config.model, vocab_size, config.block_size)
 
 
 def _check_arms(experiment: Experiment) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from storylab.experiments.curves import fit_power_law
-from storylab.experiments.outcome import Outcome, curve_after_warmup
+from storylab.experiments.measures import curve_after_warmup
+from storylab.experiments.outcome import Outcome
 from storylab.experiments.statistics import mean_interval
 
 

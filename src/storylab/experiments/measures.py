@@ -1,0 +1,82 @@
+"""Measure the metrics that an expectation may name; their texts are in ``experiment.METRICS``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storylab.experiments.comparison import Comparison
+from storylab.experiments.curves import fit_power_law
+from storylab.experiments.statistics import mean_interval
+from storylab.record.run import Run
+
+if TYPE_CHECKING:
+    from storylab.experiments.outcome import CellResult, Outcome
+
+# A number with the ends of its interval, each None where it is not known.
+Measured = tuple[float | None, float | None, float | None]
+_UNKNOWN: Measured = (None, None, None)
+
+
+def _comparison(cell: CellResult, outcome: Outcome) -> Comparison | None:
+    key = (cell.condition, cell.arm.name)
+    found = (c for c in outcome.comparisons if (c.condition, c.arm) == key)
+    return next((c for c in found if not c.confounds), None)
+
+
+def _loss_difference(cell: CellResult, outcome: Outcome) -> Measured:
+    c = _comparison(cell, outcome)
+    if c is None or c.recipes is None:
+        return _UNKNOWN
+    return c.recipes.estimate, c.recipes.low, c.recipes.high
+
+
+def _ratio(name: str) -> Callable[[CellResult, Outcome], Measured]:
+    def measured(cell: CellResult, outcome: Outcome) -> Measured:
+        c = _comparison(cell, outcome)
+        ratio = getattr(c, name) if c and not c.speed_confounds else None
+        return (ratio.value, ratio.low, ratio.high) if ratio else _UNKNOWN
+
+    return measured
+
+
+def _mean(values: Sequence[float | None]) -> Measured:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return _UNKNOWN
+    interval = mean_interval(known)
+    mean = float(np.mean(known))
+    return (mean, interval.low, interval.high) if interval else (mean, None, None)
+
+
+def _plateau(cell: CellResult, outcome: Outcome) -> Measured:
+    plateaus = []
+    for run in cell.arm.finished:
+        law = fit_power_law(*curve_after_warmup(run))
+        if law:
+            plateaus.append(law.plateau)
+    if not plateaus or all(map(math.isfinite, plateaus)):
+        return _mean(plateaus)
+    return math.inf, None, None
+
+
+def curve_after_warmup(run: Run) -> tuple[list[int], list[float]]:
+    """Iterations and validation losses of a run's evaluations once its warm-up is over: none for a
+    run that is nothing but warm-up."""
+    points = [p for p in run.evaluations if p.iteration >= run.config.warmup_iters]
+    if run.config.warmup_iters >= run.config.max_iters:
+        points = []
+    return [p.iteration for p in points], [p.val_loss for p in points]
+
+
+MEASURES: dict[str, Callable[[CellResult, Outcome], Measured]] = {
+    "loss_difference": _loss_difference,
+    "speed_ratio": _ratio("speed"),
+    "memory_ratio": _ratio("memory"),
+    "tokens_per_second": lambda cell, _: _mean([run.speed for run in cell.arm.finished]),
+    "val_loss": lambda cell, _: _mean(cell.arm.losses),
+    "plateau_iteration": _plateau,
+}
