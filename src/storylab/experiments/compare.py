@@ -47,10 +47,7 @@ def compare_arms(
     met = pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
     confounds = dict.fromkeys(c for pair in met for c in loss_confounds(*pair, allowed, paired))
     of_speed = dict.fromkeys(c for pair in met for c in speed_confounds(*pair))
-    if noise is None:
-        noise = noise_of(baseline.finished)
-    if noise is None and baseline.finished:
-        noise = noise_floor(baseline.finished[0], cache)
+    noise = noise or _noise_of_baseline(baseline, cache)
     recipes = _recipe_interval(arm, baseline, pairs, paired)
     from_noise = recipes is None and noise is not None and len(pairs) == 1
     if from_noise and noise is not None:
@@ -74,17 +71,27 @@ def compare_arms(
         memory=_ratio([(a.training_memory, b.training_memory) for a, b in pairs]),
         energy=_ratio([(a.results.energy_joules, b.results.energy_joules) for a, b in pairs]),
         equal_time=_equal_time(arm, baseline, pairs) if paired and not of_speed else None,
-        failures=tuple(
-            f"{side.name}, seed {run.config.seed}: {run.state}"
-            + f" ({run.reason})" * bool(run.reason)
-            for side in (arm, baseline)
-            for run in side.runs
-            if not run.finished
-        ),
+        failures=tuple(_failures(arm, baseline)),
         diverged=sum(run.state == "diverged" for run in arm.runs),
         baseline_diverged=sum(run.state == "diverged" for run in baseline.runs),
     )
     return correct([comparison])[0]
+
+
+def _noise_of_baseline(baseline: Arm, cache: RunCache | None) -> Noise | None:
+    """Spread of the baseline's runs, or of the other seeds in the folder of a single one."""
+    found = noise_of(baseline.finished)
+    if found is None and baseline.finished:
+        found = noise_floor(baseline.finished[0], cache)
+    return found
+
+
+def _failures(arm: Arm, baseline: Arm) -> Iterable[str]:
+    for side in (arm, baseline):
+        for run in side.runs:
+            if not run.finished:
+                reason = f" ({run.reason})" if run.reason else ""
+                yield f"{side.name}, seed {run.config.seed}: {run.state}{reason}"
 
 
 def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Run, Run]], bool]:
