@@ -809,10 +809,11 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
     assert stories_of(data) == [*stories, *words]
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
-    started, given_up = threading.Event(), time.monotonic() + 120
+    started, given_up = threading.Event(), time.monotonic() + 600
 
     def endless() -> Iterator[str]:
         for number in itertools.count():

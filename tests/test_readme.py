@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,11 +56,6 @@ ELSEWHERE = {
 SHORTER = {"--max_iters": "20", "--eval_interval": "10"}
 
 
-def in_order(test: Callable[..., None]) -> Callable[..., None]:
-    """Commands that use what earlier ones made: they run in one process, in their order."""
-    return pytest.mark.slow(pytest.mark.xdist_group("readme")(test))
-
-
 def shortened(command: str) -> list[str]:
     words = shlex.split(command)
     for flag, value in SHORTER.items():
@@ -86,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@in_order
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), [c for c in COMMANDS if c[1] not in ELSEWHERE])
 def test_command(page: str, command: str, place: Path) -> None:
     """In the order of the pages: later commands use what earlier ones made."""
@@ -98,7 +92,7 @@ def test_command(page: str, command: str, place: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@in_order
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python(page: Path, place: Path) -> None:
     for code in blocks(page, "python"):
