@@ -113,7 +113,7 @@ def flex_mask(time: int, window: int) -> BlockMask:
 
 
 def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training and in evaluation alike, where FlexAttention can be compiled and takes the heads."""
+    """In training and in evaluation, where FlexAttention can be compiled and takes the heads."""
     cpu, cuda, windows = torch.device("cpu"), torch.device("cuda"), (FULL, Window(64), Window(200))
     monkeypatch.setattr(attention, "_block_mask", lambda time, pattern, device: (time, pattern))
     monkeypatch.setattr(attention, "missing_for_compiling", lambda device: None)

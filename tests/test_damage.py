@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import SMALL_EXPERIMENT
 from executors import InProcess, perform_quietly, train_here
 from storylab.cli import main
 from storylab.data.dataset import Dataset
@@ -32,35 +33,6 @@ from storylab.record.schema import DataInfo, Summary
 from storylab.reporting import report as reporting
 
 pytestmark = pytest.mark.slow
-EXPERIMENT = """
-title = "Two rates"
-purpose = "Something to break."
-factor = "learning_rate"
-baseline = "low"
-seeds = [1, 2]
-[config]
-preset = "nano"
-n_layer = 1
-n_head = 1
-n_kv_head = 1
-n_embd = 16
-n_hidden = 16
-dtype = "fp8"
-backend = "emulated"
-quantization_stats = true
-max_iters = 4
-batch_size = 4
-gradient_accumulation_steps = 1
-block_size = 16
-min_lr = 0.0
-warmup_iters = 2
-eval_interval = 2
-eval_iters = 1
-device = "cpu"
-[arms]
-low = { learning_rate = 1e-3 }
-high = { learning_rate = 1e-2 }
-"""
 FILES = [
     *("config.json", "data.json", "environment.json", "summary.json", "precision.json"),
     *("metrics.jsonl", "story_losses.npy", "position_losses.npy", "tokenizer.tiktoken"),
@@ -151,7 +123,7 @@ def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """The place before any damage, trained in this process."""
     place = Place(tmp_path_factory.mktemp("whole") / "place")
     shutil.copytree(dataset.folder, place.data)
-    place.file.write_text(EXPERIMENT)
+    place.file.write_text(SMALL_EXPERIMENT.format(seeds="1, 2"))
     experiment = load_experiment(place.file)
     planned = plan_runs(experiment, dataset, place.runs)
     for run in planned:

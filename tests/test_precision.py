@@ -895,7 +895,7 @@ def test_a_low_precision_run_learns_and_resumes_to_the_same_bits(
     assert summary is not None and summary.validation is not None and summary.emulated
     first, last = whole.read_rows()[0].loss, whole.read_rows()[-1].loss
     assert last < first - 0.3
-    # Evaluated alike for every arm, and in its own precision too.
+    # Evaluated in the same way for every arm, and in its own precision too.
     own = summary.validation_own_precision.loss
     assert own != summary.validation.loss and abs(own - summary.validation.loss) < 0.05
     short = train(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import storylab
+from conftest import SMALL_EXPERIMENT
 from executors import Unused, train_here
 from storylab.cli import main
 from storylab.config import TrainConfig, to_dict
@@ -33,43 +34,13 @@ from storylab.record.run import Run, load_run
 from storylab.record.schema import EvaluationRow, IterationRow, QuantizationRow
 from storylab.reporting import report as reporting
 
-EXPERIMENT = """
-title = "Two rates"
-purpose = "To be read."
-factor = "learning_rate"
-baseline = "low"
-seeds = [{seeds}]
-[config]
-preset = "nano"
-n_layer = 1
-n_head = 1
-n_kv_head = 1
-n_embd = 16
-n_hidden = 16
-dtype = "fp8"
-backend = "emulated"
-quantization_stats = true
-max_iters = 4
-batch_size = 4
-gradient_accumulation_steps = 1
-block_size = 16
-min_lr = 0.0
-warmup_iters = 2
-eval_interval = 2
-eval_iters = 1
-device = "cpu"
-[arms]
-low = {{ learning_rate = 1e-3 }}
-high = {{ learning_rate = 1e-2 }}
-"""
-
 
 @pytest.fixture(scope="module")
 def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the experiment's file, its data, and its finished runs of two seeds."""
     root = tmp_path_factory.mktemp("record")
     shutil.copytree(dataset.folder, root / "data")
-    (root / "rates.toml").write_text(EXPERIMENT.format(seeds="1, 2"))
+    (root / "rates.toml").write_text(SMALL_EXPERIMENT.format(seeds="1, 2"))
     for run in plan_runs(load_experiment(root / "rates.toml"), dataset, root / "runs"):
         assert train_here(run.config).status == "done"
     return root
@@ -123,7 +94,7 @@ def test_a_finished_experiment_reads_no_file_twice(
 ) -> None:
     """With one seed, the noise of the other one in the folder is read too."""
     file = place / "rates.toml"
-    file.write_text(EXPERIMENT.format(seeds=seeds))
+    file.write_text(SMALL_EXPERIMENT.format(seeds=seeds))
     monkeypatch.setattr(reporting, "_figures", lambda outcome: ())
     args = ["--runs", str(place / "runs"), "--data_dir", str(place / "data")]
     assert main(["experiment", "run", str(file), *args], Unused()) == 0
