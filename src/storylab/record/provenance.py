@@ -13,6 +13,7 @@ import sys
 import time
 import tokenize
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import storylab
@@ -128,6 +129,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache  # a plan asks for every run, and the code of a process stays the same
 def code_sha256() -> str:
     """SHA-256 over the source that decides a run's numbers: the code version without git.
 
