@@ -183,7 +183,7 @@ def nvfp4_of_transformer_engine(square: bool, four_over_six: bool = False) -> Ro
     oracle, name = "TransformerEngine's Python reference", f"NVFP4, blocks of {shape}"
     if not four_over_six:
         return Row(name, oracle, count, wrong)
-    note = "where four and six err alike, the order of a sum decides"
+    note = "where four and six err equally, the order of a sum decides"
     return Row(f"{name}, four over six", oracle, count, wrong, note, allowed=count // 1000)
 
 

@@ -14,9 +14,9 @@ Its warm-up and fall to zero go by the clock; --learning_rate and --warmup are o
 peer_programs.py says how each is built; ``Trainer`` is the one of transformers, whole. nanoGPT and
 llama2.c use no autocast on a CPU, whatever --dtype says: they are timed as they are (float32) and with
 bfloat16 autocast put around their forward pass. nanoGPT's shape is GPT-2's, with as many layers of the
-same width, so compare its FLOP/s, counted for all alike: 6 x matrix parameters (blocks and head) + 12 x
-layers x width x length a token. What is not installed is left out and said to be. With ``--empty_cache``
-every process compiles anew.
+same width, so compare its FLOP/s, counted in one way for all: 6 x matrix parameters (blocks and head)
++ 12 x layers x width x length a token. What is not installed is left out and said to be. With
+``--empty_cache`` every process compiles again.
 
 One more step of ``same`` is profiled for the share of its matrix products, attention kernels counted whole.
 What is left is work that matrix units such as AMX do not speed up, and from it comes a prediction: the

@@ -13,15 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from storylab.data.dataset import (
-    narrow_ids,
-)
+from storylab.data.dataset import narrow_ids
 from storylab.data.layout import TRAIN
 from storylab.data.tokenizer import NO_STORIES, Tokenizer
 from storylab.errors import UserError
-from storylab.files import (
-    atomic_path,
-)
+from storylab.files import atomic_path
 
 SHARD_TOKENS = 2**27
 CHUNK_BYTES = 1 << 20

@@ -15,7 +15,7 @@ from storylab.experiments.factors import (
     changed_fields,
     infer_factor,
 )
-from storylab.experiments.noise import noise_floor, noise_of
+from storylab.experiments.noise import noise_floor, noise_of, same_recipe
 from storylab.experiments.statistics import Interval
 from storylab.record.index import RunCache
 from storylab.record.run import Run
@@ -118,8 +118,7 @@ def group_runs(results: Iterable[Run]) -> list[Arm]:
     groups: list[list[Run]] = []
     for result in results:
         for group in groups:
-            same_data = group[0].data.fingerprint == result.data.fingerprint
-            if same_data and not changed_fields(group[0].config, result.config):
+            if same_recipe(group[0], result):
                 if result.seeds not in {run.seeds for run in group}:
                     group.append(result)
                 break

@@ -8,13 +8,16 @@ import numpy as np
 
 from storylab.errors import UserError
 from storylab.experiments.comparison import Noise
-from storylab.experiments.factors import (
-    changed_fields,
-)
+from storylab.experiments.factors import changed_fields
 from storylab.files import exists
 from storylab.record.folder import CONFIG
 from storylab.record.index import RunCache, run_folders
-from storylab.record.run import Run
+from storylab.record.run import Run, RunHead
+
+
+def same_recipe(a: Run | RunHead, b: Run) -> bool:
+    """Whether two runs differ in their seeds at most: the same config otherwise, and the same data."""
+    return a.data.fingerprint == b.data.fingerprint and not changed_fields(a.config, b.config)
 
 
 def noise_of(runs: Iterable[Run]) -> Noise | None:
@@ -29,23 +32,21 @@ def noise_of(runs: Iterable[Run]) -> Noise | None:
 def noise_floor(run: Run, cache: RunCache | None = None) -> Noise | None:
     """Spread of the final loss over seeds: of the runs in the same folder with the same config, data and
     code."""
-    alike, _ = other_seeds(run, cache)
-    return noise_of(alike)
+    found, _ = other_seeds(run, cache)
+    return noise_of(found)
 
 
 def other_seeds(run: Run, cache: RunCache | None = None) -> tuple[list[Run], list[str]]:
     """The run and those in the same folder with the same config (except seeds), data and code; and
     the faults of unreadable ones."""
     cache = cache or RunCache()
-    alike, problems = [run], []
+    found, problems = [run], []
     for folder in run_folders(run.folder.parent):
         try:
             if not exists(folder / CONFIG):
                 continue
-            head = cache.head(folder)
-            same_data = head.data.fingerprint == run.data.fingerprint
-            if same_data and not changed_fields(head.config, run.config):
-                alike.append(cache.load(folder))
+            if same_recipe(cache.head(folder), run):
+                found.append(cache.load(folder))
         except UserError as error:
             problems.append(str(error))
-    return [other for other in alike if other.code_versions == run.code_versions], problems
+    return [other for other in found if other.code_versions == run.code_versions], problems

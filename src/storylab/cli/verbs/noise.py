@@ -77,10 +77,10 @@ def _print_noise(condition: str, result: Run) -> None:
     from storylab.experiments.noise import noise_of, other_seeds
     from storylab.experiments.statistics import detectable_difference, deviation_interval
 
-    alike, problems = other_seeds(result)
+    runs, problems = other_seeds(result)
     for problem in problems:
         print(f"left out: {problem}")
-    floor = noise_of(alike)
+    floor = noise_of(runs)
     if floor is None:
         raise UserError(
             f"{result.folder} has no finished runs with other seeds in its folder: train some with "
