@@ -172,7 +172,7 @@ def _resolved_before(cell: Cell, earlier: CellRecord) -> Cell | None:
 
 
 def _progress(path: Path, listed: set[str], possible: set[str], cache: RunCache) -> Progress:
-    """How far the runs of an experiment are, those ``listed`` and others that are ``possible`` in its plan."""
+    """How far the runs of an experiment are: those ``listed``, and others ``possible`` in its plan."""
     runs = path.parent.parent
     ended = {name for name in listed | possible if cache.state(runs / name)[0] in ENDED}
     others: set[str] = set()
