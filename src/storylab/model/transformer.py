@@ -7,7 +7,6 @@ D head size, F hidden width of the feed-forward layer, V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,15 +19,9 @@ from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
 from storylab.model.cache import AnyLayerCache, KVCache
 from storylab.model.head import linear_cross_entropy, token_losses
+from storylab.model.initialization import initialize_weights
 from storylab.model.layers import RMSNorm, apply_rotary_emb, rope_cos_sin
 from storylab.model.recompute import recompute, recompute_block
-
-INIT_STD = 0.02
-# Initial values of the parameters that only some configs have, by the end of their names.
-CONSTANT_INIT: dict[str, float | tuple[float, ...]] = {
-    "value_scale": 0.5,
-    "residual_scales": (1.0, 0.0),
-}
 
 
 class Attention(nn.Module):
@@ -190,7 +183,7 @@ class Transformer(nn.Module):
     Args:
         config: shape of the model.
         vocab_size: number of token ids, V.
-        seed: seed of the initial weights, which are drawn on the CPU and so equal on every device.
+        seed: seed of the initial weights, see :func:`initialize_weights`.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -200,28 +193,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
-        self.reset_parameters(seed)
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """GPT-2's initialization: N(0, 0.02); the projections that write to the residual stream
-        N(0, 0.02/sqrt(2L)); norm gains 1.
-
-        Optional parameters have constant initial values and never advance the generator, so shared
-        weights are identical with and without them.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            constant = next((x for end, x in CONSTANT_INIT.items() if name.endswith(end)), None)
-            if constant is not None:
-                parameter.copy_(torch.tensor(constant))
-                continue
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)
-                continue
-            writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            std = INIT_STD / math.sqrt(2 * self.config.n_layer) if writes_residual else INIT_STD
-            parameter.normal_(0.0, std, generator=generator)
+        initialize_weights(self, config.n_layer, seed)
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place, which keeps names in checkpoints, and the head's softmax where
