@@ -46,17 +46,21 @@ def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
 
 
 def llama(config: ModelConfig, model: Transformer) -> torch.nn.Module:
-    """The same weights in the Llama of `transformers`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The same weights in the Llama of `transformers`, or in its Qwen3, which is Llama with a QK norm."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    other = LlamaForCausalLM(
-        LlamaConfig(
+    kind, its_config = LlamaForCausalLM, LlamaConfig
+    if config.qk_norm:  # the gains of its norms begin at 1
+        kind, its_config = Qwen3ForCausalLM, Qwen3Config
+    other = kind(
+        its_config(
             vocab_size=VOCAB,
             hidden_size=config.n_embd,
             intermediate_size=config.n_hidden,
             num_hidden_layers=config.n_layer,
             num_attention_heads=config.n_head,
             num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_size,
             rms_norm_eps=1e-5,
             rope_theta=config.rope_base,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
@@ -93,8 +97,10 @@ def llama_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Te
     return result
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("config", SHAPES)
-def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
+def test_logits_and_gradients_are_those_of_llama(config: ModelConfig, qk_norm: bool) -> None:
+    config = dataclasses.replace(config, qk_norm=qk_norm)
     model = Transformer(config, VOCAB, seed=3)
     with torch.no_grad():  # larger weights than at the start, so that every part matters
         for p in model.parameters():
@@ -111,6 +117,21 @@ def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
     for name, grad in llama_names(config, ours).items():
         if name != "lm_head.weight":  # tied: the same parameter as the embedding
             torch.testing.assert_close(grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_epsilon_of_every_norm_is_that_of_llama(qk_norm: bool) -> None:
+    """With activations so small that the epsilon is most of what a norm divides by."""
+    config = dataclasses.replace(SHAPES[1], qk_norm=qk_norm)
+    model = Transformer(config, VOCAB, seed=3)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.05)
+        for block in model.blocks:
+            block.get_parameter("attention.qkv.weight").mul_(0.1)
+    other, x = llama(config, model), tokens(2, 24)
+    ours, theirs = model(x), other(input_ids=x).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+    assert other.config.rms_norm_eps == 1e-5
 
 
 def test_a_wrapper_sees_the_loss_and_its_gradients() -> None:

@@ -20,7 +20,7 @@ from storylab.model.attention import block_masks, causal_attention
 from storylab.model.cache import AnyLayerCache, KVCache
 from storylab.model.head import linear_cross_entropy, token_losses
 from storylab.model.initialization import initialize_weights
-from storylab.model.layers import RMSNorm, apply_rotary_emb, rope_cos_sin
+from storylab.model.layers import RMSNorm, apply_rotary_emb, rms_norm, rope_cos_sin
 from storylab.model.recompute import recompute, recompute_block
 
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             more = (self.value_scale * value_residual).view(batch, time, self.kv_heads, -1)
             value = value + more.transpose(1, 2).to(value.dtype)
         if self.qk_norm:  # rotation keeps the length; autocast on CUDA widens norms to float32
-            normed = (F.rms_norm(x, x.shape[-1:]).to(value.dtype) for x in (query, key))
+            normed = (rms_norm(x).to(value.dtype) for x in (query, key))
             query, key = normed
         query, key = apply_rotary_emb(query, *rotary), apply_rotary_emb(key, *rotary)
         if cache is not None:
