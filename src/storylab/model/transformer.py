@@ -126,6 +126,7 @@ class Block(nn.Module):
             # Scales of the residual stream and of the embeddings (modded-nanogpt, 2024-11-06 on).
             self.residual_scales = nn.Parameter(torch.empty(2))
 
+    @recompute_block
     def forward(
         self,
         x: Tensor,
@@ -139,30 +140,13 @@ class Block(nn.Module):
 
         Args:
             x: the residual stream, ``[B, T, C]``.
-            rotary: cosine and sine, each ``[T, D]``.
-            cache: earlier positions of this layer; grows.
+            rotary, cache, block_mask: as in :class:`Attention`.
             x0: the embeddings, ``[B, T, C]``; read if the config has an embedding residual.
             value_residual: values of the first layer, ``[B, T, K * D]``; None in that layer.
-            block_mask: the layer's, see :func:`block_masks`.
 
         Returns:
             The residual stream after this block, and the value residual of the next one.
         """
-        others = (rotary, cache, x0, value_residual, block_mask)
-        found: tuple[Tensor, Tensor | None] = recompute_block(
-            self._forward, self.feed_forward.down.in_features, x, *others
-        )
-        return found
-
-    def _forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        cache: AnyLayerCache | None,
-        x0: Tensor | None,
-        value_residual: Tensor | None,
-        block_mask: BlockMask | None,
-    ) -> tuple[Tensor, Tensor | None]:
         if x0 is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
             x = of_stream * x + of_embedding * x0

@@ -12,9 +12,7 @@ from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
-from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import LOG, PRECISION, RunFolder
-from storylab.record.schema import QuantizationRow
 from storylab.training import checks, lines
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
@@ -125,7 +123,10 @@ class Loop:
         batch = batch.to(self.setup.precision.device, non_blocking=True)
         waited = time.perf_counter() - started
         self.cores.begin()
-        with self._quantization_observed(iteration):
+        observed = self.config.quantization_stats and (
+            iteration == 0 or self.evaluation_due(iteration)
+        )
+        with self.recorder.quantization(self.state.quantization if observed else None, iteration):
             rate = learning_rate(self.config, iteration)
             result = self.state.step(iteration, batch, rate, self._between)
         self.cores.end()
@@ -135,21 +136,6 @@ class Loop:
         """Before every micro-batch."""
         self.stop.check()
         self.cores.tick()
-
-    @contextmanager
-    def _quantization_observed(self, iteration: int) -> Iterator[None]:
-        """Record statistics of the tensors that a step quantizes, where the config asks for it."""
-        quantization = self.state.quantization
-        due = self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration))
-        if quantization is None or not due:
-            yield
-            return
-        statistics = QuantizationStatistics()
-        with quantization.observed(statistics):
-            yield
-        self.recorder.rows(
-            [QuantizationRow(iteration=iteration, **row) for row in statistics.rows()]
-        )
 
     def _thread_free(self) -> bool:
         """Whether the next micro-batch gives the same bits with one thread."""
