@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storylab.model.transformer import Transformer
 from storylab.optim.build import set_learning_rate, skip_where
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 
 
 class NonFiniteError(ArithmeticError):
@@ -69,7 +69,7 @@ def training_step(
     model: Transformer,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    precision: Precision,
+    precision: ComputePolicy,
     batch: Tensor,
     *,
     micro_batch: int,
@@ -110,7 +110,7 @@ def training_step(
 def _accumulate_gradient(
     model: Transformer,
     scaler: torch.amp.GradScaler,
-    precision: Precision,
+    precision: ComputePolicy,
     batch: Tensor,
     micro_batch: int,
     between: Callable[[], None],
