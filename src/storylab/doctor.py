@@ -18,7 +18,7 @@ from storylab.precision.features import device_features
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
 from storylab.training.cores import SOME_CORES, CoreUse
-from storylab.training.lines import duration
+from storylab.training.log_format import duration
 from storylab.training.measure import StepTimer, product_rate
 from storylab.training.precision import choose_device, choose_precision
 

@@ -109,7 +109,7 @@ def plan_lines(
     from storylab.planning.estimate import estimate_runs
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
-    from storylab.training.lines import duration
+    from storylab.training.log_format import duration
 
     rows, left, others = [], {}, 0.0
     for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
@@ -138,7 +138,7 @@ def plan_lines(
 
 
 def _estimate_columns(estimate: Estimate | None) -> str:
-    from storylab.training.lines import duration
+    from storylab.training.log_format import duration
 
     if estimate is None:
         return f"{'cannot be calibrated':>35}"

@@ -14,7 +14,7 @@ from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache
 from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, run_state
 from storylab.record.schema import EvaluationRow, IterationRow
-from storylab.training.lines import duration
+from storylab.training.log_format import duration
 
 WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
 # Enough of the end of a metrics file to hold its last rows.

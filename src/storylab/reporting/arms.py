@@ -12,7 +12,7 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats, ratio_text
 from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
-from storylab.training.lines import duration
+from storylab.training.log_format import duration
 
 MISSING = "not measured"
 # Position of the column with the share of low precision, in the table of a precision experiment.

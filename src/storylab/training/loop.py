@@ -13,7 +13,7 @@ from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
 from storylab.record.folder import LOG, PRECISION, RunFolder
-from storylab.training import checks, lines
+from storylab.training import checks, log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
@@ -109,12 +109,12 @@ class Loop:
         """Save a first checkpoint, print the lines for the user, and check quantized layers."""
         if self.checkpoints.save_first():
             cuda = self.setup.precision.device.type == "cuda"
-            for line in lines.opening_lines(self.config, self.setup.batches, cuda):
+            for line in log_format.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
         found = checks.check_precision(self.setup)
         if found is not None:
             write_json(self.run.folder / PRECISION, found)
-            self.recorder.line(lines.precision_line(self.config.dtype, found))
+            self.recorder.line(log_format.precision_line(self.config.dtype, found))
 
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""
@@ -176,7 +176,7 @@ class Loop:
         final = self.evaluator.final()
         self.checkpoints.saver.wait()
         summary = write_finished(self.run, self.setup, final, self._measured())
-        for line in ("", *lines.summary_lines(summary)):
+        for line in ("", *log_format.summary_lines(summary)):
             self.recorder.line(line)
         self.observers.end(summary)
 

@@ -14,7 +14,7 @@ from storylab.precision.state import QuantizationState
 from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import LOG, RunFolder
 from storylab.record.schema import IterationRow, QuantizationRow, Row
-from storylab.training import lines
+from storylab.training import log_format
 from storylab.training.observers import Observers
 from storylab.training.run_progress import InFlightStep, RunProgress
 from storylab.training.step import StepMetrics
@@ -76,7 +76,9 @@ class Recorder:
             tokens = (last.iteration - progress.last_line) * config.tokens_per_iteration
             rate = learning_rate(config, last.iteration)
             elapsed = progress.seconds_since_line
-            self.line(lines.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate))
+            self.line(
+                log_format.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate)
+            )
             progress.last_line, progress.seconds_since_line = last.iteration, 0.0
         self.observers.progress("training", last.iteration + 1, config.iterations)
 

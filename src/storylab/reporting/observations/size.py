@@ -8,7 +8,7 @@ import numpy as np
 
 from storylab.experiments.outcome import Outcome
 from storylab.reporting.tables import time_and_loss_front
-from storylab.training.lines import duration
+from storylab.training.log_format import duration
 
 # A size is as good as the best if its loss is within this many nats of it.
 GOOD_ENOUGH = 0.02
