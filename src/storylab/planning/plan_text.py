@@ -13,7 +13,7 @@ from storylab.planning.software import LIMIT, SOFTWARE, Software
 from storylab.precision.backends import has_backend
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import Recipe, quantized_flops_fraction
-from storylab.training.log_format import duration, idle_windows
+from storylab.training.log_format import format_duration, idle_windows
 
 if TYPE_CHECKING:
     from storylab.training.measure import Measured
@@ -136,7 +136,7 @@ def _run_seconds(config: TrainConfig, micro_batch: float) -> float:
 
 
 def _run_time(config: TrainConfig, micro_batch: float) -> str:
-    return duration(_run_seconds(config, micro_batch))
+    return format_duration(_run_seconds(config, micro_batch))
 
 
 def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
@@ -146,8 +146,8 @@ def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
     update = f" and {measured.update:.3f} s for an update" if measured.update else " and its update"
     yield (
         f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch{update}: "
-        f"{tokens / seconds:,.0f} tok/s, {duration(seconds)} for the whole run, evaluations left out "
-        f"(predicted); {measured.memory / 1e9:.2f} GB (measured)"
+        f"{tokens / seconds:,.0f} tok/s, {format_duration(seconds)} for the whole run, evaluations left "
+        f"out (predicted); {measured.memory / 1e9:.2f} GB (measured)"
     )
 
 
