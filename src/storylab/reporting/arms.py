@@ -12,7 +12,7 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats, ratio_text
 from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
-from storylab.training.lines import duration
+from storylab.training.log_format import format_duration
 
 MISSING = "not measured"
 # Position of the column with the share of low precision, in the table of a precision experiment.
@@ -114,7 +114,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
         f"{speed:,.0f}{' (emulated)' if runs[0].results.emulated else ''}" if speed else MISSING,
         ratio if c else "baseline",
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
-        duration(seconds) if seconds else MISSING,
+        format_duration(seconds) if seconds else MISSING,
         f"{energy / 3600:.1f} Wh" if energy else MISSING,
         f"{len(runs)} of {cell.planned}" if len(runs) < cell.planned else str(len(runs)),
         c.verdict if c else "baseline",

@@ -11,7 +11,7 @@ import torch
 
 from storylab.data.layout import TRAIN, VALIDATION
 from storylab.record.schema import EvaluationRow, Sample
-from storylab.training import lines
+from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
@@ -75,11 +75,11 @@ class Evaluator:
             again = progress.best_iteration == iteration
             best = again or progress.best_val_loss is None or val_loss < progress.best_val_loss
             self.recorder.line("")
-            self.recorder.line(lines.evaluation_line(iteration, train_loss, val_loss))
+            self.recorder.line(log_format.evaluation_line(iteration, train_loss, val_loss))
             if best:
                 progress.best_val_loss, progress.best_iteration = val_loss, iteration
                 self.checkpoints.save_best(iteration, val_loss)
-                self.recorder.line(lines.best_line(val_loss))
+                self.recorder.line(log_format.best_line(val_loss))
         self.recorder.line("")
         progress.train_loss, progress.val_loss = train_loss, val_loss
         row = EvaluationRow(
