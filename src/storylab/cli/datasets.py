@@ -31,6 +31,8 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
     if "test" not in manifest["splits"]:
         rows.append(f"{'test:':<12} {_why_no_test(folder, manifest)}")
     overlap = manifest["overlap"]
+    count = overlap.get("train_stories_in_test", 0)
+    in_test = f", {count:,} in test" if count else ""
     fate = "left out of train" if overlap["left_out"] else "kept in train"
     tokenizer = manifest["tokenizer"]
     return [
@@ -38,7 +40,7 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
         f"{manifest['dtype']}",
         *rows,
         f"overlap:     {overlap['train_stories_in_validation']:,} train stories are in "
-        f"validation{_in_test(overlap, 'train')} ({fate})",
+        f"validation{in_test} ({fate})",
         *_validation_overlap(overlap),
         *_reading_lines(manifest),
         f"fingerprint: {manifest['fingerprint']}",
@@ -55,11 +57,6 @@ def _why_no_test(folder: Path, manifest: dict[str, Any]) -> str:
         f"none: an earlier version prepared {folder}, and runs on it stay comparable; for a test split "
         "prepare again into another --out"
     )
-
-
-def _in_test(overlap: dict[str, Any], split: str) -> str:
-    count = overlap.get(f"{split}_stories_in_test", 0)
-    return f", {count:,} in test" if count else ""
 
 
 def _validation_overlap(overlap: dict[str, Any]) -> list[str]:

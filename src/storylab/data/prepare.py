@@ -23,7 +23,7 @@ from storylab.data.dataset import (
     token_dtype,
 )
 from storylab.data.held_out import SplitStories
-from storylab.data.layout import SPLITS, TEST, TRAIN, VALIDATION
+from storylab.data.layout import SPLITS, TEST, TRAIN
 from storylab.data.shards import CHUNK_BYTES, OverlapFilter, SplitWriter
 from storylab.data.sources import BuiltinSource, Source, hub_source, local_source
 from storylab.data.tally import Tally

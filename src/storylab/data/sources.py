@@ -180,7 +180,7 @@ def hub_source(name: str) -> FileSource:
 def local_source(
     train: tuple[Path, ...], validation: tuple[Path, ...], test: tuple[Path, ...] = ()
 ) -> FileSource:
-    """Local files, those for test if there are any; a folder means the readable files in and below it, in order of their names.
+    """Local files; a folder means the readable files in and below it, in order of their names.
 
     Raises:
         UserError: a path does not exist or holds no file of a known kind.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -57,10 +57,6 @@ class CurvePoint:
     energy_joules: float | None
 
 
-def _no_stories() -> np.ndarray:
-    return np.empty((0, 2))
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that has a readable config. Nothing here reads a file."""
@@ -82,9 +78,8 @@ class Run:
     position_losses: np.ndarray
     """Mean nats of the targets at each position of a window, float64 ``[block_size]``; empty if there are
     none."""
-    test_losses: np.ndarray = field(default_factory=_no_stories)
-    """As ``story_losses``, of the test stories; empty unless it finished on data with a test split. Only the
-    confirmation of an experiment may show it."""
+    test_losses: np.ndarray
+    """As ``story_losses``, of the test stories; empty if there are none. Only ``confirm`` may show it."""
 
     @property
     def finished(self) -> bool:
@@ -110,10 +105,8 @@ class Run:
 
     @property
     def test_loss(self) -> float | None:
-        """Loss on the whole test split under the final weights; None unless it finished on data with one.
-        Only the confirmation of an experiment may show it."""
-        test = self.summary.test if self.summary is not None else None
-        return None if test is None else test.loss
+        """As ``loss``, on the whole test split; None without. Only ``confirm`` may show it."""
+        return self.summary.test.loss if self.summary and self.summary.test else None
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -254,8 +247,7 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
     if state == DAMAGED:
         raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
     head = head or read_head(folder)
-    stories = read_array(folder / STORY_LOSSES, 2) if state == FINISHED else _no_stories()
-    tested = summary is not None and summary.test is not None
+    none = np.empty((0, 2))
     positions = folder / POSITION_LOSSES
     loaded = Run(
         folder=folder,
@@ -266,9 +258,9 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
         environment=run.read_environment(),
         summary=summary,
         rows=run.read_rows(),
-        story_losses=stories,
+        story_losses=read_array(folder / STORY_LOSSES, 2) if state == FINISHED else none,
         position_losses=read_array(positions, 1) if exists(positions) else np.empty(0),
-        test_losses=read_array(folder / TEST_LOSSES, 2) if tested else _no_stories(),
+        test_losses=read_array(folder / TEST_LOSSES, 2) if summary and summary.test else none,
     )
     if fault := next(_faults(loaded), None):
         raise UserError(f"{folder} is damaged: {fault}")
