@@ -170,7 +170,7 @@ class Loop:
             raise fault
 
     def finish(self) -> None:
-        """Evaluate the final weights on the whole validation split, sample, and sum up."""
+        """Evaluate the final weights on the whole validation and test splits, sample, and sum up."""
         if not self.checkpoints.up_to_date:
             self.checkpoints.save_last()
         final = self.evaluator.final()
