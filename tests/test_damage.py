@@ -24,7 +24,8 @@ from storylab.decode import convert, decode
 from storylab.errors import UserError
 from storylab.execution.job import Job, Outcome
 from storylab.experiments.outcome import read_experiment
-from storylab.experiments.plan import plan_runs, write_record
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.recording import write_record
 from storylab.experiments.spec import load_experiment
 from storylab.files import atomic_path, exists, held, open_file, read_json
 from storylab.record.folder import RunFolder, open_run

@@ -39,7 +39,8 @@ from storylab.experiments.factors import (
 )
 from storylab.experiments.leases import lease_folder
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import PlannedRun, plan_runs, write_record
+from storylab.experiments.plan import PlannedRun, plan_runs
+from storylab.experiments.recording import write_record
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.skeleton import skeleton
 from storylab.experiments.spec import load_experiment

@@ -71,7 +71,9 @@ def train_planned(
     Raises:
         Interrupted: a signal stopped it.
     """
-    from storylab.experiments.plan import write_record
+    from storylab.experiments.outcome import read_experiment
+    from storylab.experiments.recording import write_record
+    from storylab.experiments.registration import registration_lines
     from storylab.experiments.scheduler import run_experiment
     from storylab.record.run import ENDED
 
@@ -79,7 +81,9 @@ def train_planned(
         if fresh or any(run.read_state() not in ENDED for run in planned):
             for line in plan_lines(experiment, planned, executor, reporter, fresh):
                 reporter.line(line)
-        record = write_record(experiment, dataset, planned, runs)
+        record = write_record(experiment, dataset, planned, runs, fresh)
+        for line in registration_lines(read_experiment(record)):
+            reporter.line(f"This plan: {line}")
         return record, run_experiment(planned, executor, reporter, fresh)
 
 

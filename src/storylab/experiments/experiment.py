@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,12 @@ METRICS = {
 MOST_SEEDS = 10_000
 Variance = Literal["moderated", "own", "pooled"]
 Stage = Literal["search", "confirm"]
+
+
+def counted_up(seeds: Sequence[int], count: int) -> list[int]:
+    """The first ``count`` of ``seeds``, which go on by counting up from the largest."""
+    more = range(max(seeds) + 1, max(seeds) + 1 + count - len(seeds))
+    return [*seeds, *more][:count]
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class Experiment:
 
     @property
     def label(self) -> str:
-        """Name of the experiment and its scale, valid as a file name."""
-        return f"{self.name}-{self.scale}" if self.scale else self.name
+        """Name of the experiment, its scale and a stage after the search, valid as a file name."""
+        stage = "" if self.stage == "search" else self.stage
+        return "-".join(part for part in (self.name, self.scale, stage) if part)
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:
         """The first ``count`` seeds of the file, or as many as it has; more count up from the last.
@@ -94,8 +102,7 @@ class Experiment:
         if count < 1:
             raise UserError(f"seeds is {count}: it must be at least 1")
         at_most(MOST_SEEDS, "seeds", count)
-        more = range(max(self.seeds) + 1, max(self.seeds) + 1 + count - len(self.seeds))
-        return (*self.seeds, *more)[:count]
+        return tuple(counted_up(self.seeds, count))
 
     @property
     def vocab_size(self) -> int:

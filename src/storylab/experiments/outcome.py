@@ -20,9 +20,9 @@ from storylab.experiments.family import Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.files import exists, read_record, reading
+from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
 from storylab.record.run import FAILED, NEW, Run
-from storylab.record.schema import CellRecord, ExperimentRecord
 
 
 @dataclass(frozen=True)

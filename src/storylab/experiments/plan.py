@@ -1,23 +1,19 @@
-"""The runs that make up an experiment: every cell with every seed, their folders, and their record."""
+"""The runs that make up an experiment: every cell with every seed, and their folders."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storylab import config as configs
 from storylab.config import TrainConfig, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import under
-from storylab.files import make_folder, read_record, write_json
 from storylab.record.index import RunCache
 from storylab.record.provenance import code_sha256, representative
-from storylab.record.schema import ExperimentRecord
 from storylab.training.setup import resolve_device
 
 # The folder in RUNS with one file for each experiment.
@@ -80,10 +76,25 @@ def require_runnable(experiment: Experiment) -> None:
         raise UserError(f"{experiment.name} cannot run yet: it waits for {experiment.waits_for}")
 
 
+@dataclass(frozen=True)
+class ResolvedCell:
+    """A cell with device and data filled in, as far as this machine can run it."""
+
+    cell: Cell
+    name: str
+    """What the names of its run folders begin with."""
+    runnable: bool
+    """Whether this machine has its device and precision; if not, they are as the file has them."""
+
+    def folder_name(self, seed: int) -> str:
+        """Name of the folder of its run with ``seed``."""
+        return f"{self.name}-s{seed}"
+
+
 def resolved_cells(
     experiment: Experiment, dataset: Dataset, only: Collection[str] = ()
-) -> list[tuple[Cell, str]]:
-    """Every cell with device and data filled in, and the name that its runs' folders begin with.
+) -> list[ResolvedCell]:
+    """Every cell with device and data filled in.
 
     Raises:
         UserError: the experiment cannot run yet, or this machine lacks the device or precision of
@@ -93,16 +104,17 @@ def resolved_cells(
     cells = []
     for cell in experiment.cells:
         dataset.require_window(cell.config.block_size)
-        config = dataclasses.replace(cell.config, data_dir=dataset.folder)
+        config, runnable = dataclasses.replace(cell.config, data_dir=dataset.folder), True
         try:
             config, _ = resolve_device(config)
         except UserError as error:
             if not only or cell.arm in only:
                 raise UserError(f"arm '{cell.arm}': {error}; --only runs the other arms") from error
+            runnable = False
         name = f"{config.preset}-{recipe_digest(config, dataset.fingerprint)}"
         # If compiling fails, a run stops only if the user asked for compiling.
         config = dataclasses.replace(config, compile=cell.config.compile)
-        cells.append((dataclasses.replace(cell, config=config), name))
+        cells.append(ResolvedCell(dataclasses.replace(cell, config=config), name, runnable))
     return cells
 
 
@@ -132,50 +144,8 @@ def plan_runs(
         )
     cells, cache = resolved_cells(experiment, dataset, only), RunCache()
     return [
-        PlannedRun(cell, seed, runs / f"{name}-s{seed}", cache)
+        PlannedRun(found.cell, seed, runs / found.folder_name(seed), cache)
         for seed in seeds or experiment.seeds
-        for cell, name in cells
-        if not only or cell.arm in only
+        for found in cells
+        if not only or found.cell.arm in only
     ]
-
-
-def write_record(
-    experiment: Experiment, dataset: Dataset, planned: Sequence[PlannedRun], runs: Path
-) -> Path:
-    """Write which runs make up the experiment; comparison and report read it. Returns the file.
-
-    Runs that an earlier call planned and this one leaves out stay listed while their arm is the same.
-    """
-    path = runs / EXPERIMENTS / f"{experiment.label}.json"
-    make_folder(path.parent)
-    values = dataclasses.asdict(experiment)
-    del values["data"], values["cells"]
-    before = _read_recorded_runs(path)
-    values["cells"] = []
-    arms = {run.cell.arm for run in planned}
-    for cell, name in resolved_cells(experiment, dataset, arms):
-        key = (cell.condition, cell.arm)
-        seeds = {run.seed for run in planned if (run.cell.condition, run.cell.arm) == key}
-        seeds |= {
-            seed for seed, folder in before.get(key, {}).items() if folder == f"{name}-s{seed}"
-        }
-        values["cells"].append(
-            {
-                "condition": cell.condition,
-                "arm": cell.arm,
-                "config": configs.to_dict(cell.config),
-                "runs": {str(seed): f"{name}-s{seed}" for seed in sorted(seeds)},
-            }
-        )
-    write_json(path, values)
-    return path
-
-
-def _read_recorded_runs(path: Path) -> dict[tuple[str, str], dict[int, str]]:
-    """Folders by seed of every cell of an earlier record; empty if there is none that can be read."""
-    found: dict[tuple[str, str], dict[int, str]] = {}
-    with contextlib.suppress(UserError):
-        for cell in read_record(path, ExperimentRecord).cells:
-            runs = {int(s): folder for s, folder in cell.runs.items() if s.isdecimal()}
-            found[cell.condition, cell.arm] = runs
-    return found

@@ -9,43 +9,36 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from storylab.config import (
-    FIELDS,
-    TrainConfig,
-    at_most,
-    check_seed,
-    without_removed,
-)
+from storylab.config import FIELDS, TrainConfig, without_removed
 from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
-from storylab.experiments.experiment import (
-    METRICS,
-    MOST_SEEDS,
-    Cell,
-    Expectation,
-    Experiment,
-    Variance,
-)
+from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import (
     allowed_fields,
     changed_fields,
     factor_fields,
     unexplained,
 )
-from storylab.experiments.looks import DEFAULT_LOOKS
 from storylab.experiments.matching import equally_compiled, matched_cells
+from storylab.experiments.spec_values import (
+    read_expectations,
+    read_looks,
+    read_margin,
+    read_matched,
+    read_seeds,
+    read_variance,
+)
 from storylab.experiments.tables import (
     as_flags,
     get_table,
     get_tables,
     get_typed,
-    is_number,
     listed,
     require_known,
     respelled,
@@ -59,8 +52,6 @@ SCALED = (
     *("note", "expect"),
 )
 KEYS = {*TEXTS, "factor", "scales", *SCALED}
-FIRST_SEED = 1337
-MOST_LOOKS = 20
 ONLY_CONDITION = ""
 
 
@@ -112,54 +103,17 @@ class _Reader:
         self.file = file.encode("utf-8", "replace").decode()
 
     def experiment(self) -> Experiment:
-        table = self.table
-        texts = {key: get_typed(table, key, str, "") for key in (*TEXTS, "note")}
-        for key in ("title", "purpose"):
-            if not texts[key].strip():
-                raise UserError(f"it needs a {key}: one line of text")
-        arms, conditions = get_tables(table, "arms"), get_tables(table, "conditions")
-        if not arms and not texts["waits_for"]:
-            raise UserError("it needs [arms]: a table with the changed values of each arm")
-        matched = tuple(name for name, values in conditions.items() if _matched(name, values))
-        conditions = {
-            name: {k: v for k, v in values.items() if k != "match"}
-            for name, values in conditions.items()
-        } or {ONLY_CONDITION: {}}
-        baseline = get_typed(table, "baseline", str, next(iter(arms), ""))
-        if arms and baseline not in arms:
-            raise UserError(f"the baseline '{baseline}' is not one of the arms: {listed(arms)}")
-        factor = get_typed(table, "factor", str, "")
-        if len(arms) > 1 and not factor:
-            raise UserError("it needs a factor, the one thing that its arms differ in")
-        if factor:
-            factor_fields(factor)
-        experiment = Experiment(
-            name=self.name,
-            file=self.file,
-            scale=self.scale,
-            **texts,
-            factor=factor,
-            baseline=baseline,
-            arms=tuple(arms),
-            conditions=tuple(conditions),
-            matched=matched,
-            seeds=(seeds := _seeds(table)),
-            looks=_looks(table, len(seeds)),
-            variance=_variance(table),
-            stage="search",
-            margin=_margin(table),
-            expectations=tuple(_expectations(table, arms, conditions, baseline)),
-            data=self.data,
-            cells=(),
-        )
+        """The experiment, with all its cells, checked."""
+        arms = get_tables(self.table, "arms")
+        experiment, conditions = self._without_cells(arms)
         # Check the shared config first, so that its errors name [config] and not the first arm.
         self._config({}, "[config]")
         for name, values in conditions.items():
             self._config(values, f"condition '{name}'")
-            if factor and factor_fields(factor) & values.keys():
+            factor = experiment.factor
+            if factor and (taken := factor_fields(factor) & values.keys()):
                 raise UserError(
-                    f"condition '{name}' sets {listed(factor_fields(factor) & values.keys())}, which is "
-                    "for the arms: it is the factor"
+                    f"condition '{name}' sets {listed(taken)}, which is for the arms: it is the factor"
                 )
         cells = [
             Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
@@ -171,6 +125,60 @@ class _Reader:
         experiment = dataclasses.replace(experiment, cells=tuple(equally_compiled(experiment)))
         _check_arms(experiment)
         return experiment
+
+    def _without_cells(
+        self, arms: dict[str, dict[str, Any]]
+    ) -> tuple[Experiment, dict[str, dict[str, Any]]]:
+        """The experiment without its cells, and the settings of every condition."""
+        table, texts = self.table, self._texts()
+        if not arms and not texts["waits_for"]:
+            raise UserError("it needs [arms]: a table with the changed values of each arm")
+        conditions = get_tables(table, "conditions")
+        matched = tuple(name for name, values in conditions.items() if read_matched(name, values))
+        conditions = {
+            name: {k: v for k, v in values.items() if k != "match"}
+            for name, values in conditions.items()
+        } or {ONLY_CONDITION: {}}
+        factor, baseline = self._factor_and_baseline(arms)
+        seeds = read_seeds(table)
+        experiment = Experiment(
+            name=self.name,
+            file=self.file,
+            scale=self.scale,
+            **texts,
+            factor=factor,
+            baseline=baseline,
+            arms=tuple(arms),
+            conditions=tuple(conditions),
+            matched=matched,
+            seeds=seeds,
+            looks=read_looks(table, len(seeds)),
+            variance=read_variance(table),
+            stage="search",
+            margin=read_margin(table),
+            expectations=tuple(read_expectations(table, arms, conditions, baseline)),
+            data=self.data,
+            cells=(),
+        )
+        return experiment, conditions
+
+    def _texts(self) -> dict[str, str]:
+        texts = {key: get_typed(self.table, key, str, "") for key in (*TEXTS, "note")}
+        for key in ("title", "purpose"):
+            if not texts[key].strip():
+                raise UserError(f"it needs a {key}: one line of text")
+        return texts
+
+    def _factor_and_baseline(self, arms: dict[str, dict[str, Any]]) -> tuple[str, str]:
+        baseline = get_typed(self.table, "baseline", str, next(iter(arms), ""))
+        if arms and baseline not in arms:
+            raise UserError(f"the baseline '{baseline}' is not one of the arms: {listed(arms)}")
+        factor = get_typed(self.table, "factor", str, "")
+        if len(arms) > 1 and not factor:
+            raise UserError("it needs a factor, the one thing that its arms differ in")
+        if factor:
+            factor_fields(factor)
+        return factor, baseline
 
     @cached_property
     def data(self) -> PrepareConfig:
@@ -229,82 +237,3 @@ def _check_arms(experiment: Experiment) -> None:
                         f"'{experiment.factor}': one factor at a time, or name a factor that "
                         "covers it"
                     )
-
-
-def _expectations(
-    table: dict[str, Any], arms: Iterable[str], conditions: Iterable[str], baseline: str
-) -> Iterable[Expectation]:
-    entries = get_typed(table, "expect", list, [])
-    names = {f.name for f in dataclasses.fields(Expectation)}
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise UserError("expect must be a list of tables: [[expect]]")
-        require_known(entry, names, "[[expect]]")
-        missing = {"text", "metric", "arm"} - set(entry)
-        if missing or not {"at_least", "at_most"} & set(entry):
-            raise UserError("[[expect]] needs text, metric, arm, and at_least or at_most")
-        for key, choices in (("metric", METRICS), ("arm", arms), ("condition", conditions)):
-            if key in entry and (not isinstance(entry[key], str) or entry[key] not in choices):
-                raise UserError(f"[[expect]] {key} '{entry[key]}': use one of {listed(choices)}")
-        relative = entry["metric"].endswith(("_difference", "_ratio"))
-        if relative and entry["arm"] == baseline:
-            raise UserError(
-                f"[[expect]] {entry['metric']} of the baseline '{baseline}' says nothing"
-            )
-        for key in ("at_least", "at_most"):
-            if not is_number(entry.get(key, 0)):
-                raise UserError(f"[[expect]] {key} must be a finite number")
-        for key in ("text", "condition"):
-            get_typed(entry, key, str, "")
-        yield Expectation(**entry)
-
-
-def _seeds(table: dict[str, Any]) -> tuple[int, ...]:
-    """The seeds; by default as many as the first look needs."""
-    looks = _looks(table, None)
-    seeds = get_typed(table, "seeds", list, list(range(FIRST_SEED, FIRST_SEED + looks[0])))
-    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
-        raise UserError("seeds must be a list of whole numbers, such as [1337, 1338, 1339]")
-    if len(set(seeds)) != len(seeds):
-        raise UserError("seeds has a number twice: a seed counts once")
-    for seed in seeds:
-        check_seed("seed", seed)
-    return tuple(seeds)
-
-
-def _looks(table: dict[str, Any], seeds: int | None) -> tuple[int, ...]:
-    """The planned looks; by default 3, 5 and 8 seeds, or the one at all ``seeds`` if a file lists
-    another number."""
-    default = DEFAULT_LOOKS if seeds is None or seeds in DEFAULT_LOOKS else (seeds,)
-    looks = get_typed(table, "looks", list, list(default))
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in looks)
-    if not looks or not whole or looks != sorted(set(looks)) or looks[0] < 1:
-        raise UserError("looks must be a list of growing numbers of seeds, such as [3, 5, 8]")
-    at_most(MOST_SEEDS, "looks", looks[-1])
-    if len(looks) > MOST_LOOKS:
-        raise UserError(f"looks has {len(looks)} numbers: it can have {MOST_LOOKS}")
-    return tuple(looks)
-
-
-def _variance(table: dict[str, Any]) -> Variance:
-    variance = get_typed(table, "variance", str, "moderated")
-    if variance not in (known := get_args(Variance)):
-        raise UserError(f"there is no variance '{variance}': use {listed(known)}")
-    return cast("Variance", variance)
-
-
-def _margin(table: dict[str, Any]) -> float | None:
-    margin = table.get("margin")
-    if margin is None:
-        return None
-    if not is_number(margin) or not margin > 0:
-        raise UserError(
-            "margin must be a finite number above 0: the loss in nats that counts as equal"
-        )
-    return float(margin)
-
-
-def _matched(name: str, values: dict[str, Any]) -> bool:
-    if values.get("match", "tokens") not in ("tokens", "compute"):
-        raise UserError(f'condition \'{name}\': match must be "tokens" or "compute"')
-    return values.get("match") == "compute"

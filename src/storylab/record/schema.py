@@ -1,4 +1,4 @@
-"""The files of a run and of an experiment as types.
+"""The files of a run as types.
 
 Fields with a default came later than the first runs, whose files lack them. Losses are nats a token,
 times seconds, memory bytes, energy joules, unless a field's name says otherwise.
@@ -6,7 +6,6 @@ times seconds, memory bytes, energy joules, unless a field's name says otherwise
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -18,7 +17,6 @@ _MOST = 1e40
 Loss = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
 Amount = Annotated[float, Meta(ge=0, le=_MOST)]
 Positive = Annotated[float, Meta(gt=0, le=_MOST)]
-Margin = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 
 
 class DataInfo(Struct, frozen=True, kw_only=True):
@@ -227,93 +225,3 @@ class Failure(Struct, frozen=True, kw_only=True):
     outcome: str
     reason: str
     started: str
-
-
-class ExpectationRecord(Struct, frozen=True, kw_only=True):
-    """A number that a hypothesis names."""
-
-    text: str
-    metric: str
-    arm: str
-    at_least: float | None
-    at_most: float | None
-    condition: str | None
-
-
-class CellRecord(Struct, frozen=True, kw_only=True):
-    """An arm under a condition: its config, and its run folders by seed."""
-
-    condition: str
-    arm: str
-    config: dict[str, Any]
-    runs: dict[str, str]
-
-
-class Registration(Struct, frozen=True, kw_only=True):
-    """The plan of an experiment as it was before the first run of it: what a verdict may rest on."""
-
-    sha256: str
-    """Of ``plan`` as canonical JSON."""
-    time: str
-    runs_finished: Count
-    """Runs of the experiment that had finished by then, trained for another one, say."""
-    plan: dict[str, Any]
-
-
-class Amendment(Struct, frozen=True, kw_only=True):
-    """A later change of a registered plan."""
-
-    time: str
-    what: str
-    """Key of the plan."""
-    before: Any
-    after: Any
-    runs_finished: Count
-    runs_planned: Count
-
-
-class LookTaken(Struct, frozen=True, kw_only=True):
-    """Verdicts that somebody was shown."""
-
-    time: str
-    seeds: Count
-    """Seeds that every arm not yet settled had by then."""
-    settled: list[str]
-    """Arms, with their condition, whose verdict stands from this look on."""
-
-
-class Opening(Struct, frozen=True, kw_only=True):
-    """Losses on the test split that somebody was shown."""
-
-    time: str
-    seeds: Count
-
-
-class ExperimentRecord(Struct, frozen=True, kw_only=True):
-    """``experiments/LABEL.json``: the runs that make up an experiment."""
-
-    name: str
-    file: str
-    scale: str
-    title: str
-    purpose: str
-    hypothesis: str
-    note: str
-    waits_for: str
-    factor: str
-    baseline: str
-    arms: list[str]
-    conditions: list[str]
-    matched: list[str]
-    seeds: list[Count]
-    margin: Margin | None
-    expectations: list[ExpectationRecord]
-    cells: list[CellRecord]
-    looks: list[Count] = []
-    """Numbers of seeds at which verdicts are planned; empty in records of before plans were registered."""
-    variance: Literal["moderated", "own", "pooled"] = "moderated"
-    stage: Literal["search", "confirm"] = "search"
-    registered: Registration | None = None
-    amendments: list[Amendment] = []
-    looks_taken: list[LookTaken] = []
-    openings: list[Opening] = []

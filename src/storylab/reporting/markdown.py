@@ -18,9 +18,9 @@ from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.files import open_file
 from storylab.optim import OPTIMIZERS, REST
+from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import LOG
 from storylab.record.run import Run
-from storylab.record.schema import ExperimentRecord
 from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text

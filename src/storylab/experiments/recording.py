@@ -1,0 +1,193 @@
+"""Write the record of an experiment: its plan and its runs, and what was shown of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from storylab.config import from_dict, to_dict
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments.attempts import set_aside
+from storylab.experiments.experiment import Cell, Experiment
+from storylab.experiments.factors import changed_fields
+from storylab.experiments.outcome import experiment_records, read_experiment
+from storylab.experiments.plan import EXPERIMENTS, PlannedRun, ResolvedCell, resolved_cells
+from storylab.experiments.registration import Progress, plan_of, registered_values
+from storylab.files import (
+    HeldError,
+    exclusive,
+    exists,
+    make_folder,
+    open_file,
+    read_json,
+    write_json,
+)
+from storylab.record.experiment_schema import CellRecord, ExperimentRecord
+from storylab.record.index import RunCache
+from storylab.record.run import ENDED
+
+POLL_SECONDS = 0.05
+# Fields that are filled in by a machine that has a run's device and precision.
+RESOLVED_FIELDS = ("device", "data_seed", "backend", "compile")
+
+
+def record_path(experiment: Experiment, runs: Path) -> Path:
+    """The file of an experiment's record in a folder of runs."""
+    return runs / EXPERIMENTS / f"{experiment.label}.json"
+
+
+def write_record(
+    experiment: Experiment,
+    dataset: Dataset,
+    planned: Sequence[PlannedRun],
+    runs: Path,
+    fresh: bool = False,
+) -> Path:
+    """Write which runs make up the experiment; comparison and report read it. Returns the file.
+
+    The first call registers the plan, and later ones add what has changed since. Runs that an earlier call
+    planned and this one leaves out stay listed while their arm is the same. A damaged record is set aside,
+    and the new one says so.
+
+    Args:
+        experiment: all of it.
+        dataset: prepared data.
+        planned: the runs to train.
+        runs: the folder for the run folders.
+        fresh: whether all of them are to be trained again.
+
+    Raises:
+        UserError: an earlier record may be whole but cannot be read, or the file cannot be written.
+    """
+    path = record_path(experiment, runs)
+    make_folder(path.parent)
+    with _lock(path):
+        before, damage = _read_or_set_aside(path)
+        known = {(cell.condition, cell.arm): cell for cell in before.cells} if before else {}
+        found = resolved_cells(experiment, dataset, {run.cell.arm for run in planned})
+        cells, listed = _listed_cells(found, known, planned)
+        plan = plan_of(experiment, cells, dataset.fingerprint)
+        folders = {name for cell in (*known.values(), *listed) for name in cell.runs.values()}
+        seeds = experiment.first_seeds(max(len(experiment.seeds), experiment.looks[-1]))
+        possible = {cell.folder_name(seed) for cell in found for seed in seeds}
+        progress = _progress(path, folders, possible, planned[0].cache)
+        values = dataclasses.asdict(experiment)
+        del values["data"], values["cells"]
+        values["cells"] = [_plain(cell) for cell in listed]
+        values |= registered_values(before, plan, progress, damage, fresh)
+        # Over the earlier file, so that keys of a later version stay.
+        write_json(path, (read_json(path) if before else {}) | values)
+    return path
+
+
+def update_record(path: Path, change: Callable[[ExperimentRecord], dict[str, Any]]) -> None:
+    """Replace keys of a record by those that ``change`` returns of it, as plain JSON values.
+
+    Raises:
+        UserError: the record cannot be read or written.
+    """
+    with _lock(path):
+        values = change(read_experiment(path))
+        if values:
+            write_json(path, read_json(path) | values)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a record; waits while one of them does."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(path.parent))
+            except HeldError:
+                time.sleep(POLL_SECONDS)
+                continue
+            yield
+            return
+
+
+def _read_or_set_aside(path: Path) -> tuple[ExperimentRecord | None, str]:
+    """The record so far, if any, and why an earlier one was set aside.
+
+    Raises:
+        UserError: the file cannot be opened, so that it may be whole.
+    """
+    if not exists(path):
+        return None, ""
+    with open_file(path) as file:
+        file.read()
+    try:
+        return read_experiment(path), ""
+    except UserError as error:
+        why = str(error).removeprefix(f"{path} ").replace(f"{path.parent}/", "")
+        return None, f"the earlier one {why}; it was set aside as {set_aside(path).name}"
+
+
+def _listed_cells(
+    found: Sequence[ResolvedCell],
+    before: dict[tuple[str, str], CellRecord],
+    planned: Sequence[PlannedRun],
+) -> tuple[list[Cell], list[CellRecord]]:
+    """The cells, and their records with all runs that are or were planned."""
+    cells, listed = [], []
+    for resolved in found:
+        cell = resolved.cell
+        key = (cell.condition, cell.arm)
+        runs = {}
+        if (earlier := before.get(key)) is not None:
+            runs = earlier.runs
+            if not resolved.runnable and (same := _resolved_before(cell, earlier)):
+                cell = same
+            else:
+                runs = {s: n for s, n in runs.items() if n == resolved.folder_name(int(s))}
+        seeds = {run.seed for run in planned if (run.cell.condition, run.cell.arm) == key}
+        runs = runs | {str(seed): resolved.folder_name(seed) for seed in seeds}
+        cells.append(cell)
+        listed.append(
+            CellRecord(
+                condition=cell.condition,
+                arm=cell.arm,
+                config=to_dict(cell.config),
+                runs={seed: runs[seed] for seed in sorted(runs, key=int)},
+            )
+        )
+    return cells, listed
+
+
+def _resolved_before(cell: Cell, earlier: CellRecord) -> Cell | None:
+    """The cell as a machine that can run it has recorded it; None if the file has changed it since."""
+    try:
+        recorded = from_dict(earlier.config)
+    except UserError:  # of another version
+        return None
+    filled = {name: getattr(recorded, name) for name in RESOLVED_FIELDS}
+    config = dataclasses.replace(cell.config, **filled)
+    same = not changed_fields(config, recorded)
+    return dataclasses.replace(cell, config=config) if same else None
+
+
+def _progress(path: Path, listed: set[str], possible: set[str], cache: RunCache) -> Progress:
+    """How far the runs of an experiment are: those ``listed``, and others ``possible`` in its plan."""
+    runs = path.parent.parent
+    ended = {name for name in listed | possible if cache.state(runs / name)[0] in ENDED}
+    others: set[str] = set()
+    for other in experiment_records(runs):
+        if other != path:
+            with contextlib.suppress(UserError):  # the report names a damaged one
+                cells = read_experiment(other).cells
+                others |= {name for cell in cells for name in cell.runs.values()}
+    return Progress(len(ended), len(ended & others), len(listed | ended))
+
+
+def _plain(cell: CellRecord) -> dict[str, Any]:
+    return {
+        "condition": cell.condition,
+        "arm": cell.arm,
+        "config": cell.config,
+        "runs": cell.runs,
+    }

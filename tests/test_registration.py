@@ -1,0 +1,298 @@
+"""Registration: what was planned before the first run stays in the record, and so does every change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from executors import InProcess
+from storylab.data.dataset import Dataset
+from storylab.errors import UserError
+from storylab.experiments import registration
+from storylab.experiments.experiment import Experiment
+from storylab.experiments.outcome import read_experiment
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.recording import write_record
+from storylab.experiments.registration import (
+    amended_plan,
+    exploratory_reasons,
+    plan_of,
+    registration_lines,
+)
+from storylab.experiments.scheduler import run_experiment
+from storylab.experiments.spec import load_experiment
+from storylab.record.experiment_schema import ExperimentRecord
+
+TEXT = """
+title = "Two rates"
+purpose = "Which is better?"
+hypothesis = "The high one"
+factor = "learning_rate"
+baseline = "low"
+seeds = [1, 2]
+looks = [2, 3]
+margin = 0.02
+[config]
+preset = "nano"
+n_layer = 1
+n_head = 1
+n_kv_head = 1
+n_embd = 16
+n_hidden = 16
+dtype = "float32"
+max_iters = 3
+batch_size = 4
+gradient_accumulation_steps = 1
+block_size = 16
+warmup_iters = 2
+eval_interval = 3
+eval_iters = 1
+device = "cpu"
+[arms]
+low = { learning_rate = 1e-3 }
+high = { learning_rate = 1e-2 }
+"""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+    def overall(self, name: str, done: float, total: float) -> None: ...
+
+
+class Lab:
+    """A folder of runs with an experiment file in it."""
+
+    def __init__(self, root: Path, dataset: Dataset) -> None:
+        self.root, self.dataset, self.runs = root, dataset, root / "runs"
+
+    def load(self, text: str = TEXT, name: str = "rates") -> Experiment:
+        path = self.root / f"{name}.toml"
+        path.write_text(text)
+        return load_experiment(path)
+
+    def record(
+        self, text: str = TEXT, name: str = "rates", train: bool = False, **options: Any
+    ) -> ExperimentRecord:
+        """Write the record as `experiment run` does, and train if asked to; returns the record."""
+        experiment, fresh = self.load(text, name), options.pop("fresh", False)
+        planned = plan_runs(experiment, self.dataset, self.runs, **options)
+        path = write_record(experiment, self.dataset, planned, self.runs, fresh)
+        record = read_experiment(path)
+        if train:
+            run_experiment(planned, InProcess(), Quiet())
+        return record
+
+
+@pytest.fixture
+def lab(tmp_path: Path, dataset: Dataset) -> Lab:
+    return Lab(tmp_path, dataset)
+
+
+def test_the_first_run_registers_the_whole_plan(lab: Lab) -> None:
+    record = lab.record(train=True)
+    registered = record.registered
+    assert registered is not None and registered.runs_finished == 0
+    plan = registered.plan
+    canonical = json.dumps(plan, sort_keys=True, separators=(",", ":"))
+    assert registered.sha256 == hashlib.sha256(canonical.encode()).hexdigest()
+    assert plan["margin"] == 0.02 and plan["seeds"] == [1, 2] and plan["looks"] == [2, 3]
+    assert plan["data"] == lab.dataset.fingerprint
+    assert plan["arms"][""]["high"]["learning_rate"] == 1e-2
+    assert plan["arms"][""]["high"]["device"] == "cpu"
+    assert str(lab.root) not in canonical  # the same on every machine
+    assert registration_lines(record) == ["registered before any run"]
+    assert exploratory_reasons(record) == []
+
+    again = lab.record()  # after four runs
+    assert again.registered == registered and again.amendments == []
+
+
+def test_a_changed_margin_after_runs_is_an_amendment_for_good(lab: Lab) -> None:
+    first = lab.record(train=True)
+    changed = lab.record(TEXT.replace("margin = 0.02", "margin = 0.05"))
+    assert changed.registered == first.registered
+    line = "margin 0.02 -> 0.05 after 4 of 4 runs: exploratory"
+    assert registration_lines(changed) == ["registered before any run", line]
+    assert exploratory_reasons(changed) == ["margin changed after 4 of 4 runs"]
+
+    back = lab.record()
+    assert registration_lines(back)[1:] == [
+        line,
+        "margin 0.05 -> 0.02 after 4 of 4 runs: exploratory",
+    ]
+    assert lab.record().amendments == back.amendments
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("looks = [2, 3]", "looks = [2, 5]", "looks 2, 3 -> 2, 5"),
+        ("looks = [2, 3]", 'looks = [2, 3]\nvariance = "own"', "variance moderated -> own"),
+        ('baseline = "low"', 'baseline = "high"', "baseline low -> high"),
+        ("seeds = [1, 2]", "seeds = [1, 7]", "seeds 1, 2 -> 1, 7"),
+        ("learning_rate = 1e-2", "learning_rate = 2e-2", "arm 'high': learning_rate 0.01 -> 0.02"),
+        ("high = {", "more = { learning_rate = 3e-2 }\nhigh = {", "arm 'more' added"),
+        ("high = {", "other = {", "arm 'high' removed; arm 'other' added"),
+        (
+            "[arms]",
+            '[[expect]]\ntext = "t"\nmetric = "val_loss"\narm = "low"\nat_most = 9.0\n[arms]',
+            "expectations changed",
+        ),
+    ],
+)
+def test_every_change_of_the_plan_is_named(lab: Lab, old: str, new: str, line: str) -> None:
+    lab.record(train=True, seeds=(1,))
+    assert old in TEXT
+    record = lab.record(TEXT.replace(old, new))
+    (_, found) = registration_lines(record)
+    assert found.startswith(line) and found.endswith("runs: exploratory")
+    assert len(exploratory_reasons(record)) == 1
+    assert lab.record(TEXT.replace(old, new)).amendments == record.amendments
+
+
+def test_the_amended_plan_is_the_one_in_force(lab: Lab) -> None:
+    lab.record()
+    text = TEXT.replace("high = {", "more = { learning_rate = 3e-2 }\nhigher = {")
+    record = lab.record(text.replace("margin = 0.02", ""))
+    experiment = lab.load(text.replace("margin = 0.02", ""))
+    assert record.registered is not None
+    current = amended_plan(record.registered, record.amendments)
+    assert current["margin"] is None
+    assert set(current["arms"][""]) == set(experiment.arms)
+
+
+def test_a_change_before_any_run_is_said_and_harmless(lab: Lab) -> None:
+    lab.record()
+    record = lab.record(TEXT.replace("margin = 0.02", "margin = 0.05"))
+    assert registration_lines(record)[1] == "margin 0.02 -> 0.05 before any run had finished"
+    assert exploratory_reasons(record) == []
+
+
+def test_a_part_and_more_seeds_of_the_plan_are_no_amendments(lab: Lab) -> None:
+    lab.record(train=True, only=("low",), seeds=(1,))
+    assert lab.record().amendments == []
+    assert lab.record(seeds=(1, 2, 3)).amendments == []
+    assert lab.record(TEXT.replace("seeds = [1, 2]", "seeds = [1, 2, 3]")).amendments == []
+
+
+def test_another_hypothesis_is_said_but_changes_no_verdict(lab: Lab) -> None:
+    lab.record(train=True)
+    record = lab.record(TEXT.replace("The high one", "The low one"))
+    assert registration_lines(record)[1] == "hypothesis changed after 4 of 4 runs"
+    assert exploratory_reasons(record) == []
+
+
+def test_other_code_is_an_amendment_of_its_own_kind(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.record(train=True)
+    monkeypatch.setattr(registration, "code_sha256", lambda: "f" * 64)
+    record = lab.record()
+    (change,) = record.amendments
+    assert (change.what, change.after, change.runs_finished) == ("code", "f" * 64, 4)
+    assert exploratory_reasons(record) == []
+    monkeypatch.setattr(registration, "representative", lambda code: "the same")
+    monkeypatch.setattr(registration, "code_sha256", lambda: "e" * 64)
+    assert lab.record().amendments == record.amendments  # a version of equal bits
+
+
+def test_a_deleted_record_does_not_bring_the_first_moment_back(lab: Lab) -> None:
+    lab.record(train=True)
+    (lab.runs / "experiments" / "rates.json").unlink()
+    record = lab.record(seeds=(3,))
+    assert registration_lines(record) == ["registered after 4 of 6 runs had finished"]
+    assert exploratory_reasons(record) == ["registered after 4 of 6 runs had finished"]
+
+
+def test_runs_of_another_experiment_are_said_and_harmless(lab: Lab) -> None:
+    lab.record(train=True)
+    record = lab.record(TEXT.replace("high = {", "higher = {"), "other")
+    line = "registered after 4 of 4 runs had finished, all of them for another experiment"
+    assert registration_lines(record) == [line]
+    assert exploratory_reasons(record) == []
+
+
+def test_a_record_of_an_older_version(lab: Lab) -> None:
+    lab.record(train=True)
+    path = lab.runs / "experiments" / "rates.json"
+    later = ("registered", "amendments", "looks_taken", "openings", "looks", "variance", "stage")
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k not in later}
+    path.write_text(json.dumps(values))
+    old = read_experiment(path)
+    assert registration_lines(old) == ["not registered (record of an older version)"]
+    assert exploratory_reasons(old) == ["not registered"]
+    assert registration_lines(lab.record()) == ["registered after 4 of 4 runs had finished"]
+
+
+@pytest.mark.parametrize("damage", ["{", '{"name": 3}'])
+def test_a_damaged_record_is_set_aside_and_the_new_one_says_so(lab: Lab, damage: str) -> None:
+    lab.record(train=True)
+    path = lab.runs / "experiments" / "rates.json"
+    path.write_text(damage)
+    record = lab.record()
+    assert (path.parent / "rates.json.old1").read_text() == damage
+    first, second = registration_lines(record)
+    assert first == "registered after 4 of 4 runs had finished"
+    assert second.startswith("the record was begun again (the earlier one is ")
+    assert "it was set aside as rates.json.old1" in second
+    assert exploratory_reasons(record) == [first]
+    assert registration_lines(lab.record()) == [first, second]
+
+
+def test_a_record_that_cannot_be_opened_is_left_where_it_is(lab: Lab) -> None:
+    path = lab.runs / "experiments" / "rates.json"
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"rates\.json: it is a folder"):
+        lab.record()
+
+
+def test_keys_of_a_later_version_stay(lab: Lab) -> None:
+    lab.record()
+    path = lab.runs / "experiments" / "rates.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": [1]}))
+    lab.record()
+    assert json.loads(path.read_text())["later"] == [1]
+
+
+def test_training_everything_again_is_said(lab: Lab) -> None:
+    lab.record(train=True)
+    record = lab.record(fresh=True)
+    assert registration_lines(record)[1] == (
+        "all runs were to be trained again (--fresh) after 4 of 4 runs"
+    )
+
+
+def test_an_arm_this_machine_cannot_run_stays_as_it_was_recorded(lab: Lab) -> None:
+    text = TEXT.replace('factor = "learning_rate"', 'factor = "precision"').replace(
+        "low = { learning_rate = 1e-3 }\nhigh = { learning_rate = 1e-2 }",
+        'low = {}\nhigh = { dtype = "nvfp4", backend = "te" }',
+    )
+    experiment = lab.load(text)
+    planned = plan_runs(experiment, lab.dataset, lab.runs, only=("low",))
+    path = write_record(experiment, lab.dataset, planned, lab.runs)
+    values = json.loads(path.read_text())
+    # As a machine with the GPU would have written it.
+    cell = next(cell for cell in values["cells"] if cell["arm"] == "high")
+    cell["config"] |= {"device": "cuda", "data_seed": 0}
+    cell["runs"] = {"1": "nano-0123456789-s1"}
+    values["registered"]["plan"]["arms"][""]["high"]["device"] = "cuda"
+    path.write_text(json.dumps(values))
+    record = read_experiment(write_record(experiment, lab.dataset, planned, lab.runs))
+    assert record.amendments == []
+    assert record.cells[1].config["device"] == "cuda"
+    assert record.cells[1].runs == {"1": "nano-0123456789-s1"}
+
+
+def test_a_plan_is_plain_json_and_the_same_every_time(lab: Lab) -> None:
+    experiment = lab.load()
+    plans = [plan_of(experiment, experiment.cells, "f") for _ in range(2)]
+    assert plans[0] == plans[1] == json.loads(json.dumps(plans[0]))
