@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from storylab.data.dataset import load_dataset
 from storylab.training.evaluation import evaluate_split
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 
 
 class Adapter(torch.nn.Module):
@@ -48,7 +48,7 @@ def main() -> None:
     model.load_state_dict(saved["model"])
     block_size = saved["model_args"]["max_seq_len"]
     split = load_dataset(args.data_dir).splits["validation"]
-    precision = Precision(torch.device("cpu"), torch.bfloat16)
+    precision = ComputePolicy(torch.device("cpu"), torch.bfloat16)
     result = evaluate_split(Adapter(model.eval()), split, block_size, precision)  # type: ignore[arg-type]
     print(f"iteration      {saved['iter_num']}")
     print(f"loss           {result.loss:.4f} nats per token")

@@ -377,7 +377,7 @@ def correct(here):
     import torch
 
     from storylab.model.transformer import Transformer
-    from storylab.training.precision import Precision
+    from storylab.training.precision import ComputePolicy
 
     device, cpu = torch.device(here.args.device), torch.device("cpu")
     batch = here.batch(8 if here.cuda else 2).cpu()
@@ -388,12 +388,12 @@ def correct(here):
         model = Transformer(model_config, here.vocab(), seed=1337).to(where)
         if compiled:
             model.compile_blocks()
-        with Precision(where, dtype).autocast():
+        with ComputePolicy(where, dtype).autocast():
             loss = model(tokens.to(where), targets.to(where))
         loss.backward()
         found = {n: p.grad.detach().float().cpu() for n, p in model.named_parameters()}
         stance = torch.compiler.set_stance("force_eager")
-        with stance, Precision(where, dtype).autocast():
+        with stance, ComputePolicy(where, dtype).autocast():
             evaluated = float(model.token_losses(tokens.to(where), targets.to(where)).mean())
         return float(loss), evaluated, found
 

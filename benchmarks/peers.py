@@ -114,7 +114,7 @@ def measure_best(name: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from storylab.training.evaluation import evaluate_split
-    from storylab.training.precision import Precision
+    from storylab.training.precision import ComputePolicy
 
     dataset, make = batches_of(args)
     program = PROGRAMS[name](args)
@@ -127,7 +127,7 @@ def measure_best(name: str, args: argparse.Namespace) -> dict[str, float]:
         program.step(make(count), peak * share)
         count += 1
     seconds = time.perf_counter() - STARTED
-    precision = Precision(torch.device("cpu"), torch.float32)
+    precision = ComputePolicy(torch.device("cpu"), torch.float32)
     found = evaluate_split(program, dataset.splits["validation"], LENGTH, precision)  # type: ignore[arg-type]
     return {
         "bits_per_byte": found.bits_per_byte,

@@ -111,7 +111,9 @@ def run_traces(run: Path) -> dict[str, Any]:
             for name in sorted(file.keys()):
                 digest.update(name.encode() + file.get_tensor(name).tobytes())
         found[checkpoint] = digest.hexdigest()
-    found["story losses"] = sha256((run / "story_losses.npy").read_bytes()).hexdigest()
+    for name in ("story", "test"):
+        if (path := run / f"{name}_losses.npy").exists():  # data of a version without a test split
+            found[f"{name} losses"] = sha256(path.read_bytes()).hexdigest()
     return found
 
 

@@ -10,10 +10,10 @@ from conftest import TINY
 from storylab.config import TrainConfig
 from storylab.model.transformer import Transformer
 from storylab.optim.build import build_optimizers
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.step import StepMetrics, training_step
 
-FLOAT32 = Precision(torch.device("cpu"), torch.float32)
+FLOAT32 = ComputePolicy(torch.device("cpu"), torch.float32)
 VOCAB = 300
 
 

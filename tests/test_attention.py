@@ -22,7 +22,7 @@ from storylab.model.cache import KVCache, SlidingWindowKVCache
 from storylab.model.generate import Sampling, generate
 from storylab.model.layers import rope_cos_sin
 from storylab.model.transformer import Block, Transformer
-from storylab.training.lines import attention_lines
+from storylab.training.log_format import attention_lines
 
 EXAMPLES = [kind.example for kind in PATTERNS]
 

@@ -20,21 +20,28 @@ from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import experiment, measures
-from storylab.experiments.compare import compare_arms, compare_runs, group_runs
+from storylab.experiments.compare import (
+    Contest,
+    compare_arms,
+    compare_contests,
+    compare_runs,
+    group_runs,
+)
 from storylab.experiments.comparison import (
     BETTER,
-    CANT_TELL,
+    BETTER_WITHIN,
     CONFOUNDED,
     DIVERGED,
     EQUIVALENT,
-    NO_DIFFERENCE,
+    UNDECIDED,
     WORSE,
+    WORSE_WITHIN,
     Arm,
     Comparison,
     Noise,
     Ratio,
-    correct,
 )
+from storylab.experiments.family import Rules
 from storylab.experiments.noise import noise_floor
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
 from storylab.record.run import Run, load_run
@@ -120,8 +127,9 @@ def test_a_difference_of_the_recipes_is_paired_by_seed(low: Run) -> None:
     assert c.recipes.high < -0.09
     assert c.stories is not None and c.stories.n == len(low.story_losses)
     line = verdict_line(c)
-    assert "arm vs base: val loss -0.1" in line and "3 paired seeds" in line and ": better" in line
-    assert "1x seed noise" in line
+    assert re.fullmatch(
+        r"arm vs base: better by 0\.100 nats \(0\.098 to 0\.102\); .*\. 3 seeds: preliminary", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,9 +137,11 @@ def test_a_difference_of_the_recipes_is_paired_by_seed(low: Run) -> None:
     [
         ([0.05, 0.051, 0.049], None, WORSE),
         ([0.001, -0.001, 0.0005], 0.02, EQUIVALENT),
-        ([0.03, -0.03, 0.01], 0.02, NO_DIFFERENCE),
-        ([0.03, -0.03, 0.01], None, NO_DIFFERENCE),
-        ([0.001, 0.0011, 0.0009], 0.02, EQUIVALENT),  # different, but not by what matters
+        ([0.03, -0.03, 0.01], 0.02, UNDECIDED),
+        ([0.03, -0.03, 0.01], None, UNDECIDED),
+        ([0.39, 0.097, 0.142], None, UNDECIDED),
+        ([0.001, 0.0011, 0.0009], 0.02, WORSE_WITHIN),
+        ([-0.0100, -0.0102, -0.0098], 0.02, BETTER_WITHIN),
     ],
 )
 def test_the_verdicts(
@@ -140,21 +150,102 @@ def test_the_verdicts(
     base = [3.5, 3.4, 3.6]
     c = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base, margin=margin)
     assert c.verdict == verdict
-    if verdict == NO_DIFFERENCE:
-        assert "could have seen" in verdict_line(c) and "would decide" in verdict_line(c)
+    line = verdict_line(c)
+    if verdict == UNDECIDED:
+        assert re.search(r"undecided: 0\.\d+ better to 0\.\d+ worse", line)
     if verdict == EQUIVALENT:
-        assert "equivalent within 0.02 nats" in verdict_line(c)
+        assert re.search(
+            r"equivalent: .* better to .* worse, within the margin of 0\.02 nats", line
+        )
+    if verdict in (WORSE_WITHIN, BETTER_WITHIN):
+        assert "which is less than the margin of 0.02 nats" in line
+
+
+MIRROR = {BETTER: WORSE, WORSE: BETTER, BETTER_WITHIN: WORSE_WITHIN, WORSE_WITHIN: BETTER_WITHIN}
+
+
+@pytest.mark.parametrize("margin", [None, 0.02])
+@pytest.mark.parametrize("lost", [(), (0,), (0, 1, 2)])
+def test_a_verdict_mirrors_when_arm_and_baseline_are_exchanged(
+    low: Run, margin: float | None, lost: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(3)
+    for scale in (0.0003, 0.003, 0.03):
+        for shift in (0.0, 0.01, 0.1):
+            base = rng.normal(3.5, 0.1, 3)
+            arm = made(low, list(base + rng.normal(shift, scale, 3)), "arm", learning_rate=0.5)
+            runs = tuple(
+                dataclasses.replace(run, state="diverged") if i in lost else run
+                for i, run in enumerate(arm.runs)
+            )
+            arm, other = Arm("arm", runs), made(low, list(base), "base")
+            c = compare_arms(arm, other, RATES, margin=margin)
+            back = compare_arms(other, arm, RATES, margin=margin)
+            assert back.verdict == MIRROR.get(c.verdict, c.verdict)
+            assert back.settled == c.settled
+            if c.ends and back.ends:
+                assert back.ends == pytest.approx((-c.ends[1], -c.ends[0]))
+
+
+def test_no_line_names_a_winner_whose_interval_holds_zero(low: Run) -> None:
+    """By Holm's method an arm may be settled whose interval for all arms together still holds zero."""
+    rng = np.random.default_rng(4)
+    signs_only = 0
+    for _ in range(60):
+        base = rng.normal(3.5, 0.1, 3)
+        shifts = [0.1, 0.1, 0.1, 0.1, 0.006, 0.005]
+        contests = [
+            Contest(
+                made(low, list(base + s + rng.normal(0, 0.002, 3)), f"arm {i}", learning_rate=0.5),
+                made(low, list(base), "base"),
+                RATES,
+            )
+            for i, s in enumerate(shifts)
+        ]
+        for c in compare_contests(contests, Rules()):
+            line = verdict_line(c)
+            if c.verdict in (BETTER, WORSE):
+                signs_only += c.ends is None
+                assert (c.ends is None) == ("by how much is not settled: up to" in line)
+                assert c.ends is None or not c.ends[0] <= 0 <= c.ends[1]
+            else:
+                assert "better by" not in line and "worse by" not in line
+    assert signs_only > 5
 
 
 def test_one_seed_cannot_tell_without_a_noise_floor(low: Run, tmp_path: Path) -> None:
     low = dataclasses.replace(low, folder=tmp_path / "alone-s1")
     c = compared(low, [3.4], [3.5])
-    assert c.verdict == CANT_TELL and c.stories is not None
+    assert c.verdict == UNDECIDED and c.stories is not None
     assert "no noise floor is known" in verdict_line(c)
-    floor = Noise(0.002, 5)
+    floor = Noise(3.5, 0.002, 5)
     assert compared(low, [3.4], [3.5], noise=floor).verdict == BETTER
-    assert compared(low, [3.499], [3.5], noise=floor).verdict == NO_DIFFERENCE
-    assert "noise of 5 seeds" in verdict_line(compared(low, [3.4], [3.5], noise=floor))
+    assert compared(low, [3.499], [3.5], noise=floor).verdict == UNDECIDED
+    line = verdict_line(compared(low, [3.4], [3.5], noise=floor))
+    assert "One run, and the noise of 5 seeds: preliminary" in line
+
+
+def test_one_run_is_compared_with_the_mean_of_all_seeds_of_the_baseline(low: Run) -> None:
+    c = compared(low, [3.40], [3.50, 3.52, 3.48])
+    assert c.recipes is not None and c.recipes.estimate == pytest.approx(-0.1)
+    assert c.recipes.standard_error == pytest.approx(0.02 * (1 + 1 / 3) ** 0.5)
+    back = compared(low, [3.50, 3.52, 3.48], [3.40])
+    assert back.recipes is not None and back.recipes.estimate == pytest.approx(0.1)
+    assert back.recipes.standard_error == pytest.approx(c.recipes.standard_error)
+
+
+def test_overlapping_seeds_are_all_used_where_that_is_the_better_design(low: Run) -> None:
+    """Four against four seeds with two in common: the two alone have one degree of freedom."""
+    arm = made(low, [3.40, 3.41, 3.42, 3.39], learning_rate=0.5)
+    shifted = tuple(
+        dataclasses.replace(
+            run, config=dataclasses.replace(run.config, seed=3 + i, data_seed=3 + i)
+        )
+        for i, run in enumerate(arm.runs)
+    )
+    c = compare_arms(Arm("arm", shifted), made(low, [3.5, 3.51, 3.52, 3.49], "base"), RATES)
+    assert c.verdict == BETTER and not c.paired
+    assert any("2 seeds are shared by arms of 4 and 4" in note for note in c.notes)
 
 
 def test_arms_without_a_common_seed_are_compared_unpaired(low: Run) -> None:
@@ -167,7 +258,7 @@ def test_arms_without_a_common_seed_are_compared_unpaired(low: Run) -> None:
     )
     c = compare_arms(Arm("arm", shifted), made(low, [3.5, 3.51, 3.52], "base"), RATES)
     assert not c.paired and c.verdict == BETTER
-    assert "3 unpaired seeds" in verdict_line(c)
+    assert "3 unpaired seeds: preliminary" in verdict_line(c)
 
 
 def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Run) -> None:
@@ -176,9 +267,14 @@ def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Run) -> None:
     lost = dataclasses.replace(arm.runs[2], state="diverged", reason="loss is nan")
     c = compare_arms(Arm("arm", (*arm.runs[:2], lost)), base, RATES)
     assert c.verdict == DIVERGED
-    assert "diverged, so worse: arm, seed 3: diverged (loss is nan)" in verdict_line(c)
+    assert "arm vs base: diverged in 1 of 3 seeds (base in 0 of 3): no loss is compared" in (
+        verdict_line(c)
+    )
+    details = "\n".join(detail_lines(c))
+    assert "not finished: arm, seed 3: diverged (loss is nan)" in details
+    assert "are not shown to differ in that (Fisher's exact test, p 1)" in details
     back = compare_arms(base, Arm("arm", (*arm.runs[:2], lost)), RATES)
-    assert back.verdict == CANT_TELL and "runs of the baseline diverged" in verdict_line(back)
+    assert back.verdict == DIVERGED and "in 0 of 3 seeds (arm in 1 of 3)" in verdict_line(back)
 
 
 def test_a_seed_counts_once(runs: Path, low: Run) -> None:
@@ -188,7 +284,7 @@ def test_a_seed_counts_once(runs: Path, low: Run) -> None:
     assert noise_floor(load_run(runs / "low-s1")) is None
     folders = [runs / "low-s1", runs / "low-s1.old1", runs / "high-s1"]
     (c,) = compare_runs([load_run(folder) for folder in folders])
-    assert c.verdict == CANT_TELL
+    assert c.verdict == UNDECIDED
 
 
 def test_the_noise_of_other_code_or_data_is_not_this_noise(runs: Path) -> None:
@@ -198,11 +294,13 @@ def test_the_noise_of_other_code_or_data_is_not_this_noise(runs: Path) -> None:
 
 def test_a_ratio_is_the_same_only_if_its_interval_says_so() -> None:
     words = ("faster", "slower", "speed")
-    assert ratio_text(Ratio(1.0, 0.99, 1.01), *words) == "same speed (0.99x to 1.01x)"
-    assert ratio_text(Ratio(2.7, 0.64, 11.85), *words) == "2.70x faster (0.64 to 11.85: can't tell)"
-    assert ratio_text(Ratio(0.5, 0.4, 0.625), *words) == "2.00x slower (1.60 to 2.50)"
-    assert ratio_text(Ratio(1.31, None, None), *words) == "1.31x faster (one pair)"
-    assert ratio_text(Ratio(1.001, None, None), *words) == "same speed (one pair)"
+    assert ratio_text(Ratio(1.0, 0.99, 1.01, 3), *words) == "same speed (0.99x to 1.01x)"
+    assert (
+        ratio_text(Ratio(2.7, 0.64, 11.85, 3), *words) == "2.70x faster (0.64 to 11.85: can't tell)"
+    )
+    assert ratio_text(Ratio(0.5, 0.4, 0.625, 3), *words) == "2.00x slower (1.60 to 2.50)"
+    assert ratio_text(Ratio(1.31, None, None, 2), *words) == "1.31x faster (2 pairs)"
+    assert ratio_text(Ratio(1.001, None, None, 1), *words) == "same speed (one pair)"
 
 
 def test_memory_is_that_of_training_and_speed_that_of_the_median(runs: Path) -> None:
@@ -236,7 +334,7 @@ def test_runs_of_different_seeds_are_not_called_a_pair(runs: Path) -> None:
     shutil.rmtree(runs / "low-s2")
     (c,) = compare_runs([load_run(runs / "low-s1"), load_run(runs / "high-s2")])
     line = verdict_line(c)
-    assert c.verdict == CANT_TELL and "runs of different seeds, other weights" in line
+    assert c.verdict == UNDECIDED and "runs of different seeds, other weights" in line
     assert "one pair" not in line and "equal time" not in line
 
 
@@ -245,10 +343,38 @@ def test_many_arms_are_corrected_for_their_number(low: Run) -> None:
     differences = [0.0101, 0.0049, 0.0070]  # p about 0.04 on its own
     one = compared(low, [b + d for b, d in zip(base, differences, strict=True)], base)
     assert one.verdict == WORSE
-    many = correct([one, *(compared(low, [3.51, 3.39, 3.6], base) for _ in range(4))])
-    assert many[0].verdict == CANT_TELL and many[0].family == 5
-    line = verdict_line(many[0])
-    assert "can't tell (not sure enough among 5 comparisons, " in line and "would decide" in line
+    contest = Contest(
+        made(low, [b + d for b, d in zip(base, differences, strict=True)], learning_rate=0.5),
+        made(low, base, "base"),
+        RATES,
+    )
+    null = Contest(made(low, [3.51, 3.39, 3.6], learning_rate=0.5), contest.baseline, RATES)
+    many = compare_contests([contest, *[null] * 4], Rules(variance="own"))
+    assert many[0].verdict == UNDECIDED and many[0].judgement.family == 5
+    assert "holds for all 5 arms together" in verdict_line(many[0])
+
+
+def test_an_equal_loss_is_reached_with_fewer_tokens_by_the_better_arm(low: Run) -> None:
+    """The arm's curve is the baseline's shifted to half the tokens, so its ratio is two."""
+
+    def curved(arm: Arm, factor: float) -> Arm:
+        runs = []
+        for run in arm.runs:
+            points = [
+                dataclasses.replace(point, val_loss=5 - np.log(point.tokens * factor) / 3)
+                for point in run.evaluations
+            ]
+            runs.append(dataclasses.replace(run))
+            runs[-1].__dict__["evaluations"] = points  # cached: as if read from the rows
+        return Arm(arm.name, tuple(runs))
+
+    base = curved(made(low, [3.5, 3.4, 3.6], "base"), 1.0)
+    arm = curved(made(low, [3.4, 3.3, 3.5], learning_rate=0.5), 2.0)
+    c, back = compare_arms(arm, base, RATES), compare_arms(base, arm, RATES)
+    assert c.reach is not None and back.reach is not None
+    assert c.reach.tokens.value == pytest.approx(2.0) == c.reach.flops.value
+    assert back.reach.tokens.value == pytest.approx(0.5)
+    assert "2.00x fewer tokens" in "\n".join(detail_lines(c))
 
 
 # Confounds
@@ -384,7 +510,7 @@ def test_equal_time_is_read_off_both_curves(trained: Path) -> None:
 
 def test_a_run_is_no_confound_for_itself(low: Run) -> None:
     c = compare_arms(made(low, [3.5, 3.4]), made(low, [3.5, 3.4], "base"), frozenset())
-    assert c.verdict == NO_DIFFERENCE and c.recipes is not None and c.recipes.p == 1.0
+    assert c.verdict == UNDECIDED and c.recipes is not None and c.recipes.p == 1.0
 
 
 @pytest.mark.parametrize(
@@ -421,8 +547,8 @@ def test_compare_prints_the_verdict_and_what_stands_behind_it(
     folders = [str(trained / name) for name in ("low-s1", "low-s2", "high-s1", "high-s2")]
     assert main(["compare", *folders, "--margin", "0.01"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("high-s1 (learning_rate 0.01) vs low-s1: val loss ")
-    assert "these models on stories like these" in out and "2 paired seeds" in out
+    assert out.startswith("high-s1 (learning_rate 0.01) vs low-s1: ")
+    assert "these models on stories like these" in out and "2 seeds: preliminary" in out
     assert "energy: not measured" in out
 
 
@@ -469,7 +595,9 @@ def test_detail_lines_name_what_is_behind_a_verdict(low: Run) -> None:
     text = "\n".join(lines)
     for part in (
         "recipes:",
-        "equivalence within 0.02",
+        "moderated variance",
+        "new seeds and new stories together:",
+        "correlation of the arms over 3 seeds",
         "seed noise of base",
         "speed:",
         "memory of training:",

@@ -29,12 +29,12 @@ from storylab.model.attention import causal_attention
 from storylab.model.transformer import Transformer
 from storylab.record import checkpoint
 from storylab.training.checkpointing import Saver
-from storylab.training.precision import Precision, choose_device, require_same_bits
+from storylab.training.precision import ComputePolicy, choose_device, require_same_bits
 from storylab.training.state import TrainState
 from storylab.training.step import DeviceStepMetrics
 
 CUDA = torch.device("cuda")
-BFLOAT16 = Precision(CUDA, torch.bfloat16)
+BFLOAT16 = ComputePolicy(CUDA, torch.bfloat16)
 VOCAB = 300
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=96)
 FAST = dataclasses.replace(
@@ -132,7 +132,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         batch_size=4,
         average_share=0.1,
     )
-    learner = TrainState(config, VOCAB, Precision(torch.device("cpu"), torch.bfloat16))
+    learner = TrainState(config, VOCAB, ComputePolicy(torch.device("cpu"), torch.bfloat16))
     batch = torch.zeros(8, 33, dtype=torch.int64)
 
     def step() -> Counter[str]:

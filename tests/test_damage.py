@@ -36,11 +36,12 @@ from storylab.reporting import report as reporting
 pytestmark = pytest.mark.slow
 FILES = [
     *("config.json", "data.json", "environment.json", "summary.json", "precision.json"),
-    *("metrics.jsonl", "story_losses.npy", "position_losses.npy", "tokenizer.tiktoken"),
+    *("metrics.jsonl", "story_losses.npy", "position_losses.npy", "test_losses.npy"),
+    "tokenizer.tiktoken",
     *("checkpoints/last.safetensors", "log.txt"),
 ]
 # Those that every comparison and report reads; the others are for going on and for sampling.
-RECORD = FILES[:8]
+RECORD = FILES[:9]
 # What a value may be replaced with.
 ODD_VALUES: list[Any] = [
     *(
@@ -349,7 +350,8 @@ def test_any_value_may_be_missing_or_another(
 
 
 @pytest.mark.parametrize(
-    "file", ["story_losses.npy", "position_losses.npy", "checkpoints/last.safetensors"]
+    "file",
+    ["story_losses.npy", "test_losses.npy", "position_losses.npy", "checkpoints/last.safetensors"],
 )
 @given(data=st.data())
 @FEW

@@ -52,6 +52,10 @@ class ListSource:
 
     splits: dict[str, list[str]]
 
+    @property
+    def has_test(self) -> bool:
+        return "test" in self.splits
+
     def describe(self) -> dict[str, Any]:
         return {"name": "list"}
 

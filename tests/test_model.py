@@ -24,6 +24,7 @@ from storylab.model.attention import MAX_MATMUL_ATTENTION_LENGTH, causal_attenti
 from storylab.model.cache import KVCache
 from storylab.model.generate import Sampling, generate, next_token_probabilities
 from storylab.model.head import ChunkSizes, linear_cross_entropy, token_losses
+from storylab.model.initialization import initialize_weights
 from storylab.model.layers import rope_cos_sin
 from storylab.model.transformer import Transformer
 
@@ -45,17 +46,21 @@ def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
 
 
 def llama(config: ModelConfig, model: Transformer) -> torch.nn.Module:
-    """The same weights in the Llama of `transformers`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The same weights in the Llama of `transformers`, or in its Qwen3, which is Llama with a QK norm."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    other = LlamaForCausalLM(
-        LlamaConfig(
+    kind, its_config = LlamaForCausalLM, LlamaConfig
+    if config.qk_norm:  # the gains of its norms begin at 1
+        kind, its_config = Qwen3ForCausalLM, Qwen3Config
+    other = kind(
+        its_config(
             vocab_size=VOCAB,
             hidden_size=config.n_embd,
             intermediate_size=config.n_hidden,
             num_hidden_layers=config.n_layer,
             num_attention_heads=config.n_head,
             num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_size,
             rms_norm_eps=1e-5,
             rope_theta=config.rope_base,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
@@ -92,8 +97,10 @@ def llama_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Te
     return result
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("config", SHAPES)
-def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
+def test_logits_and_gradients_are_those_of_llama(config: ModelConfig, qk_norm: bool) -> None:
+    config = dataclasses.replace(config, qk_norm=qk_norm)
     model = Transformer(config, VOCAB, seed=3)
     with torch.no_grad():  # larger weights than at the start, so that every part matters
         for p in model.parameters():
@@ -110,6 +117,21 @@ def test_logits_and_gradients_are_those_of_llama(config: ModelConfig) -> None:
     for name, grad in llama_names(config, ours).items():
         if name != "lm_head.weight":  # tied: the same parameter as the embedding
             torch.testing.assert_close(grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_epsilon_of_every_norm_is_that_of_llama(qk_norm: bool) -> None:
+    """With activations so small that the epsilon is most of what a norm divides by."""
+    config = dataclasses.replace(SHAPES[1], qk_norm=qk_norm)
+    model = Transformer(config, VOCAB, seed=3)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.05)
+        for block in model.blocks:
+            block.get_parameter("attention.qkv.weight").mul_(0.1)
+    other, x = llama(config, model), tokens(2, 24)
+    ours, theirs = model(x), other(input_ids=x).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+    assert other.config.rms_norm_eps == 1e-5
 
 
 def test_a_wrapper_sees_the_loss_and_its_gradients() -> None:
@@ -142,21 +164,98 @@ def test_no_gradient_flows_from_later_tokens() -> None:
         assert reached.tolist() == [i <= t for i in range(12)]
 
 
-def test_initial_weights() -> None:
-    config = ModelConfig(n_layer=8, n_head=4, n_kv_head=2, n_embd=128, n_hidden=256)
-    model = Transformer(config, 500, seed=5)
-    for name, p in model.named_parameters():
+def weights(config: ModelConfig, seed: int = 5, vocab: int = 500) -> dict[str, Tensor]:
+    return dict(Transformer(config, vocab, seed).state_dict())
+
+
+WIDE = ModelConfig(n_layer=8, n_head=4, n_kv_head=2, n_embd=128, n_hidden=256)
+OF_RESIDUAL = ("out.weight", "down.weight")
+
+
+def test_distribution_of_initial_weights() -> None:
+    for name, p in weights(WIDE).items():
         if p.dim() < 2:
             assert bool((p == 1).all())
+            continue
+        std = 0.02 / math.sqrt(16) if name.endswith(OF_RESIDUAL) else 0.02
+        # Five standard errors of the mean, of the standard deviation, and of the share within one.
+        root, within = math.sqrt(p.numel()), math.erf(math.sqrt(0.5))
+        assert abs(p.mean().item()) < 5 * std / root
+        assert p.std().item() == pytest.approx(std, rel=5 / (math.sqrt(2) * root))
+        share = (p.abs() < std).double().mean().item()
+        assert share == pytest.approx(within, abs=5 * math.sqrt(within * (1 - within)) / root)
+
+
+def test_initial_weights_of_two_parameters_are_not_correlated() -> None:
+    """Nor are those of one parameter under two seeds."""
+    drawn = {(seed, k): v for seed in (5, 6) for k, v in weights(WIDE, seed).items() if v.dim() > 1}
+    size = min(x.numel() for x in drawn.values())
+    table = torch.stack([x.flatten()[:size] for x in drawn.values()])
+    correlations = torch.corrcoef(table).fill_diagonal_(0)
+    assert correlations.abs().max() < 6 / math.sqrt(size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention": "window:8"},
+        {"attention": "window:8*7,full"},
+        {"qk_norm": True},
+        {"value_residual": "first_layer"},
+        {"embedding_residual": True},
+        {"rope_base": 500.0},
+        OPTIONS,
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_models_that_differ_in_a_part_share_the_rest(change: dict[str, Any]) -> None:
+    plain, other = weights(WIDE), weights(dataclasses.replace(WIDE, **change))
+    assert plain.keys() <= other.keys()
+    assert all(torch.equal(other[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("layers", [1, 9, 16])
+def test_models_of_another_depth_share_their_common_layers(layers: int) -> None:
+    """The scale of projections that write to the residual stream depends on the depth."""
+    one, other = weights(WIDE), weights(dataclasses.replace(WIDE, n_layer=layers))
+    common = one.keys() & other.keys()
+    assert len(common) == min(len(one), len(other))
+    for name in common:
+        if name.endswith(OF_RESIDUAL):
+            ratio = math.sqrt(WIDE.n_layer / layers)
+            torch.testing.assert_close(other[name], one[name] * ratio, rtol=1e-6, atol=0)
         else:
-            writes = name.endswith(("out.weight", "down.weight"))
-            std = 0.02 / math.sqrt(16) if writes else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05)
-            assert abs(p.mean().item()) < std / 20
-    again = Transformer(config, 500, seed=5)
-    other = Transformer(config, 500, seed=6)
-    assert torch.equal(model.embedding.weight, again.embedding.weight)
-    assert not torch.equal(model.embedding.weight, other.embedding.weight)
+            assert torch.equal(one[name], other[name]), name
+
+
+def test_a_change_of_shape_leaves_the_other_parameters() -> None:
+    one, other = weights(WIDE), weights(dataclasses.replace(WIDE, n_hidden=384), vocab=700)
+    same = {name for name in one if torch.equal(one[name], other[name])}
+    reshaped = ("embedding.weight", "gate_up.weight", "down.weight")
+    assert same == {name for name in one if not name.endswith(reshaped)}
+
+
+def test_initial_weights_of_a_seed() -> None:
+    """A seed gives the same weights again; another seed shares no random one."""
+    one, again, other = weights(WIDE), weights(WIDE), weights(WIDE, seed=6)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    for name, p in one.items():
+        if p.dim() > 1:
+            assert (p == other[name]).float().mean() < 1e-3, name
+
+
+def test_order_of_parameters_does_not_matter_to_initial_weights() -> None:
+    """Nor does the state of torch's own generator."""
+    model = Transformer(SHAPES[1], VOCAB, seed=4)
+    before = dict(model.state_dict())
+    turned = Transformer(SHAPES[1], VOCAB, seed=0)
+    turned._modules = dict(reversed(turned._modules.items()))
+    for block in turned.blocks:
+        block._modules = dict(reversed(block._modules.items()))
+    assert [*turned.state_dict()] != [*before]
+    torch.manual_seed(123)
+    initialize_weights(turned, SHAPES[1].n_layer, seed=4)
+    assert all(torch.equal(turned.state_dict()[name], p) for name, p in before.items())
 
 
 def brute_force_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

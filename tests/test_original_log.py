@@ -13,7 +13,7 @@ from storylab.config import PRESETS, TrainConfig
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.model.transformer import Transformer
 from storylab.optim.schedule import learning_rate
-from storylab.training import lines
+from storylab.training import log_format
 from storylab.training.evaluation import window_losses
 from storylab.training.precision import choose_device, choose_precision
 
@@ -42,11 +42,11 @@ TOKENS = 131_072
     ],
 )
 def test_iteration_lines(arguments: tuple[int, float, float, int, float], line: str) -> None:
-    assert lines.iteration_line(*arguments) == line
+    assert log_format.iteration_line(*arguments) == line
 
 
 def test_long_fields_keep_a_space_between() -> None:
-    line = lines.iteration_line(1_000_000, 123.4567, 1e7, 10**15, 1e-4)
+    line = log_format.iteration_line(1_000_000, 123.4567, 1e7, 10**15, 1e-4)
     assert line.split() == [
         *("iter", "1000000:", "loss", "123.4567,", "time", "10000000000.00ms,"),
         *("100,000,000", "tok/s,", "lr", "1.00e-04"),
@@ -55,10 +55,10 @@ def test_long_fields_keep_a_space_between() -> None:
 
 def test_evaluation_lines() -> None:
     expected = "Step 500:  train loss 3.2190, val loss 3.2224"
-    assert lines.evaluation_line(500, 3.219, 3.2224) == expected
+    assert log_format.evaluation_line(500, 3.219, 3.2224) == expected
     expected = "Step 1000: train loss 2.1456, val loss 2.1477"
-    assert lines.evaluation_line(1000, 2.1456, 2.1477) == expected
-    assert lines.best_line(2.1477) == "Saved new best model (val loss: 2.1477)"
+    assert log_format.evaluation_line(1000, 2.1456, 2.1477) == expected
+    assert log_format.best_line(2.1477) == "Saved new best model (val loss: 2.1477)"
 
 
 @pytest.mark.parametrize("iteration", [0, 100, 500, 999, 1000])

@@ -45,7 +45,7 @@ from storylab.precision.edit import find_recipe
 from storylab.precision.formats import FORMATS
 from storylab.precision.recipes import RECIPES
 from storylab.training.measure import Measured, StepTimer, _device_seconds, part_of
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.state import TrainState
 
 RECORD = TrainConfig()
@@ -188,7 +188,7 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
     )
 
     def kept(config: TrainConfig) -> int:
-        learner = TrainState(config, 300, Precision(torch.device("cpu"), torch.float32))
+        learner = TrainState(config, 300, ComputePolicy(torch.device("cpu"), torch.float32))
         learner.step(0, torch.zeros(1, 9, dtype=torch.int64), learning_rate=0.0)
         states = [s for o in learner.optimizers for s in o.state.values()]
         tensors = [t for state in states for t in state.values()]

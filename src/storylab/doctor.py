@@ -18,7 +18,7 @@ from storylab.precision.features import device_features
 from storylab.precision.recipes import RECIPES
 from storylab.precision.selftest import check_layer
 from storylab.training.cores import SOME_CORES, CoreUse
-from storylab.training.lines import duration
+from storylab.training.log_format import format_duration
 from storylab.training.measure import StepTimer, product_rate
 from storylab.training.precision import choose_device, choose_precision
 
@@ -53,7 +53,7 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
             continue
-        whole = duration(RECORD_TOKENS / speed)
+        whole = format_duration(RECORD_TOKENS / speed)
         yield (
             f"  {name:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take {whole}"
             f"{other_programs(use)}"

@@ -28,7 +28,11 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
         f"{s['text_bytes']:,} bytes, {s['duplicate_stories']:,} duplicate stories"
         for name, s in manifest["splits"].items()
     ]
+    if "test" not in manifest["splits"]:
+        rows.append(f"{'test:':<12} {_why_no_test(folder, manifest)}")
     overlap = manifest["overlap"]
+    count = overlap.get("train_stories_in_test", 0)
+    in_test = f", {count:,} in test" if count else ""
     fate = "left out of train" if overlap["left_out"] else "kept in train"
     tokenizer = manifest["tokenizer"]
     return [
@@ -36,10 +40,30 @@ def describe_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
         f"{manifest['dtype']}",
         *rows,
         f"overlap:     {overlap['train_stories_in_validation']:,} train stories are in "
-        f"validation ({fate})",
+        f"validation{in_test} ({fate})",
+        *_validation_overlap(overlap),
         *_reading_lines(manifest),
         f"fingerprint: {manifest['fingerprint']}",
     ]
+
+
+def _why_no_test(folder: Path, manifest: dict[str, Any]) -> str:
+    if manifest.get("test_origin") == "none":
+        return (
+            "none: the validation stories are too few to give half of them away; prepare more, or give "
+            "--test FILES"
+        )
+    return (
+        f"none: an earlier version prepared {folder}, and runs on it stay comparable; for a test split "
+        "prepare again into another --out"
+    )
+
+
+def _validation_overlap(overlap: dict[str, Any]) -> list[str]:
+    """The validation stories that are test stories too, which only files for each can have."""
+    count = overlap.get("validation_stories_in_test", 0)
+    fate = "left out of validation" if overlap["left_out"] else "kept in validation"
+    return [f"overlap:     {count:,} validation stories are in test ({fate})"] if count else []
 
 
 def _reading_lines(manifest: dict[str, Any]) -> list[str]:

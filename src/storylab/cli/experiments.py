@@ -113,7 +113,7 @@ def plan_lines(
     from storylab.planning.estimate import estimate_runs
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
-    from storylab.training.lines import duration
+    from storylab.training.log_format import format_duration
 
     rows, left, others = [], {}, 0.0
     for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
@@ -130,8 +130,8 @@ def plan_lines(
         )
     yield (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
-        f"{len(planned)} runs, about {duration(sum(left.values()))} to go (as a like run took before, or "
-        "predicted by a calibration of seconds)"
+        f"{len(planned)} runs, about {format_duration(sum(left.values()))} to go (as a like run took before, "
+        "or predicted by a calibration of seconds)"
     )
     yield from rows
     if others >= SOME_CORES:
@@ -142,10 +142,10 @@ def plan_lines(
 
 
 def _estimate_columns(estimate: Estimate | None) -> str:
-    from storylab.training.lines import duration
+    from storylab.training.log_format import format_duration
 
     if estimate is None:
         return f"{'cannot be calibrated':>35}"
     kind = "as before" if estimate.measured else "predicted"
     memory = f"{estimate.memory_bytes / 1e9:6.2f} GB"
-    return f"{duration(estimate.seconds):>12}  {memory}  {kind:<9}"
+    return f"{format_duration(estimate.seconds):>12}  {memory}  {kind:<9}"

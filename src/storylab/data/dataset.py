@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from storylab.data.layout import SPLITS
+from storylab.data.layout import READ_IN_TRAINING, SPLITS, TEST
 from storylab.data.manifest import Manifest
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.decode import convert, shown
 from storylab.errors import UserError
-from storylab.files import exists, open_file, read_json
+from storylab.files import exists, open_file, read_json, reading
 
-FORMAT = 1
+# Format 1 has no test split.
+FORMAT_WITHOUT_TEST, FORMAT = 1, 2
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
 READ_BYTES = 1 << 24
@@ -105,7 +106,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set, checked against its manifest."""
+    """A prepared data set, checked against its manifest.
+
+    ``splits`` are those that training reads. The test split stays closed until :meth:`open_test`.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -114,19 +118,38 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the content: tokenizer, ids and story borders of both splits."""
+        """SHA-256 over the content: tokenizer, ids and story borders of all splits."""
         return str(self.manifest["fingerprint"])
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of tokens of each split."""
+        entries = self.manifest["splits"]
+        return {name: entries[name]["tokens"] for name in SPLITS if name in entries}
+
+    @property
+    def has_test(self) -> bool:
+        """Whether it has a test split: data sets of earlier versions have none."""
+        return TEST in self.manifest["splits"]
+
+    def open_test(self) -> Split:
+        """Open the test split, for the evaluation at the end of a run.
+
+        Raises:
+            UserError: a file of it is missing or altered.
+        """
+        return _load_split(self.folder, TEST, self.manifest, self.vocab_size)
+
     def require_window(self, block_size: int) -> None:
         """Raise a UserError if a split is shorter than one window of ``block_size`` and its targets."""
-        for split in self.splits.values():
-            if len(split) < block_size + 1:
+        for name, tokens in self.tokens.items():
+            if tokens < block_size + 1:
                 raise UserError(
-                    f"the {split.name} split of {self.folder} has {len(split)} tokens, fewer than "
+                    f"the {name} split of {self.folder} has {tokens} tokens, fewer than "
                     f"one window of block_size {block_size} + 1: use a smaller --block_size or "
                     "prepare more text"
                 )
@@ -142,13 +165,16 @@ def fingerprint(manifest: dict[str, Any]) -> str:
         "splits": {
             name: [[s["sha256"] for s in splits[name]["shards"]], splits[name]["stories_sha256"]]
             for name in SPLITS
+            if name in splits
         },
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """Open a prepared data set and check every file of it against the manifest.
+    """Open a prepared data set and check its files against the manifest.
+
+    The files of the test split are only looked for: they are read where the split is opened.
 
     Raises:
         UserError: it does not exist, was made by another format, or a file is missing or altered.
@@ -159,7 +185,7 @@ def load_dataset(folder: Path) -> Dataset:
         )
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     found = manifest.get("format", FORMAT) if isinstance(manifest, dict) else FORMAT
-    if found != FORMAT:
+    if found not in (FORMAT_WITHOUT_TEST, FORMAT):
         raise UserError(f"{folder} has data of format {shown(found)}: {REPAIR}")
     try:
         convert(Manifest, manifest, str(folder / MANIFEST))
@@ -170,20 +196,35 @@ def load_dataset(folder: Path) -> Dataset:
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE, manifest["tokenizer"]["name"])
     if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
         raise UserError(f"{folder / TOKENIZER_FILE} has been altered: {REPAIR}")
-    dtype = np.dtype(manifest["dtype"])
-    check_vocabulary(tokenizer.vocab_size, dtype)
+    check_vocabulary(tokenizer.vocab_size, np.dtype(manifest["dtype"]))
     splits = {
-        name: _load_split(folder, name, manifest["splits"][name], tokenizer.vocab_size, dtype)
-        for name in SPLITS
+        name: _load_split(folder, name, manifest, tokenizer.vocab_size) for name in READ_IN_TRAINING
     }
-    return Dataset(folder, manifest, tokenizer, splits)
+    dataset = Dataset(folder, manifest, tokenizer, splits)
+    if dataset.has_test:
+        _find_test(folder, manifest)
+    return dataset
 
 
-def _load_split(
-    folder: Path, name: str, entry: dict[str, Any], vocab_size: int, dtype: np.dtype[Any]
-) -> Split:
+def _find_test(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise a UserError if a file of the test split is missing or has another size than it should: a run
+    would learn of it only at its end."""
+    entry, width = manifest["splits"][TEST], np.dtype(manifest["dtype"]).itemsize
+    sizes = {shard["file"]: shard["tokens"] * width for shard in entry["shards"]}
+    for name, expected in {**sizes, entry["stories_file"]: None}.items():
+        path = folder / name
+        if not exists(path):
+            raise UserError(f"{path} is missing: {REPAIR}")
+        with reading(path):
+            size = path.stat().st_size
+        if expected is not None and size != expected:
+            raise UserError(f"{path} is truncated or altered (its size differs): {REPAIR}")
+
+
+def _load_split(folder: Path, name: str, manifest: dict[str, Any], vocab_size: int) -> Split:
+    entry = manifest["splits"][name]
     shards, starts = [], [0]
-    stored = dtype.newbyteorder("<")
+    stored = np.dtype(manifest["dtype"]).newbyteorder("<")
     for shard in entry["shards"]:
         path = folder / shard["file"]
         if _check_file(path, shard["sha256"], stored) >= vocab_size:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 END_OF_TEXT = "<|endoftext|>"  # separates stories in .txt files; one token after every story
-TRAIN, VALIDATION = "train", "validation"
-SPLITS = (TRAIN, VALIDATION)
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = (TRAIN, VALIDATION, TEST)
+READ_IN_TRAINING = (TRAIN, VALIDATION)

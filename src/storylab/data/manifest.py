@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from storylab.decode import LARGEST_INT
 
@@ -42,16 +42,19 @@ class SplitInfo(Struct, frozen=True, kw_only=True):
 
 
 class SplitInfos(Struct, frozen=True, kw_only=True):
-    """Both splits."""
+    """The splits; data sets of earlier versions, and those with very few stories, have no test split."""
 
     train: SplitInfo
     validation: SplitInfo
+    test: SplitInfo | UnsetType = UNSET
 
 
 class OverlapInfo(Struct, frozen=True, kw_only=True):
-    """Training stories that are also in the validation split."""
+    """Stories of a split that are also in one that is held out from it."""
 
     train_stories_in_validation: Count
+    train_stories_in_test: Count = 0
+    validation_stories_in_test: Count = 0
     left_out: bool
 
 
@@ -64,4 +67,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     dtype: Literal["uint16", "uint32"]
     splits: SplitInfos
     overlap: OverlapInfo
+    test_origin: Literal["hash", "files", "none"] | UnsetType = UNSET
+    """Where the test split comes from: the validation stories, cut by hash; files of its own; or there is
+    none, as the validation stories are too few. Earlier versions did not record it."""
     fingerprint: str

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from storylab.data.dataset import (
     FORMAT,
+    FORMAT_WITHOUT_TEST,
     MANIFEST,
     TOKENIZER_FILE,
     Dataset,
@@ -21,8 +22,8 @@ from storylab.data.dataset import (
     load_dataset,
     token_dtype,
 )
-from storylab.data.layout import SPLITS, TRAIN, VALIDATION
-from storylab.data.reading import clean
+from storylab.data.held_out import SplitStories
+from storylab.data.layout import SPLITS, TEST, TRAIN
 from storylab.data.shards import CHUNK_BYTES, OverlapFilter, SplitWriter
 from storylab.data.sources import BuiltinSource, Source, hub_source, local_source
 from storylab.data.tally import Tally
@@ -62,6 +63,8 @@ class PrepareConfig:
     """Local training stories: .txt (<|endoftext|> between stories), .parquet, .jsonl, also .gz, .zst."""
     validation: tuple[Path, ...] = ()
     """Local validation stories."""
+    test: tuple[Path, ...] = ()
+    """Local test stories; by default half of the validation stories, by a hash of their text."""
     tokenizer: str = "gpt2"
     """gpt2 (50,257 ids), or bpe:N to train N ids on the training stories (bpe:4096 suits small models)."""
     tokenizer_dir: Path | None = None
@@ -69,7 +72,7 @@ class PrepareConfig:
     out: Path | None = None
     """Folder to write; by default data/SOURCE-TOKENIZER."""
     keep_overlap: bool = False
-    """Keep training stories that also are validation stories (they are left out otherwise)."""
+    """Keep training stories that also are validation or test stories (they are left out otherwise)."""
     builtin_stories: int = 20_000
     """How many stories the built-in corpus has."""
     builtin_seed: int = 0
@@ -106,18 +109,28 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
     if config.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer(config.tokenizer_dir)
     else:
-        held_out = OverlapFilter(_stories(source, VALIDATION, Tally()))
-        for _ in held_out:
-            pass
-        stories = OverlapFilter(_stories(source, TRAIN, Tally()), held_out.hashes)
-        counted = _counted(stories, "training the tokenizer", source.size_bytes(TRAIN), report)
+        filters = _filters(SplitStories.of(source), lambda split: Tally())
+        train = filters.pop(TRAIN)
+        for stories in filters.values():
+            for _ in stories:
+                pass
+        counted = _counted(train, "training the tokenizer", source.size_bytes(TRAIN), report)
         tokenizer = train_tokenizer(counted, int(config.tokenizer.removeprefix("bpe:")))
     write_dataset(folder, source, tokenizer, request, config.keep_overlap, report)
     return load_dataset(folder)
 
 
-def _stories(source: Source, split: str, tally: Tally) -> Iterator[str]:
-    return clean(source.texts(split, tally), tally)
+def _filters(
+    stories: SplitStories, tally: Callable[[str], Tally], keep: bool = False
+) -> dict[str, OverlapFilter]:
+    """The stories of every split, each less those of the splits before it unless ``keep``.
+
+    They are in the order in which they must be read: a split is compared with those before it.
+    """
+    filters: dict[str, OverlapFilter] = {}
+    for split in stories.splits:
+        filters[split] = OverlapFilter(stories(split, tally(split)), dict(filters), keep)
+    return filters
 
 
 def _in_use(folder: Path) -> bool:
@@ -149,8 +162,12 @@ def _check_tokenizer_name(name: str) -> None:
 def _source(config: PrepareConfig) -> Source:
     if bool(config.train) != bool(config.validation):
         raise UserError("local files come in pairs: give both --train FILES and --validation FILES")
+    if config.test and not config.train:
+        raise UserError(
+            "--test FILES goes with --train FILES and --validation FILES: give all three"
+        )
     if config.train:
-        return local_source(config.train, config.validation)
+        return local_source(config.train, config.validation, config.test)
     if config.source == "builtin":
         if config.builtin_stories < 2:
             raise UserError("builtin_stories must be at least 2: one to train on, one to validate")
@@ -194,18 +211,16 @@ def write_dataset(
     with _whole_or_nothing(folder) as partial:
         dtype = token_dtype(tokenizer.vocab_size)
         tokenizer.save(partial / TOKENIZER_FILE)
-        # Validation first: training stories are compared with it while they stream by.
+        stories = SplitStories.of(source)
         tallies = {split: Tally() for split in SPLITS}
-        held_out = OverlapFilter(_stories(source, VALIDATION, tallies[VALIDATION]))
-        read = _stories(source, TRAIN, tallies[TRAIN])
-        train = OverlapFilter(read, held_out.hashes, keep_overlap)
+        filters = _filters(stories, tallies.__getitem__, keep_overlap)
         splits: dict[str, Any] = {}
-        for split, stories in ((VALIDATION, held_out), (TRAIN, train)):
+        for split, filtered in filters.items():
             writer = SplitWriter(partial, split, tokenizer, dtype)
-            counted = _counted(stories, split, source.size_bytes(split), report)
-            splits[split] = writer.write(counted) | {"duplicate_stories": stories.duplicates()}
+            counted = _counted(filtered, split, stories.size_bytes(split), report)
+            splits[split] = writer.write(counted) | {"duplicate_stories": filtered.duplicates()}
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT if TEST in splits else FORMAT_WITHOUT_TEST,
             "request": request,
             "tokenizer": {
                 "name": tokenizer.name,
@@ -215,12 +230,19 @@ def write_dataset(
             },
             "dtype": dtype.name,
             "splits": splits,
+            "test_origin": stories.test,
             "overlap": {
-                "train_stories_in_validation": train.overlap,
-                "left_out": not keep_overlap,
-            },
+                f"{split}_stories_in_{other}": count
+                for split, filtered in filters.items()
+                for other, count in filtered.overlap.items()
+            }
+            | {"left_out": not keep_overlap},
             # Not content, so no part of the fingerprint.
-            "reading": {split: dataclasses.asdict(tally) for split, tally in tallies.items()},
+            "reading": {
+                split: dataclasses.asdict(tally)
+                for split, tally in tallies.items()
+                if split in splits and stories.has_own_files(split)
+            },
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(partial / MANIFEST, manifest)

@@ -6,7 +6,7 @@ import hashlib
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,26 +24,30 @@ CHUNK_BYTES = 1 << 20
 
 
 class OverlapFilter:
-    """Stories that stream by, less those in a set of others, with their 64-bit hashes.
+    """Stories that stream by, less those in splits that are held out from them, with their 64-bit hashes.
 
-    Iterate once; ``hashes``, ``overlap`` (stories that were in the set) and ``duplicates`` are of
-    the stories so far. ``others`` is read when the iteration begins.
+    Iterate once; ``hashes``, ``overlap`` (stories that were in each of ``others``) and ``duplicates``
+    are of the stories so far. ``others`` is read when the iteration begins.
     """
 
     def __init__(
-        self, stories: Iterator[str], others: Iterable[int] = (), keep: bool = False
+        self,
+        stories: Iterator[str],
+        others: Mapping[str, OverlapFilter] | None = None,
+        keep: bool = False,
     ) -> None:
         self.hashes: array[int] = array("Q")
-        self.overlap = 0
-        self._stories, self._others, self._keep = stories, others, keep
+        self._stories, self._others, self._keep = stories, others or {}, keep
+        self.overlap = dict.fromkeys(self._others, 0)
 
     def __iter__(self) -> Iterator[str]:
-        others = set(self._others)
+        others = {name: set(other.hashes) for name, other in self._others.items()}
         for story in self._stories:
             digest = hashlib.blake2b(story.encode(), digest_size=8).digest()
             value = int.from_bytes(digest, "little")
-            if value in others:
-                self.overlap += 1
+            if shared := [name for name, hashes in others.items() if value in hashes]:
+                for name in shared:
+                    self.overlap[name] += 1
                 if not self._keep:
                     continue
             self.hashes.append(value)

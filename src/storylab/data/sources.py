@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from storylab.data import builtin
 from storylab.data.hub import download
-from storylab.data.layout import END_OF_TEXT, TRAIN, VALIDATION
+from storylab.data.layout import END_OF_TEXT, TEST, TRAIN, VALIDATION
 from storylab.data.reading import kind_of, read_texts, text_bytes
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
@@ -22,6 +22,11 @@ from storylab.files import reading, sha256_file, shown
 
 class Source(Protocol):
     """Texts by split, and the values that identify them."""
+
+    @property
+    def has_test(self) -> bool:
+        """Whether it has test stories apart from its validation stories."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """JSON values that identify the content, for the manifest."""
@@ -42,6 +47,7 @@ class BuiltinSource:
 
     stories: int
     seed: int
+    has_test: bool = False
 
     def describe(self) -> dict[str, Any]:
         grammar = sha256_file(Path(builtin.__file__))
@@ -80,6 +86,10 @@ class FileSource:
     rows: dict[str, RowRange]
     origin: dict[str, str]
     skipped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def has_test(self) -> bool:
+        return TEST in self.files
 
     def describe(self) -> dict[str, Any]:
         hashes = {
@@ -167,13 +177,16 @@ def hub_source(name: str) -> FileSource:
     return FileSource(name, paths, dataset.rows, {"repo": dataset.repo, "revision": commit})
 
 
-def local_source(train: tuple[Path, ...], validation: tuple[Path, ...]) -> FileSource:
+def local_source(
+    train: tuple[Path, ...], validation: tuple[Path, ...], test: tuple[Path, ...] = ()
+) -> FileSource:
     """Local files; a folder means the readable files in and below it, in order of their names.
 
     Raises:
         UserError: a path does not exist or holds no file of a known kind.
     """
-    found = {TRAIN: _expand(train), VALIDATION: _expand(validation)}
+    given = {TRAIN: train, VALIDATION: validation, TEST: test}
+    found = {split: _expand(paths) for split, paths in given.items() if paths}
     files = {split: paths for split, (paths, _) in found.items()}
     skipped = {split: names for split, (_, names) in found.items()}
     return FileSource("files", files, {}, {}, skipped)

@@ -2,23 +2,148 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy import stats
 
 from storylab.experiments import statistics
-from storylab.experiments.comparison import Arm, Comparison, EqualTime, Noise, Ratio, correct
+from storylab.experiments.comparison import Arm, Comparison, Noise
 from storylab.experiments.confounds import comparison_notes, loss_confounds, speed_confounds
-from storylab.experiments.factors import (
-    changed_fields,
-    infer_factor,
-)
+from storylab.experiments.curve_comparison import equal_time, ratio_of, reach
+from storylab.experiments.factors import changed_fields, infer_factor
+from storylab.experiments.family import Judgement, Rules, Trial, judge
 from storylab.experiments.noise import noise_floor, noise_of, same_recipe
 from storylab.experiments.statistics import Interval
 from storylab.record.index import RunCache
 from storylab.record.run import Run
+
+# Correlation of two near arms' losses over seeds, measured over 22 pairs of arms (docs/statistics.md): it
+# decides, before any loss is seen, whether few shared seeds are better than all seeds unpaired.
+EXPECTED_CORRELATION = 0.87
+
+
+@dataclass(frozen=True)
+class Contest:
+    """An arm against a baseline.
+
+    Args:
+        arm: its runs.
+        baseline: the arm to compare with.
+        allowed: config fields in which the two may differ: the factor's.
+        condition: under which condition both were run, for the report.
+        noise: spread over seeds of the baseline's recipe; by default that of the baseline's runs;
+            for a single run, that of the other seeds in its folder.
+        cache: runs that have been read already.
+    """
+
+    arm: Arm
+    baseline: Arm
+    allowed: frozenset[str]
+    condition: str = ""
+    noise: Noise | None = None
+    cache: RunCache | None = None
+
+    def of_seeds(self, seeds: Collection[int]) -> Contest:
+        """The contest with the runs of these seeds alone."""
+        arm, baseline = (
+            Arm(side.name, tuple(run for run in side.runs if run.config.seed in seeds))
+            for side in (self.arm, self.baseline)
+        )
+        return dataclasses.replace(self, arm=arm, baseline=baseline)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Run, Run]]:
+        """Finished runs of the two with the same seeds."""
+        ours = {run.seeds: run for run in self.arm.finished}
+        theirs = {run.seeds: run for run in self.baseline.finished}
+        return [(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs]
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether the runs are compared by seed; a design that is chosen before any loss is seen."""
+        shared, sizes = len(self.pairs), [len(s.finished) for s in (self.arm, self.baseline)]
+        if shared == min(sizes) or min(sizes) < 2:
+            return shared > 0
+        if shared < 2:
+            return False
+        by_seed = stats.t.isf(0.025, shared - 1) * math.sqrt(
+            2 * (1 - EXPECTED_CORRELATION) / shared
+        )
+        of_all = stats.t.isf(0.025, sum(sizes) - 2) * math.sqrt(sum(1 / n for n in sizes))
+        return bool(by_seed <= of_all)
+
+    @cached_property
+    def met(self) -> list[tuple[Run, Run]]:
+        """The pairs; where runs are not paired, every run of one arm with every run of the other."""
+        if self.paired:
+            return self.pairs
+        return [(a, b) for a in self.arm.finished for b in self.baseline.finished]
+
+    @cached_property
+    def confounds(self) -> tuple[str, ...]:
+        """Everything but the factor in which the arms differ and that can move the loss."""
+        found = (c for pair in self.met for c in loss_confounds(*pair, self.allowed, self.paired))
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def known_noise(self) -> Noise | None:
+        """The noise that was given, or that of the baseline's runs, or of the other seeds in the folder
+        of a single one."""
+        found = self.noise or noise_of(self.baseline.finished)
+        if found is None and self.baseline.finished:
+            found = noise_floor(self.baseline.finished[0], self.cache)
+        return found
+
+    @property
+    def trial(self) -> Trial:
+        """What a judgement needs to know."""
+        differences = {a.config.seed: a.loss - b.loss for a, b in self.pairs} if self.paired else {}
+        ended = [
+            {run.config.seed for run in side.runs if run.state != "unfinished"}
+            for side in (self.arm, self.baseline)
+        ]
+        return Trial(
+            group=self.condition,
+            differences=differences,
+            ended=frozenset(ended[0] & ended[1]),
+            other=None if len(differences) > 1 else self._other_interval(),
+            testable=not self.confounds and not self.arm.diverged and not self.baseline.diverged,
+        )
+
+    def _other_interval(self) -> Interval | None:
+        """The interval of arms without two pairs: unpaired, or from the noise of one of the recipes."""
+        ours, theirs = self.arm.losses, self.baseline.losses
+        if min(len(ours), len(theirs)) > 1:
+            return statistics.unpaired_interval(ours, theirs)
+        if len(ours) == 1 and theirs and (noise := self.known_noise):
+            return statistics.noise_interval(
+                ours[0], noise.mean, noise.standard_deviation, noise.seeds
+            )
+        if len(theirs) == 1 and (noise := noise_of(self.arm.finished)):
+            mirrored = statistics.noise_interval(
+                theirs[0], noise.mean, noise.standard_deviation, noise.seeds
+            )
+            return dataclasses.replace(mirrored, estimate=-mirrored.estimate)
+        return None
+
+
+def compare_contests(contests: Sequence[Contest], rules: Rules) -> list[Comparison]:
+    """Compare arms with their baselines, judged together.
+
+    Each is compared by the runs of the look that it is judged at; before its first look by all.
+    """
+    judgements = judge([contest.trial for contest in contests], rules)
+    found = []
+    for contest, judgement in zip(contests, judgements, strict=True):
+        if judgement.look is not None:
+            contest = contest.of_seeds(rules.seeds[: judgement.look])
+        found.append(_comparison(contest, judgement))
+    return found
 
 
 def compare_arms(
@@ -30,60 +155,52 @@ def compare_arms(
     noise: Noise | None = None,
     cache: RunCache | None = None,
 ) -> Comparison:
-    """Compare ``arm`` with ``baseline``.
+    """Compare ``arm`` with ``baseline`` alone; see :class:`Contest` and :class:`Rules`."""
+    contest = Contest(arm, baseline, allowed, condition, noise, cache)
+    return compare_contests([contest], Rules(margin=margin))[0]
 
-    Args:
-        arm: its runs; those of the baseline's seeds are paired.
-        baseline: the arm to compare with.
-        allowed: config fields in which the two may differ: the factor's.
-        condition: under which condition both were run, for the report.
-        margin: the largest difference in nats that counts as none; None for no test of equivalence.
-        noise: spread over seeds of the baseline's recipe; by default that of the baseline's runs;
-            for a single run, that of the other seeds in its folder.
-        cache: runs that have been read already.
-    """
-    pairs, paired = _pair(arm, baseline)
-    # Without pairs every run of one arm is compared with every run of the other.
-    met = pairs if paired else [(a, b) for a in arm.finished for b in baseline.finished]
-    confounds = dict.fromkeys(c for pair in met for c in loss_confounds(*pair, allowed, paired))
-    of_speed = dict.fromkeys(c for pair in met for c in speed_confounds(*pair))
-    noise = noise or _noise_of_baseline(baseline, cache)
-    recipes = _recipe_interval(arm, baseline, pairs, paired)
-    from_noise = recipes is None and noise is not None and len(pairs) == 1
-    if from_noise and noise is not None:
-        difference = pairs[0][0].loss - pairs[0][1].loss
-        recipes = statistics.noise_interval(difference, noise.standard_deviation, noise.seeds - 1)
-    comparison = Comparison(
+
+def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
+    """The comparison with its judgement and all measurements beside it."""
+    arm, baseline, pairs = contest.arm, contest.baseline, contest.pairs
+    of_speed = tuple(dict.fromkeys(c for pair in contest.met for c in speed_confounds(*pair)))
+    # Without pairs, speeds and memory are still those of like runs: one by one, in order.
+    both = pairs if contest.paired else list(zip(arm.finished, baseline.finished, strict=False))
+    return Comparison(
         arm=arm.name,
         baseline=baseline.name,
-        condition=condition,
-        confounds=tuple(confounds),
-        speed_confounds=tuple(of_speed),
-        notes=tuple(comparison_notes(arm, baseline, pairs)),
-        pairs=len(pairs),
-        paired=paired,
-        recipes=recipes,
-        from_noise=from_noise,
-        stories=_story_interval(pairs) if not confounds else None,
-        noise=noise,
-        margin=margin,
-        speed=_ratio([(a.speed, b.speed) for a, b in pairs]),
-        memory=_ratio([(a.training_memory, b.training_memory) for a, b in pairs]),
-        energy=_ratio([(a.results.energy_joules, b.results.energy_joules) for a, b in pairs]),
-        equal_time=_equal_time(arm, baseline, pairs) if paired and not of_speed else None,
+        condition=contest.condition,
+        confounds=contest.confounds,
+        speed_confounds=of_speed,
+        notes=tuple(_notes(contest)),
+        pairs=len(both),
+        paired=contest.paired,
+        judgement=judgement,
+        stories=_story_interval(both) if not contest.confounds else None,
+        noise=contest.known_noise,
+        correlation=statistics.correlation([a.loss for a, _ in pairs], [b.loss for _, b in pairs]),
+        speed=ratio_of([(a.speed, b.speed) for a, b in both]),
+        memory=ratio_of([(a.training_memory, b.training_memory) for a, b in both]),
+        energy=ratio_of([(a.results.energy_joules, b.results.energy_joules) for a, b in both]),
+        equal_time=(
+            equal_time(arm.name, baseline.name, pairs) if contest.paired and not of_speed else None
+        ),
+        reach=reach(pairs, not of_speed) if contest.paired and not contest.confounds else None,
         failures=tuple(_failures(arm, baseline)),
-        diverged=sum(run.state == "diverged" for run in arm.runs),
-        baseline_diverged=sum(run.state == "diverged" for run in baseline.runs),
+        diverged=(arm.diverged, baseline.diverged),
+        ended=(arm.ended, baseline.ended),
     )
-    return correct([comparison])[0]
 
 
-def _noise_of_baseline(baseline: Arm, cache: RunCache | None) -> Noise | None:
-    """Spread of the baseline's runs, or of the other seeds in the folder of a single one."""
-    found = noise_of(baseline.finished)
-    if found is None and baseline.finished:
-        found = noise_floor(baseline.finished[0], cache)
-    return found
+def _notes(contest: Contest) -> Iterable[str]:
+    yield from comparison_notes(contest.arm, contest.baseline)
+    shared = len(contest.pairs)
+    if shared and not contest.paired:
+        sizes = f"{len(contest.arm.finished)} and {len(contest.baseline.finished)}"
+        yield (
+            f"{shared} seeds are shared by arms of {sizes}: all runs are compared, as if they shared "
+            "none, which is valid and narrower than the shared seeds alone are expected to be"
+        )
 
 
 def _failures(arm: Arm, baseline: Arm) -> Iterable[str]:
@@ -92,25 +209,6 @@ def _failures(arm: Arm, baseline: Arm) -> Iterable[str]:
             if not run.finished:
                 reason = f" ({run.reason})" if run.reason else ""
                 yield f"{side.name}, seed {run.config.seed}: {run.state}{reason}"
-
-
-def _pair(arm: Arm, baseline: Arm) -> tuple[list[tuple[Run, Run]], bool]:
-    """Runs of the two with the same seeds, and True; if no seed is shared, all runs in order, and False."""
-    ours = {run.seeds: run for run in arm.finished}
-    theirs = {run.seeds: run for run in baseline.finished}
-    pairs = [(ours[seeds], theirs[seeds]) for seeds in ours if seeds in theirs]
-    if pairs:
-        return pairs, True
-    return list(zip(arm.finished, baseline.finished, strict=False)), False
-
-
-def _recipe_interval(
-    arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]], paired: bool
-) -> Interval | None:
-    """Difference of the final losses, over the seeds; None for too few of them."""
-    if paired:
-        return statistics.mean_interval([a.loss - b.loss for a, b in pairs])
-    return statistics.unpaired_interval(arm.losses, baseline.losses) if pairs else None
 
 
 def group_runs(results: Iterable[Run]) -> list[Arm]:
@@ -133,13 +231,12 @@ def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Co
     The difference between two arms is the factor if one factor covers it; else they are confounded.
     """
     baseline, *arms = group_runs(results)
-    comparisons = []
+    contests = []
     for arm in arms:
         changed = set(changed_fields(baseline.runs[0].config, arm.runs[0].config))
-        factor = infer_factor(changed)
-        allowed = frozenset(changed) if factor else frozenset()
-        comparisons.append(compare_arms(arm, baseline, allowed, margin=margin))
-    return correct(comparisons)
+        allowed = frozenset(changed) if infer_factor(changed) else frozenset()
+        contests.append(Contest(arm, baseline, allowed))
+    return compare_contests(contests, Rules(margin=margin))
 
 
 def _arm_name(group: Sequence[Run], first: Sequence[Run]) -> str:
@@ -159,42 +256,3 @@ def _story_interval(pairs: Sequence[tuple[Run, Run]]) -> Interval | None:
     arm = np.mean([a.story_losses[:, 0] for a, _ in pairs], axis=0)
     baseline = np.mean([b.story_losses[:, 0] for _, b in pairs], axis=0)
     return statistics.story_interval(arm, baseline, pairs[0][0].story_losses[:, 1])
-
-
-def _ratio(values: Sequence[tuple[Any, ...]]) -> Ratio | None:
-    if not values or not all(x and y for x, y in values):
-        return None
-    return Ratio(*statistics.ratio_interval([x for x, _ in values], [y for _, y in values]))
-
-
-def _equal_time(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> EqualTime | None:
-    """The difference at the time when the faster run of each pair ended, read off the curves."""
-    differences, progress = [], []
-    slower_arm = 0
-    for a, b in pairs:
-        curves = [[(e.seconds, e.val_loss) for e in run.evaluations] for run in (a, b)]
-        if min(len(curve) for curve in curves) < 2:
-            return None
-        ends = [curve[-1][0] for curve in curves]
-        at = min(ends)
-        if at < max(curve[0][0] for curve in curves):
-            return None
-        ours, theirs = (_interpolated(curve, at) for curve in curves)
-        differences.append(ours - theirs)
-        progress.append(at / max(ends))
-        slower_arm += ends[0] > ends[1]
-    if not differences:
-        return None
-    interval = statistics.mean_interval(differences)
-    return EqualTime(
-        float(np.mean(differences)),
-        interval.low if interval else None,
-        interval.high if interval else None,
-        float(np.mean(progress)),
-        arm.name if 2 * slower_arm > len(pairs) else baseline.name,
-    )
-
-
-def _interpolated(curve: Sequence[tuple[float, float]], seconds: float) -> float:
-    times, losses = zip(*curve, strict=True)
-    return float(np.interp(math.log(seconds), np.log(times), losses))

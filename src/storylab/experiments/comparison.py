@@ -1,4 +1,4 @@
-"""Decide whether one recipe is better than another, by how much, and whether they may be compared.
+"""Whether one recipe is better than another, by how much, and whether they may be compared: as types.
 
 Two questions are separate: whether two trained models differ on stories like these (paired by
 story, the runs as they are), and whether one recipe is better than the other (paired by seed: the
@@ -7,19 +7,19 @@ same initial weights and data order in both arms). The verdict answers the secon
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from storylab.experiments import statistics
-from storylab.experiments.statistics import ALPHA, Interval
+from storylab.experiments.family import Judgement
+from storylab.experiments.statistics import Interval
 from storylab.record.run import Run
 
-BETTER, WORSE, EQUIVALENT = "better", "worse", "equivalent"
-NO_DIFFERENCE, CANT_TELL, CONFOUNDED = "no difference seen", "can't tell", "confounded"
-DIVERGED = "diverged"
+BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
+BETTER_WITHIN = "better by less than the margin"
+WORSE_WITHIN = "worse by less than the margin"
+DIVERGED, CONFOUNDED = "diverged", "confounded"
+# Verdicts of fewer seeds than this are called preliminary: their error is above 5 % where arms are
+# unlike in their noise (docs/statistics.md).
+FEW_SEEDS = 5
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,35 @@ class Arm:
         """Final validation losses of the finished runs."""
         return [run.loss for run in self.finished]
 
+    @property
+    def diverged(self) -> int:
+        """Number of runs that diverged."""
+        return sum(run.state == DIVERGED for run in self.runs)
+
+    @property
+    def ended(self) -> int:
+        """Number of runs that finished or diverged."""
+        return len(self.finished) + self.diverged
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """A paired ratio arm / baseline, geometric mean over seeds, with its 95 % interval."""
+    """A paired ratio arm / baseline, geometric mean over seeds, with its 95 % interval.
+
+    The interval is None for fewer than three pairs, which say too little of their spread.
+    """
 
     value: float
     low: float | None
     high: float | None
+    pairs: int
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Spread of the final loss over seeds of one recipe."""
+    """Mean and spread of the final loss over seeds of one recipe."""
 
+    mean: float
     standard_deviation: float
     seeds: int
 
@@ -73,6 +88,19 @@ class EqualTime:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """By how much less of something an arm needs for the loss at which the worse of the two ends.
+
+    The ratio baseline / arm: above 1, the arm needs less. Read off the curves of the estimates.
+    """
+
+    tokens: Ratio
+    seconds: Ratio | None
+    """None where the runs' speeds are not comparable."""
+    flops: Ratio
+
+
+@dataclass(frozen=True)
 class Comparison:
     """An arm compared with its baseline. Losses in nats, arm minus baseline."""
 
@@ -84,90 +112,72 @@ class Comparison:
     notes: tuple[str, ...]
     pairs: int
     paired: bool
-    recipes: Interval | None
-    from_noise: bool
+    judgement: Judgement
     stories: Interval | None
     noise: Noise | None
-    margin: float | None
+    correlation: float | None
+    """Of the two arms' losses over the paired seeds: what pairing removes."""
     speed: Ratio | None
     memory: Ratio | None
     energy: Ratio | None
     equal_time: EqualTime | None
+    reach: Reach | None
     failures: tuple[str, ...]
-    diverged: int = 0
-    """Runs of the arm that diverged."""
-    baseline_diverged: int = 0
-    adjusted_p: float | None = None
-    adjusted_equivalence_p: float | None = None
-    family: int = 1
+    diverged: tuple[int, int] = (0, 0)
+    """Runs that diverged, of the arm and of the baseline."""
+    ended: tuple[int, int] = (0, 0)
+    """Runs that finished or diverged, of the arm and of the baseline."""
+    exploratory: tuple[str, ...] = ()
+    """Why the verdict is exploratory: no plan was registered, or it was changed later."""
+
+    @property
+    def recipes(self) -> Interval | None:
+        """The difference between the recipes, with the error that the verdict uses."""
+        return self.judgement.interval
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``equivalent``, ``no difference seen``, ``can't tell``,
-        ``diverged`` or ``confounded``; corrected for the number of comparisons made together."""
+        """One of the words above; it mirrors when arm and baseline are exchanged."""
         if self.confounds:
             return CONFOUNDED
         # The runs that are left are a biased choice: those that happened not to diverge.
-        if self.diverged and not self.baseline_diverged:
+        if any(self.diverged):
             return DIVERGED
-        if self.baseline_diverged:
-            return CANT_TELL
-        if self.recipes is None or self.adjusted_p is None:
-            return CANT_TELL
-        equivalence = self.adjusted_equivalence_p
-        if equivalence is not None and equivalence < ALPHA:
-            return EQUIVALENT
-        if self.adjusted_p < ALPHA:
-            return BETTER if self.recipes.estimate < 0 else WORSE
-        # A difference that fails only because of the correction is no proof of equality either.
-        return CANT_TELL if self.recipes.p < ALPHA else NO_DIFFERENCE
+        j = self.judgement
+        if j.interval is None or not j.different:
+            return EQUIVALENT if j.equivalent else UNDECIDED
+        if j.interval.estimate < 0:
+            return BETTER_WITHIN if j.equivalent else BETTER
+        return WORSE_WITHIN if j.equivalent else WORSE
 
     @property
-    def spread(self) -> float | None:
-        """Standard deviation of the paired differences between seeds."""
-        if self.recipes is None:
-            return math.sqrt(2) * self.noise.standard_deviation if self.noise else None
-        return self.recipes.standard_error * math.sqrt(self.recipes.n)
-
-    @property
-    def alpha(self) -> float:
-        """Level that a single comparison must reach at worst, for the number made together."""
-        return ALPHA / self.family
-
-    @property
-    def detectable(self) -> float | None:
-        """The true difference that this many pairs would find with a chance of 80 %."""
-        if self.recipes is None or self.spread is None:
+    def ends(self) -> tuple[float, float] | None:
+        """The interval that belongs to the verdict, for all arms together; None where nothing is compared
+        or the sign alone is settled."""
+        j = self.judgement
+        if self.verdict in (CONFOUNDED, DIVERGED) or j.ends is None:
             return None
-        if self.recipes.n < 2:
-            return statistics.detectable_by_noise(self.recipes, self.alpha)
-        return statistics.detectable_difference(self.spread, self.recipes.n, self.alpha)
+        if self.verdict == EQUIVALENT:
+            return j.equivalence_ends
+        return None if j.different and j.ends[0] <= 0 <= j.ends[1] else j.ends
 
     @property
-    def seeds_needed(self) -> int | None:
-        """Pairs that would find a difference as large as the one seen, with a chance of 80 %."""
-        if self.spread is None:
-            return None
-        difference = self.recipes.estimate if self.recipes else None
-        if difference is None and self.stories is not None:
-            difference = self.stories.estimate
-        if not difference:
-            return None
-        return statistics.seeds_needed(difference, self.spread, self.alpha)
+    def settled(self) -> bool:
+        """Whether more seeds are of no use to the verdict."""
+        if self.verdict == DIVERGED:
+            return any(d == n > 1 for d, n in zip(self.diverged, self.ended, strict=True))
+        return self.verdict not in (UNDECIDED, CONFOUNDED)
 
+    @property
+    def preliminary(self) -> bool:
+        """Whether the verdict rests on few seeds."""
+        return self.recipes is not None and self.recipes.n < FEW_SEEDS
 
-def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with p-values corrected for their number, by Holm's method."""
-    tested = [c for c in comparisons if c.recipes is not None and not c.confounds]
-    ps = statistics.holm([c.recipes.p for c in tested if c.recipes])
-    equal = [c for c in tested if c.margin is not None]
-    equivalences = statistics.holm(
-        [c.recipes.equivalence_p(c.margin) for c in equal if c.recipes and c.margin]
-    )
-    by_id = {
-        id(c): {"adjusted_p": p, "family": len(tested)} for c, p in zip(tested, ps, strict=True)
-    }
-    for c, p in zip(equal, equivalences, strict=True):
-        by_id[id(c)]["adjusted_equivalence_p"] = p
-    nothing: dict[str, Any] = {}
-    return [dataclasses.replace(c, **by_id.get(id(c), nothing)) for c in comparisons]
+    @property
+    def over_both(self) -> Interval | None:
+        """The difference for new seeds and new stories together."""
+        r = self.recipes
+        if r is None or self.stories is None:
+            return None
+        error = (r.standard_error**2 + self.stories.standard_error**2) ** 0.5
+        return Interval(r.estimate, error, r.df, r.n)

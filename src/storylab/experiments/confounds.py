@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ def loss_confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Ite
         a.story_losses[:, 1], b.story_losses[:, 1]
     ):
         yield "evaluation: other stories or tokens"
+    windows = [run.validation.block_size or run.config.block_size for run in (a, b)]
+    if windows[0] != windows[1]:
+        yield f"evaluation: windows of {windows[0]:,} tokens against {windows[1]:,}"
     same_weights = not WEIGHT_FIELDS & set(changed)
     ours, theirs = a.environment, b.environment
     if paired and same_weights and ours.initial_weights_sha256 != theirs.initial_weights_sha256:
@@ -70,7 +73,7 @@ def _differences(name: str, ours: set[Any], theirs: set[Any]) -> Iterable[str]:
         yield f"{name}: {a} against {b}"
 
 
-def comparison_notes(arm: Arm, baseline: Arm, pairs: Sequence[tuple[Run, Run]]) -> Iterable[str]:
+def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
     """Facts for the reader that do not make the comparison void."""
     for side in (arm, baseline):
         resumed = sum(bool(run.environment.resumed) for run in side.runs)

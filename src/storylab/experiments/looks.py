@@ -70,3 +70,24 @@ def _boundary(looks: tuple[int, ...], alpha: float) -> list[float]:
         return [constant / math.sqrt(n / looks[-1]) for n in looks]
 
     return values(float(optimize.brentq(lambda c: _crossing(looks, values(c)) - alpha, 0.5, 10.0)))
+
+
+def e_value(differences: Sequence[float], effect: float = 4.0) -> float:
+    """Evidence against "no difference" that holds however often, and whenever, somebody looks.
+
+    The Bayes factor of Student's t with effects, in standard deviations, normal with variance ``effect``
+    and the right Haar prior on the scale (Gönen et al. 2005, doi 10.1198/000313005X55233), a test
+    martingale (Pérez-Ortiz et al. 2024, doi 10.1214/24-AOS2394): under "no difference" it ever reaches 1/a
+    with a chance of at most a. 1 for fewer than two differences.
+    """
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    mean = float(np.mean(differences))
+    if error == 0:
+        return 1.0 if mean == 0 else math.inf
+    df, wider = n - 1, 1 + n * effect
+    square = (mean / error) ** 2
+    logarithm = (df + 1) / 2 * (math.log1p(square / df) - math.log1p(square / (df * wider)))
+    return math.exp(min(logarithm - math.log(wider) / 2, 700.0))

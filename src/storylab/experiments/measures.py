@@ -31,7 +31,8 @@ def _loss_difference(cell: CellResult, outcome: Outcome) -> Measured:
     c = _comparison(cell, outcome)
     if c is None or c.recipes is None:
         return _UNKNOWN
-    return c.recipes.estimate, c.recipes.low, c.recipes.high
+    ends = c.judgement.ends or (None, None)
+    return c.recipes.estimate, *ends
 
 
 def _ratio(name: str) -> Callable[[CellResult, Outcome], Measured]:

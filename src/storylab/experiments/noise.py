@@ -26,7 +26,7 @@ def noise_of(runs: Iterable[Run]) -> Noise | None:
     losses = list({run.seeds: run.loss for run in runs if run.finished}.values())
     if len(losses) < 2 or len(set(losses)) < 2:
         return None
-    return Noise(float(np.std(losses, ddof=1)), len(losses))
+    return Noise(float(np.mean(losses)), float(np.std(losses, ddof=1)), len(losses))
 
 
 def noise_floor(run: Run, cache: RunCache | None = None) -> Noise | None:

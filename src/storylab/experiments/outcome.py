@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from msgspec import structs
 
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
-from storylab.experiments.compare import compare_arms
-from storylab.experiments.comparison import Arm, Comparison, correct
+from storylab.experiments.compare import Contest, compare_contests
+from storylab.experiments.comparison import Arm, Comparison
 from storylab.experiments.experiment import METRICS, Expectation
 from storylab.experiments.factors import allowed_fields, under
+from storylab.experiments.family import Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.files import exists, read_record, reading
@@ -53,14 +54,13 @@ class Checked:
 
     @property
     def met(self) -> bool | None:
-        """Whether the number is within the bounds; None without one, or if its interval has a bound
-        inside it."""
-        if self.value is None:
+        """Whether the number is within the bounds; None without one, without its interval, or if a bound
+        is inside it."""
+        if self.value is None or self.low is None or self.high is None:
             return None
-        if self.low is not None and self.high is not None:
-            bounds = (self.expectation.at_least, self.expectation.at_most)
-            if any(b is not None and self.low <= b <= self.high for b in bounds):
-                return None
+        bounds = (self.expectation.at_least, self.expectation.at_most)
+        if any(b is not None and self.low <= b <= self.high for b in bounds):
+            return None
         return self.missed_bound is None
 
     @property
@@ -107,6 +107,10 @@ class Outcome:
     def baseline_of(self, condition: str) -> CellResult:
         """The baseline under a condition."""
         return next(c for c in self.arms(condition) if c.arm.name == self.baseline)
+
+    def settled_arms(self) -> set[tuple[str, str]]:
+        """Condition and name of the arms to whose verdicts more seeds would add nothing."""
+        return {(c.condition, c.arm) for c in self.comparisons if c.settled}
 
     @property
     def runs(self) -> list[Run]:
@@ -189,17 +193,8 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
-    comparisons = []
-    for condition in outcome.conditions:
-        baseline = outcome.baseline_of(condition).arm
-        comparisons += [
-            compare_arms(
-                cell.arm, baseline, fields[condition], condition, record.margin, cache=cache
-            )
-            for cell in outcome.arms(condition)
-            if cell.arm.name != outcome.baseline
-        ]
-    outcome = dataclasses.replace(outcome, comparisons=tuple(correct(comparisons)))
+    comparisons = compare_contests(_contests(outcome, fields, cache), rules_of(record))
+    outcome = dataclasses.replace(outcome, comparisons=tuple(comparisons))
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
@@ -207,6 +202,32 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
             f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
         )
     return dataclasses.replace(outcome, expectations=checked, problems=tuple(problems))
+
+
+def rules_of(record: ExperimentRecord) -> Rules:
+    """How a record's experiment is judged: by its plan, or, without one, at whatever it has."""
+    seeds = list(record.seeds)
+    if record.looks and seeds:
+        seeds += range(max(seeds) + 1, max(seeds) + 1 + record.looks[-1] - len(seeds))
+    return Rules(tuple(record.looks), tuple(seeds), record.variance, record.margin)
+
+
+def _contests(
+    outcome: Outcome, fields: Mapping[str, frozenset[str]], cache: RunCache
+) -> list[Contest]:
+    """Every arm against the baseline of its condition."""
+    return [
+        Contest(
+            cell.arm,
+            outcome.baseline_of(condition).arm,
+            fields[condition],
+            condition,
+            cache=cache,
+        )
+        for condition in outcome.conditions
+        for cell in outcome.arms(condition)
+        if cell.arm.name != outcome.baseline
+    ]
 
 
 def _read_cell(

@@ -184,7 +184,7 @@ class _Reader:
     def data(self) -> PrepareConfig:
         """The data set that ``[data]`` describes."""
         values = get_table(self.table, "data")
-        allowed = {"source", "tokenizer", "builtin_stories", "train", "validation", "out"}
+        allowed = {"source", "tokenizer", "builtin_stories", "train", "validation", "test", "out"}
         require_known(values, allowed, "[data]")
         config = parse(PrepareConfig, as_flags(values), "", advice="in [data]")
         if not re.fullmatch(r"gpt2|bpe:[0-9]{1,9}", config.tokenizer):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-LEVEL = 0.95
-ALPHA = 1 - LEVEL
+ALPHA = 0.05
+LEVEL = 1 - ALPHA
 POWER = 0.8
 MOST_SEEDS = 1000
 QUANTILES = 4000
@@ -28,15 +28,22 @@ class Interval:
     df: float
     n: int
 
+    def ends(self, alpha: float = ALPHA) -> tuple[float, float]:
+        """Ends of the two-sided interval that misses the true value with a chance of ``alpha``."""
+        reach = float(stats.t.isf(alpha / 2, self.df)) * self.standard_error
+        if math.isnan(reach):  # a level too small for a number, of runs that are equal to the bit
+            reach = 0.0
+        return self.estimate - reach, self.estimate + reach
+
     @property
     def low(self) -> float:
         """Lower end of the 95 % interval."""
-        return self.estimate - self._reach()
+        return self.ends()[0]
 
     @property
     def high(self) -> float:
         """Upper end of the 95 % interval."""
-        return self.estimate + self._reach()
+        return self.ends()[1]
 
     @property
     def p(self) -> float:
@@ -45,16 +52,11 @@ class Interval:
             return 1.0 if self.estimate == 0 else 0.0
         return float(2 * stats.t.sf(abs(self.estimate) / self.standard_error, self.df))
 
-    def equivalence_p(self, margin: float) -> float:
-        """p-value of "differs by ``margin`` or more": the larger of two one-sided tests
-        (Schuirmann 1987, doi 10.1007/BF01068419)."""
-        if self.standard_error == 0:
-            return 0.0 if abs(self.estimate) < margin else 1.0
-        nearest = margin - abs(self.estimate)
-        return float(stats.t.sf(nearest / self.standard_error, self.df))
-
-    def _reach(self) -> float:
-        return float(stats.t.ppf(1 - ALPHA / 2, self.df)) * self.standard_error
+    def is_within(self, margin: float, alpha: float = ALPHA) -> bool:
+        """Whether two one-sided tests at ``alpha`` reject a difference of ``margin`` or more
+        (Schuirmann 1987, doi 10.1007/BF01068419): the interval at twice the level is within it."""
+        low, high = self.ends(2 * alpha)
+        return -margin < low and high < margin
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
@@ -79,16 +81,19 @@ def unpaired_interval(arm: Sequence[float], baseline: Sequence[float]) -> Interv
     return Interval(estimate, math.sqrt(a + b), df, min(n, m))
 
 
-def noise_interval(difference: float, noise: float, noise_df: int) -> Interval:
-    """Interval of a single pair's difference, from the spread of the baseline over other seeds.
+def noise_interval(loss: float, mean: float, noise: float, seeds: int) -> Interval:
+    """Interval of a single run's difference to a recipe of which several seeds are known.
+
+    It is right for an arm that is as noisy as the baseline; one run cannot show whether it is.
 
     Args:
-        difference: loss of the one run minus loss of the other.
-        noise: standard deviation of the loss over seeds of one recipe.
-        noise_df: degrees of freedom of ``noise``, the number of its seeds minus 1.
+        loss: loss of the one run.
+        mean: mean loss of the baseline's seeds.
+        noise: standard deviation of the loss over those seeds.
+        seeds: their number, two or more.
     """
-    # The two losses as if independent: shared weights and order can only make the spread less.
-    return Interval(difference, math.sqrt(2) * noise, noise_df, 1)
+    # The losses as if independent: shared weights and order can only make the spread less.
+    return Interval(loss - mean, math.sqrt(1 + 1 / seeds) * noise, seeds - 1, 1)
 
 
 def story_interval(
@@ -131,64 +136,76 @@ def ratio_interval(
     return math.exp(interval.estimate), math.exp(interval.low), math.exp(interval.high)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number so that one wrong finding among all stays below alpha
-    (Holm 1979, Scandinavian Journal of Statistics 6, 65-70)."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+def correlation(arm: Sequence[float], baseline: Sequence[float]) -> float | None:
+    """Pearson's correlation of paired losses over seeds; None for fewer than three or constant ones."""
+    if len(arm) < 3 or min(np.ptp(arm), np.ptp(baseline)) == 0:
+        return None
+    return float(np.corrcoef(arm, baseline)[0, 1])
 
 
-def power(difference: float, spread: float, n: int, alpha: float = ALPHA) -> float:
-    """Chance that a paired t-test with ``n`` pairs at level ``alpha`` finds a true ``difference``.
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404)."""
+    found = stats.binomtest(count, n).proportion_ci(LEVEL)
+    return float(found.low), float(found.high)
 
-    ``spread`` is the standard deviation of the pairs' differences.
+
+def shares_p(counts: tuple[int, int], sizes: tuple[int, int]) -> float:
+    """Two-sided p-value of "both shares are equal" by Fisher's exact test."""
+    table = [counts, [n - c for c, n in zip(counts, sizes, strict=True)]]
+    return float(stats.fisher_exact(table).pvalue)
+
+
+def power(
+    difference: float, spread: float, n: int, alpha: float = ALPHA, df: float | None = None
+) -> float:
+    """Chance that a paired test with ``n`` pairs at level ``alpha`` finds a true ``difference``.
+
+    Args:
+        difference: the true difference.
+        spread: standard deviation of the pairs' differences.
+        n: pairs.
+        alpha: two-sided level.
+        df: degrees of freedom of the spread's estimate; by default those of the pairs alone.
     """
     if n < 2:
         return 0.0
     if spread == 0:
         return 1.0 if difference else alpha
-    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
+    df = n - 1 if df is None else df
+    critical = float(stats.t.isf(alpha / 2, df))
     shift = abs(difference) / spread * math.sqrt(n)
     # The noncentral t distribution as a mean over the spread that the pairs may show; scipy's own
     # loses its digits for two pairs.
     shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    reach = critical * np.sqrt(stats.chi2.ppf(shares, n - 1) / (n - 1))
+    reach = critical * np.sqrt(stats.chi2.ppf(shares, df) / df)
     return float((stats.norm.cdf(shift - reach) + stats.norm.cdf(-shift - reach)).mean())
 
 
-def detectable_difference(spread: float, n: int, alpha: float = ALPHA) -> float:
+def detectable_difference(
+    spread: float, n: int, alpha: float = ALPHA, df: float | None = None
+) -> float:
     """The true difference that ``n`` pairs would find with a chance of 80 %; infinite for one."""
     if n < 2:
         return math.inf
     if spread == 0:
         return 0.0
-    unit = optimize.brentq(lambda d: power(d, 1.0, n, alpha) - POWER, 1e-6, 2000.0)
+    most = 2.0
+    while power(most, 1.0, n, alpha, df) < POWER:
+        most *= 4
+    unit = optimize.brentq(lambda d: power(d, 1.0, n, alpha, df) - POWER, 1e-6, most)
     return float(unit) * spread
 
 
-def detectable_by_noise(interval: Interval, alpha: float = ALPHA) -> float:
-    """The true difference that one pair with a noise floor would find with a chance of 80 %."""
-    reach = stats.t.ppf(1 - alpha / 2, interval.df) + stats.t.ppf(POWER, interval.df)
-    return float(reach) * interval.standard_error
-
-
 def seeds_needed(difference: float, spread: float, alpha: float = ALPHA) -> int | None:
-    """Pairs of seeds that find a true ``difference`` with a chance of 80 %; None if over 1,000."""
-    if difference == 0:
-        return None
+    """Pairs of seeds that find a true ``difference`` with a chance of 80 %; None if over 1,000.
+
+    For a difference that matters, chosen before any run: never for the one that was observed.
+    """
     low, high = 2, MOST_SEEDS
     if power(difference, spread, high, alpha) < POWER:
         return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if power(difference, spread, middle, alpha) >= POWER
-            else (middle + 1, high)
-        )
+        enough = power(difference, spread, middle, alpha) >= POWER
+        low, high = (low, middle) if enough else (middle + 1, high)
     return low

@@ -12,7 +12,7 @@ from storylab.errors import UserError
 
 KINDS: dict[type, str] = {str: "text", list: "a list [...]", dict: "a table {...}"}
 # Keys of [data] that hold lists.
-LISTS = ("train", "validation")
+LISTS = ("train", "validation", "test")
 
 
 def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:

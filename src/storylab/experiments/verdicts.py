@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
+from storylab.experiments import statistics
 from storylab.experiments.comparison import (
-    CANT_TELL,
+    BETTER,
+    BETTER_WITHIN,
     CONFOUNDED,
     DIVERGED,
     EQUIVALENT,
-    NO_DIFFERENCE,
+    UNDECIDED,
+    WORSE,
+    WORSE_WITHIN,
     Comparison,
     Ratio,
 )
 from storylab.experiments.factors import under
-from storylab.experiments.statistics import Interval
+from storylab.experiments.statistics import ALPHA, Interval
 
 
 def nats(value: float) -> str:
@@ -22,112 +26,144 @@ def nats(value: float) -> str:
     return f"{value:+.4f}" if abs(value) < 0.01 else f"{value:+.3f}"
 
 
-def interval_text(interval: Interval) -> str:
+def interval_text(interval: Interval, alpha: float = ALPHA) -> str:
     """``+0.012 nats (95 % CI +0.008 to +0.016``, without the closing parenthesis; the caller
     appends to it."""
-    digits = 4 if max(abs(interval.low), abs(interval.high)) < 0.1 else 3
-    low, high = (f"{v:+.{digits}f}" for v in (interval.low, interval.high))
-    return f"{interval.estimate:+.{digits}f} nats (95 % CI {low} to {high}"
+    ends = interval.ends(alpha)
+    digits = 4 if max(map(abs, ends)) < 0.1 else 3
+    low, high = (f"{v:+.{digits}f}" for v in ends)
+    level = f"{100 * (1 - alpha):.4g} % CI"
+    return f"{interval.estimate:+.{digits}f} nats ({level} {low} to {high}"
+
+
+def p_text(p: float) -> str:
+    """``p 0.012``; a p-value that no double can hold is given as a bound."""
+    return f"p {p:.2g}" if p > 0 else "p < 1e-300"
 
 
 def verdict_line(c: Comparison) -> str:
-    """The comparison in one short line."""
+    """The comparison in one short line, with the interval that belongs to its verdict."""
     title = under(f"{c.arm} vs {c.baseline}", c.condition)
-    if c.verdict == DIVERGED:
-        return f"{title}: {DIVERGED}, so worse: {'; '.join(c.failures)}"
-    if not c.pairs:
-        why = "; ".join(c.failures) or "there are no finished runs of both"
-        return f"{title}: {CANT_TELL}: {why}"
-    if c.confounds:
+    if c.verdict == CONFOUNDED:
         return f"{title}: {CONFOUNDED}, no winner is given: {'; '.join(c.confounds)}"
-    parts = [f"{title}: {_loss_part(c)}", *_speed_parts(c)]
-    return "; ".join(parts)
+    text = "; ".join([f"{title}: {loss_text(c)}", *_speed_parts(c)])
+    return ". ".join([text, *_closing(c)])
 
 
-def _loss_part(c: Comparison) -> str:
-    stories = f"{c.stories.n:,} stories" if c.stories else "no stories"
-    if c.recipes is None:
-        difference = f"val loss {nats(c.stories.estimate)} nats" if c.stories else "no loss"
-        if not c.paired:
-            return (
-                f"{difference} between runs of different seeds, other weights and data order "
-                f"({stories}): {CANT_TELL}; train both with the same seeds"
-            )
-        if c.noise is not None:
-            return (
-                f"{difference} ({stories}): {CANT_TELL}, as an arm has one run and no common seed"
-            )
-        needed = c.seeds_needed
-        more = f"; about {needed} paired seeds would decide" if needed else ""
-        return (
-            f"{difference} with one seed ({stories}): {CANT_TELL} whether the recipe or the seed did "
-            f"it, as no noise floor is known for this recipe (train the baseline with other seeds "
-            f"too, or see `storylab noise`){more}"
-        )
-    if c.from_noise:
-        assert c.noise is not None
-        kind = "1 pair" if c.paired else "1 unpaired pair"
-        base = f"{kind} and the noise of {c.noise.seeds} seeds"
+def loss_text(c: Comparison) -> str:
+    """The verdict with its interval: the claim of the line."""
+    if c.verdict == DIVERGED:
+        (ours, theirs), (n, m) = c.diverged, c.ended
+        return f"{DIVERGED} in {ours} of {n} seeds ({c.baseline} in {theirs} of {m}): no loss is compared"
+    j, r = c.judgement, c.recipes
+    if r is None or j.ends is None:
+        return f"{UNDECIDED}: {_why_nothing(c)}"
+    margin = f"the margin of {j.margin:g} nats" if j.margin else ""
+    if c.verdict in (EQUIVALENT, UNDECIDED) and c.ends:
+        within = f", within {margin}" if c.verdict == EQUIVALENT else ""
+        return f"{c.verdict}: {_span(*c.ends)}{within}{_together(c)}"
+    word = BETTER if c.verdict in (BETTER, BETTER_WITHIN) else WORSE
+    if c.ends is None:
+        # Holm's method can settle the sign before the interval for all arms leaves zero.
+        most = -j.ends[0] if word == BETTER else j.ends[1]
+        text = f"{word}; by how much is not settled: up to {_size(most)} nats{_together(c)}"
     else:
-        base = f"{c.pairs} paired seeds" if c.paired else f"{c.pairs} unpaired seeds"
-    text = f"val loss {interval_text(c.recipes)}; {base}, {stories}): {c.verdict}"
-    if c.baseline_diverged:
-        text += f", as {c.baseline_diverged} runs of the baseline diverged"
-    if c.verdict == EQUIVALENT:
-        text += f" within {c.margin:g} nats"
-    elif c.verdict == NO_DIFFERENCE or (c.verdict == CANT_TELL and not c.baseline_diverged):
-        text += _what_would_decide(c)
-    elif c.noise and c.noise.standard_deviation:
-        times = abs(c.recipes.estimate) / c.noise.standard_deviation
-        text += f", {times:.0f}x seed noise" if times >= 10 else f", {times:.2g}x seed noise"
+        near, far = sorted(map(abs, c.ends))
+        together = _together(c).replace(" (", "; ").rstrip(")")
+        text = f"{word} by {_size(r.estimate)} nats ({_size(near)} to {_size(far)}{together})"
+    if c.verdict in (BETTER_WITHIN, WORSE_WITHIN):
+        text += f", which is less than {margin}"
     return text
 
 
-def _what_would_decide(c: Comparison) -> str:
-    assert c.recipes is not None
-    facts = []
-    if c.verdict == CANT_TELL:
-        facts.append(f"not sure enough among {c.family} comparisons")
-    elif c.detectable is not None and math.isfinite(c.detectable):
-        facts.append(f"could have seen {c.detectable:.2g}")
-    if c.seeds_needed:
-        facts.append(f"{c.seeds_needed} seeds would decide a difference of this size")
-    return f" ({', '.join(facts)})" if facts else ""
+def _size(value: float) -> str:
+    return f"{abs(value):.4f}" if abs(value) < 0.01 else f"{abs(value):.3f}"
+
+
+def _span(low: float, high: float) -> str:
+    """``0.012 better to 0.024 worse`` for -0.012 to +0.024."""
+    words = [f"{_size(v)} {'better' if v < 0 else 'worse'}" for v in (low, high)]
+    return " to ".join(words)
+
+
+def _together(c: Comparison) -> str:
+    family = c.judgement.family
+    return f" (holds for all {family} arms together)" if family > 1 else ""
+
+
+def _why_nothing(c: Comparison) -> str:
+    if not c.pairs:
+        return "; ".join(c.failures) or "there are no finished runs of both"
+    if c.judgement.next_look is not None:
+        seeds = f"{c.pairs} seed{'s' * (c.pairs != 1)} of both"
+        return f"{seeds} ended, the first planned look is at {c.judgement.next_look}"
+    difference = f"val loss {nats(c.stories.estimate)} nats" if c.stories else "no loss"
+    if not c.paired:
+        return (
+            f"{difference} between runs of different seeds, other weights and data order; train both "
+            "with the same seeds"
+        )
+    return (
+        f"{difference} with one seed; the recipe or the seed may have done it, as no noise floor is known "
+        "for this recipe (train the baseline with other seeds too, or see `storylab noise`)"
+    )
+
+
+def _closing(c: Comparison) -> Iterator[str]:
+    """What the verdict rests on, and what comes next."""
+    j = c.judgement
+    if c.recipes is not None and c.verdict != DIVERGED:
+        if c.recipes.n == 1:
+            seeds = c.noise.seeds if c.noise else 0
+            yield f"One run, and the noise of {seeds} seeds: preliminary"
+        elif not c.paired:
+            yield f"{c.recipes.n} unpaired seeds{': preliminary' if c.preliminary else ''}"
+        else:
+            yield f"{c.recipes.n} seeds{': preliminary' if c.preliminary else ''}"
+    if j.next_look is not None and j.look is not None and c.verdict != DIVERGED:
+        yield f"Next planned look: {j.next_look} seeds"
+    if j.e is not None:
+        yield (
+            f"With all {c.recipes.n + j.extra_seeds if c.recipes else j.extra_seeds} seeds, unplanned: "
+            f"e-value {j.e:.3g} ({j.family / ALPHA:.0f} or more would show a difference)"
+        )
+    if c.exploratory:
+        yield f"Exploratory: {'; '.join(c.exploratory)}"
 
 
 def _speed_parts(c: Comparison) -> list[str]:
+    if not c.pairs:
+        return []
     if c.speed_confounds:
         return [f"speed is not comparable ({'; '.join(c.speed_confounds)})"]
     parts = []
     if c.speed:
         parts.append(ratio_text(c.speed, "faster", "slower", "speed", c.paired))
-    if c.equal_time and c.speed and c.verdict != CANT_TELL and abs(math.log(c.speed.value)) > 0.02:
-        difference = c.equal_time.difference
-        word = "better" if difference < 0 else "worse"
-        low, high = c.equal_time.low, c.equal_time.high
-        doubt = ""
-        if low is None or high is None:
-            doubt = " (one pair)"
-        elif low <= 0 <= high:
-            doubt = " (interval spans 0)"
-        parts.append(f"at equal time: {word} by {abs(difference):.3f}{doubt}")
+    e = c.equal_time
+    told_apart = e and e.low is not None and e.high is not None and not e.low <= 0 <= e.high
+    if e and e.low is not None and e.high is not None and told_apart and c.verdict != DIVERGED:
+        word = "better" if e.difference < 0 else "worse"
+        parts.append(
+            f"at equal time {word} by {_size(e.difference)} ({_span(e.low, e.high)}; {e.slower} was at "
+            f"{e.progress:.0%} of its schedule)"
+        )
     return parts
 
 
 def ratio_text(ratio: Ratio, more: str, less: str, what: str, paired: bool = True) -> str:
     """``1.31x faster (1.28 to 1.34)``; the same only if the whole interval is within 2 % of 1."""
     low, high = ratio.low, ratio.high
-    single = "one pair" if paired else "one run each"
-    if low is not None and high is not None and low >= 0.98 and high <= 1.02:
-        return f"same {what} ({low:.2f}x to {high:.2f}x)"
-    if low is None and abs(ratio.value - 1) < 0.005:
-        return f"same {what} ({single})"
-    unclear = ""
-    if low is not None and high is not None and low <= 1 <= high:
-        unclear = ": can't tell"
-    word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
     if low is None or high is None:
-        return f"{value:.2f}x {word} ({single})"
+        some = f"{'one' if ratio.pairs == 1 else ratio.pairs} "
+        some += f"pair{'s' * (ratio.pairs > 1)}" if paired else f"run{'s' * (ratio.pairs > 1)} each"
+        if abs(ratio.value - 1) < 0.005:
+            return f"same {what} ({some})"
+        word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
+        return f"{value:.2f}x {word} ({some})"
+    if low >= 0.98 and high <= 1.02:
+        return f"same {what} ({low:.2f}x to {high:.2f}x)"
+    unclear = ": can't tell" if low <= 1 <= high else ""
+    word, value = (more, ratio.value) if ratio.value >= 1 else (less, 1 / ratio.value)
     if ratio.value < 1:
         low, high = 1 / high, 1 / low
     return f"{value:.2f}x {word} ({low:.2f} to {high:.2f}{unclear})"
@@ -135,46 +171,81 @@ def ratio_text(ratio: Ratio, more: str, less: str, what: str, paired: bool = Tru
 
 def detail_lines(c: Comparison) -> list[str]:
     """The facts behind the verdict, one a line."""
-    lines = []
+    lines = [*_loss_details(c), *_cost_details(c), *_curve_details(c)]
+    lines += [f"differs: {text}" for text in (*c.confounds, *c.speed_confounds)]
+    lines += [f"not finished: {text}" for text in c.failures]
+    return [*lines, *c.notes]
+
+
+def _loss_details(c: Comparison) -> Iterator[str]:
+    j = c.judgement
     if c.recipes is not None and not c.confounds:
-        adjusted = f", {c.adjusted_p:.2g} corrected for {c.family}" if c.family > 1 else ""
-        lines.append(
-            f"recipes: {interval_text(c.recipes)}), p {c.recipes.p:.2g}{adjusted}"
-            + (
-                f"; equivalence within {c.margin:g}: p {c.adjusted_equivalence_p:.2g}"
-                if c.margin
-                else ""
-            )
+        source = f"{j.variance} variance" if c.paired and c.recipes.n > 1 else "its own variance"
+        of_all = f"; for {j.family} arms together{_ends_text(j.alpha, c.recipes)}" * (
+            j.alpha < ALPHA
         )
+        yield f"recipes: {interval_text(c.recipes)}{of_all}), {source}, {p_text(c.recipes.p)}"
     if c.stories is not None:
-        lines.append(
+        yield (
             f"these models on stories like these: {interval_text(c.stories)}; "
-            f"{c.stories.n:,} stories, paired), p {c.stories.p:.2g}"
+            f"{c.stories.n:,} stories, paired), {p_text(c.stories.p)}"
         )
+    if c.over_both is not None and not c.confounds:
+        yield f"new seeds and new stories together: {interval_text(c.over_both)})"
     if c.noise is not None:
-        lines.append(
+        yield (
             f"seed noise of {c.baseline}: standard deviation {c.noise.standard_deviation:.4f} nats "
             f"over {c.noise.seeds} seeds"
         )
-    if not c.speed_confounds:
-        for ratio, what, more, less in (
-            (c.speed, "speed", "faster", "slower"),
-            (c.memory, "memory of training", "more memory", "less memory"),
-            (c.energy, "energy", "more energy", "less energy"),
-        ):
-            lines.append(
-                f"{what}: {ratio_text(ratio, more, less, what, c.paired)}"
-                if ratio
-                else f"{what}: not measured"
-            )
-    if c.equal_time is not None and not c.confounds:
+    if c.correlation is not None:
+        yield (
+            f"correlation of the arms over {c.pairs} seeds: {c.correlation:.2f}; pairing by seed removes "
+            "that part of the noise"
+        )
+    if any(c.diverged):
+        yield from _divergence(c)
+
+
+def _ends_text(alpha: float, interval: Interval) -> str:
+    low, high = interval.ends(alpha)
+    return f" {low:+.4f} to {high:+.4f} ({100 * (1 - alpha):.5g} %)"
+
+
+def _divergence(c: Comparison) -> Iterator[str]:
+    p = statistics.shares_p(c.diverged, c.ended)
+    shown = "diverge with different chances" if p < ALPHA else "are not shown to differ in that"
+    for name, count, n in zip((c.arm, c.baseline), c.diverged, c.ended, strict=True):
+        if n:
+            low, high = statistics.share_interval(count, n)
+            yield f"{name} diverged in {count} of {n} seeds (95 % CI {low:.0%} to {high:.0%})"
+    yield f"the two {shown} (Fisher's exact test, {p_text(p)})"
+
+
+def _cost_details(c: Comparison) -> Iterator[str]:
+    if c.speed_confounds:
+        return
+    for ratio, what, more, less in (
+        (c.speed, "speed", "faster", "slower"),
+        (c.memory, "memory of training", "more memory", "less memory"),
+        (c.energy, "energy", "more energy", "less energy"),
+    ):
+        text = ratio_text(ratio, more, less, what, c.paired) if ratio else "not measured"
+        yield f"{what}: {text}"
+
+
+def _curve_details(c: Comparison) -> Iterator[str]:
+    if c.confounds:
+        return
+    if c.reach is not None:
+        costs = [("tokens", c.reach.tokens), ("FLOPs", c.reach.flops)]
+        costs += [("seconds", c.reach.seconds)] if c.reach.seconds else []
+        told = ", ".join(ratio_text(r, f"fewer {k}", f"more {k}", k, c.paired) for k, r in costs)
+        yield f"for an equal loss, that at which the worse of the two ends: {told}"
+    if c.equal_time is not None:
         e = c.equal_time
         spread = f" (95 % CI {e.low:+.3f} to {e.high:+.3f})" if e.low is not None else ""
-        lines.append(
+        yield (
             f"at equal training time: {e.difference:+.3f} nats{spread}, read off the curves of the "
             f"estimates during training; "
             f"{e.slower} had done {e.progress:.0%} of its schedule by then"
         )
-    lines += [f"differs: {text}" for text in (*c.confounds, *c.speed_confounds)]
-    lines += [f"not finished: {text}" for text in c.failures]
-    return [*lines, *c.notes]

@@ -14,7 +14,7 @@ from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache
 from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, run_state
 from storylab.record.schema import EvaluationRow, IterationRow
-from storylab.training.lines import duration
+from storylab.training.log_format import format_duration
 
 WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
 # Enough of the end of a metrics file to hold its last rows.
@@ -103,7 +103,7 @@ def _known_row(folder: Path, label: str, state: str, cache: RunCache) -> tuple[s
         f"{last.loss:.4f}",
         "" if val_loss is None else f"{val_loss:.4f}",
         f"{last.tokens_per_second:,.0f}",
-        duration(left) if state == "training" else "",
+        format_duration(left) if state == "training" else "",
     )
 
 

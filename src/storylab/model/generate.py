@@ -75,32 +75,29 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, ``[B]`` int64 on the CPU, ``max_new_tokens`` times.
 
-    The model never sees more than ``context`` tokens, the length it was trained on: when they are
-    full, it continues from the later half of them.
+    When ``context`` tokens are full, the model continues from the later half of them.
 
     Args:
         model: in evaluation use; called under the caller's autocast.
         prompt: ``[B, T]`` int64 with T of at least 1.
         max_new_tokens: number of tokens to yield.
         sampling: how tokens are drawn.
-        context: greatest number of tokens the model reads at once.
+        context: greatest number of tokens that the model reads at once, as in training.
         use_cache: False computes every position again for each token: slow, for reference.
+
+    Raises:
+        UserError: the logits are not finite.
     """
     device = model.embedding.weight.device
-    # Draws are made on the CPU so that a seed gives the same story on every device.
     generator = torch.Generator().manual_seed(sampling.seed)
     # The longest history that leaves room for one more token.
-    seen = prompt[:, -max(1, context - 1) :].to(device)
+    unread = seen = prompt[:, -max(1, context - 1) :].to(device)
     cache = KVCache(model.config, len(prompt), context, device)
-    unread = seen
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
             hidden = model.hidden_states(unread, cache) if use_cache else model.hidden_states(seen)
             logits = model.logits(hidden[:, -1])
-        probabilities = next_token_probabilities(logits.cpu(), sampling)
-        if not torch.isfinite(probabilities).all():
-            raise UserError("the model's logits are not finite: its weights are of no use")
-        token = torch.multinomial(probabilities, 1, generator=generator)
+        token = _draw(logits.cpu(), sampling, generator)
         yield token[:, 0]
         unread = token.to(device)
         seen = torch.cat((seen, unread), dim=1)
@@ -108,3 +105,16 @@ def generate(
             seen = seen[:, -max(1, context // 2) :]
             cache = KVCache(model.config, len(prompt), context, device)
             unread = seen
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token ``[B, 1]`` int64 of ``logits [B, V]``, all on the CPU, so that a seed gives the same
+    story on every device.
+
+    Raises:
+        UserError: the logits are not finite.
+    """
+    probabilities = next_token_probabilities(logits, sampling)
+    if not torch.isfinite(probabilities).all():
+        raise UserError("the model's logits are not finite: its weights are of no use")
+    return torch.multinomial(probabilities, 1, generator=generator)

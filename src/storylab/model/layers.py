@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from storylab.config import ModelConfig
 
+# Added to the mean square in every norm of the model, as in Llama 2 and 3.
 NORM_EPS = 1e-5
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    """x / rms(x) over the last axis, times ``gain`` of that size if there is one."""
+    return F.rms_norm(x, x.shape[-1:], gain, NORM_EPS)
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +25,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
+        return rms_norm(x, self.weight)
 
 
 def rope_cos_sin(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ On the CPU recomputing is no slower than writing intermediate results to memory 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 def recomputes_activations(x: Tensor) -> bool:
@@ -35,25 +37,26 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 
 
-def recompute_block(function: Callable[..., Any], hidden: int, x: Tensor, *others: Any) -> Any:
-    """``function(x, *others)``, checkpointed as a whole where it is being compiled.
+def recompute_block(forward: Forward) -> Forward:
+    """Decorate a block's ``forward(self, x, ...)``: checkpoint it as a whole where it is being compiled.
 
-    Args:
-        function: a transformer block.
-        hidden: input features of its down projection.
-        x: the residual stream.
-        others: further arguments.
+    The backward pass then recomputes everything but the outputs of linear layers.
     """
-    if torch.compiler.is_compiling() and recomputes_activations(x):
+
+    @wraps(forward)
+    def checkpointed(block: Any, x: Tensor, *others: Any) -> Any:
+        if not (torch.compiler.is_compiling() and recomputes_activations(x)):
+            return forward(block, x, *others)
         return checkpoint(
-            function,
+            partial(forward, block),
             x,
             *others,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=partial(_save_matmul_outputs, hidden),
+            context_fn=partial(_save_matmul_outputs, block.feed_forward.down.in_features),
         )
-    return function(x, *others)
+
+    return cast(Forward, checkpointed)
 
 
 def _save_matmul_outputs(hidden: int) -> Any:

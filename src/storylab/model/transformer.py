@@ -7,7 +7,6 @@ D head size, F hidden width of the feed-forward layer, V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,15 +19,9 @@ from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
 from storylab.model.cache import AnyLayerCache, KVCache
 from storylab.model.head import linear_cross_entropy, token_losses
-from storylab.model.layers import RMSNorm, apply_rotary_emb, rope_cos_sin
+from storylab.model.initialization import initialize_weights
+from storylab.model.layers import RMSNorm, apply_rotary_emb, rms_norm, rope_cos_sin
 from storylab.model.recompute import recompute, recompute_block
-
-INIT_STD = 0.02
-# Initial values of the parameters that only some configs have, by the end of their names.
-CONSTANT_INIT: dict[str, float | tuple[float, ...]] = {
-    "value_scale": 0.5,
-    "residual_scales": (1.0, 0.0),
-}
 
 
 class Attention(nn.Module):
@@ -91,7 +84,7 @@ class Attention(nn.Module):
             more = (self.value_scale * value_residual).view(batch, time, self.kv_heads, -1)
             value = value + more.transpose(1, 2).to(value.dtype)
         if self.qk_norm:  # rotation keeps the length; autocast on CUDA widens norms to float32
-            normed = (F.rms_norm(x, x.shape[-1:]).to(value.dtype) for x in (query, key))
+            normed = (rms_norm(x).to(value.dtype) for x in (query, key))
             query, key = normed
         query, key = apply_rotary_emb(query, *rotary), apply_rotary_emb(key, *rotary)
         if cache is not None:
@@ -133,6 +126,7 @@ class Block(nn.Module):
             # Scales of the residual stream and of the embeddings (modded-nanogpt, 2024-11-06 on).
             self.residual_scales = nn.Parameter(torch.empty(2))
 
+    @recompute_block
     def forward(
         self,
         x: Tensor,
@@ -146,30 +140,13 @@ class Block(nn.Module):
 
         Args:
             x: the residual stream, ``[B, T, C]``.
-            rotary: cosine and sine, each ``[T, D]``.
-            cache: earlier positions of this layer; grows.
+            rotary, cache, block_mask: as in :class:`Attention`.
             x0: the embeddings, ``[B, T, C]``; read if the config has an embedding residual.
             value_residual: values of the first layer, ``[B, T, K * D]``; None in that layer.
-            block_mask: the layer's, see :func:`block_masks`.
 
         Returns:
             The residual stream after this block, and the value residual of the next one.
         """
-        others = (rotary, cache, x0, value_residual, block_mask)
-        found: tuple[Tensor, Tensor | None] = recompute_block(
-            self._forward, self.feed_forward.down.in_features, x, *others
-        )
-        return found
-
-    def _forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        cache: AnyLayerCache | None,
-        x0: Tensor | None,
-        value_residual: Tensor | None,
-        block_mask: BlockMask | None,
-    ) -> tuple[Tensor, Tensor | None]:
         if x0 is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
             x = of_stream * x + of_embedding * x0
@@ -190,7 +167,7 @@ class Transformer(nn.Module):
     Args:
         config: shape of the model.
         vocab_size: number of token ids, V.
-        seed: seed of the initial weights, which are drawn on the CPU and so equal on every device.
+        seed: seed of the initial weights, see :func:`initialize_weights`.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -200,28 +177,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
-        self.reset_parameters(seed)
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """GPT-2's initialization: N(0, 0.02); the projections that write to the residual stream
-        N(0, 0.02/sqrt(2L)); norm gains 1.
-
-        Optional parameters have constant initial values and never advance the generator, so shared
-        weights are identical with and without them.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            constant = next((x for end, x in CONSTANT_INIT.items() if name.endswith(end)), None)
-            if constant is not None:
-                parameter.copy_(torch.tensor(constant))
-                continue
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)
-                continue
-            writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            std = INIT_STD / math.sqrt(2 * self.config.n_layer) if writes_residual else INIT_STD
-            parameter.normal_(0.0, std, generator=generator)
+        initialize_weights(self, config.n_layer, seed)
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place, which keeps names in checkpoints, and the head's softmax where

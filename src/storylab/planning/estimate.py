@@ -21,7 +21,7 @@ class Calibration:
         micro_batch_seconds: forward and backward pass of one micro-batch.
         update_seconds: one update; 0 where an iteration is one micro-batch and both were timed as one.
         evaluation_batch_seconds: one batch of an evaluation.
-        evaluation_batches: batches in the whole validation split, the last one in part.
+        evaluation_batches: batches in the whole validation and test splits, the last ones in part.
         peak_memory_bytes: of the device, or of the process on a CPU.
         other_cores: how many cores other programs used meanwhile.
     """

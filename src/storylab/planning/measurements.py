@@ -12,7 +12,7 @@ import torch
 from storylab.config import TrainConfig
 from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import load_dataset
-from storylab.data.layout import VALIDATION
+from storylab.data.layout import TEST, VALIDATION
 from storylab.execution.job import OnEvent
 from storylab.planning.estimate import Calibration
 from storylab.training.cores import CoreUse
@@ -47,7 +47,9 @@ def calibrate(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
         with torch.compiler.set_stance("force_eager"):  # as training evaluates
             window_losses(timer.model, split, starts, config.block_size, timer.precision)
         evaluation = min(evaluation, time.perf_counter() - start)
-    windows = -(-len(split) // config.block_size)
+    tokens = dataset.tokens
+    whole = [VALIDATION, TEST] if dataset.has_test else [VALIDATION]
+    windows = sum(-(-tokens[name] // config.block_size) for name in whole)
     calibration = Calibration(
         micro_batch_seconds=steps.micro_batch,
         update_seconds=steps.update,

@@ -74,15 +74,7 @@ def micro_batch_work(
     """The work of one micro-batch, its share of the update included, in the order of a step."""
     model = config.model
     tokens = config.batch_size * config.block_size
-    traffic = software.traffic
-    width, layers = model.n_embd, model.n_layer
-    elementwise = (
-        (2 * layers + 1) * width * traffic.norm
-        + layers * _rotated(model) * traffic.rotary
-        + layers * model.n_hidden * traffic.gate
-        + 2 * layers * width * traffic.residual
-    )
-    more_elementwise, more_kernels = _options(model, traffic)
+    width, layers, traffic = model.n_embd, model.n_layer, software.traffic
     return [
         *_linear_work(config, recipe),
         Work(
@@ -99,12 +91,7 @@ def micro_batch_work(
             bytes=tokens * layers * 28.0 * model.qkv_size,
             kernels=2 * layers,
         ),
-        Work(
-            StepPart.ELEMENTWISE,
-            StepPart.ELEMENTWISE,
-            bytes=tokens * (elementwise + more_elementwise),
-            kernels=layers * traffic.block_kernels + more_kernels,
-        ),
+        _elementwise_work(model, tokens, traffic),
         Work(StepPart.HEAD, "logits and loss", bytes=tokens * vocab_size * traffic.logit),
         Work(
             StepPart.CASTS,
@@ -113,6 +100,24 @@ def micro_batch_work(
         ),
         *_update_work(config, vocab_size, traffic),
     ]
+
+
+def _elementwise_work(model: ModelConfig, tokens: int, traffic: Traffic) -> Work:
+    """Norms, rotary positions, gates and residuals."""
+    width, layers = model.n_embd, model.n_layer
+    elementwise = (
+        (2 * layers + 1) * width * traffic.norm
+        + layers * _rotated(model) * traffic.rotary
+        + layers * model.n_hidden * traffic.gate
+        + 2 * layers * width * traffic.residual
+    )
+    more_elementwise, more_kernels = _options(model, traffic)
+    return Work(
+        StepPart.ELEMENTWISE,
+        StepPart.ELEMENTWISE,
+        bytes=tokens * (elementwise + more_elementwise),
+        kernels=layers * traffic.block_kernels + more_kernels,
+    )
 
 
 def _rotated(model: ModelConfig) -> int:

@@ -110,14 +110,7 @@ def check_layer(
     emulated = _products(weight, input, gradient, recipe, None)
     computed = emulated
     if backend is not None:
-        try:
-            computed = _products(weight, input, gradient, recipe, backend)
-        except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"precision self-test failed: {name}: {backend.name} says: {reason}; try --backend "
-                "emulated, or --dtype bfloat16"
-            ) from error
+        computed = _products_of_backend(name, weight, input, gradient, recipe, backend)
     for product, right, ours, emulation in zip(PRODUCTS, exact, computed, emulated, strict=True):
         operands: tuple[Operand, ...] = getattr(recipe, product) or ()
         norm = float(right.norm())
@@ -164,6 +157,29 @@ def _products(
     for tensor in (input, plain.weight):
         found.append(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
     return output.detach().float(), found[0].float(), found[1].float()
+
+
+def _products_of_backend(
+    name: str,
+    weight: Tensor,
+    input: Tensor,
+    gradient: Tensor,
+    recipe: Recipe,
+    backend: PrecisionBackend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_products`, with the layer that ``backend`` computes.
+
+    Raises:
+        UserError: it refuses; the message names the layer.
+    """
+    try:
+        return _products(weight, input, gradient, recipe, backend)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"precision self-test failed: {name}: {backend.name} says: {reason}; try --backend "
+            "emulated, or --dtype bfloat16"
+        ) from error
 
 
 def summarize(checks: list[ProductCheck]) -> dict[str, object]:

@@ -42,6 +42,7 @@ from storylab.record.schema import DataInfo, Environment, Resumption, Row, Summa
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
 METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
 STORY_LOSSES, POSITION_LOSSES = "story_losses.npy", "position_losses.npy"
+TEST_LOSSES = "test_losses.npy"
 # Written by an experiment when a worker process ended without a summary.
 FAILURE = "failure.json"
 
@@ -128,7 +129,7 @@ class RunFolder:
         kept = self._lines_before(next_iteration)
         with atomic_path(self.folder / METRICS) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        for stale in (SUMMARY, STORY_LOSSES, POSITION_LOSSES):
+        for stale in (SUMMARY, STORY_LOSSES, POSITION_LOSSES, TEST_LOSSES):
             (self.folder / stale).unlink(missing_ok=True)
         self.read_environment()
         # As plain JSON, so that keys of a later version stay.
@@ -183,9 +184,9 @@ class RunFolder:
             self.append(METRICS, "\n".join(lines))
 
     def write_array(self, name: str, array: np.ndarray) -> None:
-        """Replace ``story_losses.npy``, nats and predicted tokens of every validation story ``[stories,
-        2]``, or ``position_losses.npy``, mean nats of the targets at each position of a window
-        ``[block_size]``; both float64."""
+        """Replace ``story_losses.npy`` or ``test_losses.npy``, nats and predicted tokens of every
+        validation or test story ``[stories, 2]``, or ``position_losses.npy``, mean nats of the targets at
+        each position of a window ``[block_size]``; all float64."""
         write_array(self.folder / name, array)
 
     def write_summary(self, summary: Summary) -> None:
@@ -234,7 +235,7 @@ def create_run(config: TrainConfig, dataset: Dataset, identity: Mapping[str, Any
     folder = config.out_dir
     data = {key: dataset.manifest.get(key) for key in ("fingerprint", "tokenizer", "dtype")}
     data["request"] = dataset.manifest.get("request")
-    data["tokens"] = {name: len(split) for name, split in dataset.splits.items()}
+    data["tokens"] = dataset.tokens
     try:
         folder.mkdir(parents=True, exist_ok=True)
         require_free(folder)

@@ -20,6 +20,7 @@ from storylab.record.folder import (
     PRECISION,
     STORY_LOSSES,
     SUMMARY,
+    TEST_LOSSES,
     RunFolder,
 )
 from storylab.record.run import (
@@ -117,6 +118,8 @@ def _files(summary: Summary, found: dict[str, os.DirEntry[str]]) -> Iterator[str
         yield METRICS
     if summary.status == FINISHED:
         yield STORY_LOSSES
+    if summary.test is not None:
+        yield TEST_LOSSES
     if summary.validation and summary.validation.block_size is not None:
         yield POSITION_LOSSES
     if PRECISION in found:

@@ -21,6 +21,7 @@ from storylab.record.folder import (
     POSITION_LOSSES,
     PRECISION,
     STORY_LOSSES,
+    TEST_LOSSES,
     RunFolder,
     open_run,
 )
@@ -77,6 +78,8 @@ class Run:
     position_losses: np.ndarray
     """Mean nats of the targets at each position of a window, float64 ``[block_size]``; empty if there are
     none."""
+    test_losses: np.ndarray
+    """As ``story_losses``, of the test stories; empty if there are none. Only ``confirm`` may show it."""
 
     @property
     def finished(self) -> bool:
@@ -99,6 +102,11 @@ class Run:
     def loss(self) -> float:
         """Loss on the whole validation split under the final weights; infinite unless it finished."""
         return self.validation.loss if self.finished else math.inf
+
+    @property
+    def test_loss(self) -> float | None:
+        """As ``loss``, on the whole test split; None without. Only ``confirm`` may show it."""
+        return self.summary.test.loss if self.summary and self.summary.test else None
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -239,7 +247,7 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
     if state == DAMAGED:
         raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
     head = head or read_head(folder)
-    stories = read_array(folder / STORY_LOSSES, 2) if state == FINISHED else np.empty((0, 2))
+    none = np.empty((0, 2))
     positions = folder / POSITION_LOSSES
     loaded = Run(
         folder=folder,
@@ -250,8 +258,9 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
         environment=run.read_environment(),
         summary=summary,
         rows=run.read_rows(),
-        story_losses=stories,
+        story_losses=read_array(folder / STORY_LOSSES, 2) if state == FINISHED else none,
         position_losses=read_array(positions, 1) if exists(positions) else np.empty(0),
+        test_losses=read_array(folder / TEST_LOSSES, 2) if summary and summary.test else none,
     )
     if fault := next(_faults(loaded), None):
         raise UserError(f"{folder} is damaged: {fault}")
@@ -267,19 +276,23 @@ def _faults(run: Run) -> Iterator[str]:
             yield f"{METRICS} has iteration {row.iteration} where {number} should be"
     if not run.finished:
         return
-    expected, stories = run.results.iterations, run.story_losses
+    expected = run.results.iterations
     if len(run.iterations) != expected:
         yield f"{METRICS} has {len(run.iterations)} of its {expected} iterations"
-    validation = run.validation
-    if (
-        stories.shape != (validation.stories, 2)
-        or not (stories[:, 1] > 0).all()
-        or not math.isclose(
-            float(stories[:, 0].sum() / stories[:, 1].sum()), validation.loss, rel_tol=1e-9
-        )
-    ):
+    validation, test = run.validation, run.results.test
+    if not _fit(run.story_losses, validation):
         yield f"{STORY_LOSSES} is not that of its summary"
+    if test is not None and not _fit(run.test_losses, test):
+        yield f"{TEST_LOSSES} is not that of its summary"
     # Runs from before windows were recorded may have no losses by position either.
     positions, known = len(run.position_losses), validation.block_size
     if positions != known and (known is not None or positions):
         yield f"{POSITION_LOSSES} has {positions} positions of {known}"
+
+
+def _fit(stories: np.ndarray, split: SplitLoss) -> bool:
+    """Whether losses by story ``[stories, 2]`` give the loss of their split."""
+    if stories.shape != (split.stories, 2) or not (stories[:, 1] > 0).all():
+        return False
+    loss = float(stories[:, 0].sum() / stories[:, 1].sum())
+    return math.isclose(loss, split.loss, rel_tol=1e-9)

@@ -92,7 +92,7 @@ class Environment(Stage, frozen=True, kw_only=True):
 
 
 class SplitLoss(Struct, frozen=True, kw_only=True):
-    """A loss on the whole validation split."""
+    """A loss on a whole split."""
 
     loss: Loss
     standard_error: Amount | None
@@ -142,6 +142,8 @@ class Summary(Struct, frozen=True, kw_only=True):
     other_cores: float | None = None
     samples: list[Sample]
     validation_own_precision: SplitLoss | None = None
+    test: SplitLoss | None = None
+    """None where the data set has no test split. Nothing shows it but the confirmation of an experiment."""
     reason: str = ""
     """Why it diverged."""
 

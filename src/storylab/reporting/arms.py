@@ -7,12 +7,12 @@ import shlex
 
 import numpy as np
 
-from storylab.experiments.comparison import DIVERGED, Comparison
+from storylab.experiments.comparison import UNDECIDED, Comparison
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats, ratio_text
 from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
-from storylab.training.lines import duration
+from storylab.training.log_format import format_duration
 
 MISSING = "not measured"
 # Position of the column with the share of low precision, in the table of a precision experiment.
@@ -50,7 +50,7 @@ def headline(outcome: Outcome) -> str:
         return f"Baseline: validation loss {float(np.mean(losses)):.4f}{spread}."
     kinds: dict[str, list[str]] = {}
     for c in outcome.comparisons:
-        shown = c.recipes and not c.confounds and c.verdict != DIVERGED
+        shown = c.ends is not None and c.verdict != UNDECIDED
         difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
         kinds.setdefault(c.verdict, []).append(under(c.arm, c.condition) + difference)
     told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
@@ -65,7 +65,7 @@ def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         "tokens",
         "epochs",
         "val loss",
-        "difference (95 % CI)",
+        "difference (interval of the verdict)",
         "tok/s",
         "speed",
         "memory",
@@ -114,7 +114,7 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
         f"{speed:,.0f}{' (emulated)' if runs[0].results.emulated else ''}" if speed else MISSING,
         ratio if c else "baseline",
         f"{memory / 1e9:.2f} GB" if memory else MISSING,
-        duration(seconds) if seconds else MISSING,
+        format_duration(seconds) if seconds else MISSING,
         f"{energy / 3600:.1f} Wh" if energy else MISSING,
         f"{len(runs)} of {cell.planned}" if len(runs) < cell.planned else str(len(runs)),
         c.verdict if c else "baseline",
@@ -124,8 +124,8 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
 def _difference(c: Comparison | None) -> str:
     if c is None:
         return "baseline"
-    if c.confounds or c.recipes is None or c.verdict == DIVERGED:
+    if c.recipes is None or c.ends is None:
         return ""
-    r = c.recipes
+    low, high = c.ends
     unpaired = "" if c.paired else ", unpaired"
-    return f"{r.estimate:+.4f} ({r.low:+.4f} to {r.high:+.4f}{unpaired})"
+    return f"{c.recipes.estimate:+.4f} ({low:+.4f} to {high:+.4f}{unpaired})"

@@ -16,7 +16,7 @@ from storylab.reporting.arms import headline, repeat_command, section_title, tab
 from storylab.reporting.figures.style import AXES, COLORS, Spec
 from storylab.reporting.observations import observations
 from storylab.reporting.tables import curve_rows, flat_config
-from storylab.training.lines import printable
+from storylab.training.log_format import printable
 
 
 def html(

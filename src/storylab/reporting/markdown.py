@@ -25,7 +25,7 @@ from storylab.reporting.arms import headline, repeat_command, section_title, tab
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
-from storylab.training.lines import printable, summary_lines
+from storylab.training.log_format import printable, summary_lines
 
 # Values of a fact that are shown before "and N more".
 MOST_VALUES = 6

@@ -109,15 +109,15 @@ def final_rows(outcome: Outcome) -> list[Row]:
     """Final loss of every arm minus the baseline's, with its interval and the seeds' noise."""
     rows = []
     for c in outcome.comparisons:
-        if c.recipes is None or c.confounds:
+        if c.recipes is None or c.ends is None:
             continue
         rows.append(
             {
                 "condition": c.condition,
                 "arm": c.arm,
                 "difference": rounded(c.recipes.estimate),
-                "low": rounded(c.recipes.low),
-                "high": rounded(c.recipes.high),
+                "low": rounded(c.ends[0]),
+                "high": rounded(c.ends[1]),
                 "noise": rounded(c.noise.standard_deviation) if c.noise else None,
                 "verdict": c.verdict,
             }

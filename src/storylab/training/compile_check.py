@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.state import TrainState
 
 # How many times the rounding error of the uncompiled pass the compiled one may have. A tensor's error is
@@ -96,7 +96,7 @@ def check_compiled(
     """
     started = time.perf_counter()
     precision = state.precision
-    wide = Precision(precision.device, torch.float32)
+    wide = ComputePolicy(precision.device, torch.float32)
     named = list(state.model.named_parameters())
     try:
         tick(0, 3)
@@ -135,7 +135,7 @@ def _finite(loss: float, gradients: list[Tensor]) -> bool:
 
 
 def _uncompiled(
-    state: TrainState, windows: Tensor, precision: Precision
+    state: TrainState, windows: Tensor, precision: ComputePolicy
 ) -> tuple[float, list[Tensor]]:
     """:func:`_gradients` without compiled code, in parts of a micro-batch."""
     rows = max(1, min(state.config.batch_size, len(windows)) // PIECES)
@@ -146,7 +146,7 @@ def _uncompiled(
 def _gradients(
     state: TrainState,
     windows: Tensor,
-    precision: Precision,
+    precision: ComputePolicy,
     rows: int | None = None,
 ) -> tuple[float, list[Tensor]]:
     """Mean loss of ``windows`` and its gradient for every parameter, taken ``rows`` windows at a time."""

@@ -16,7 +16,7 @@ from storylab.data.layout import VALIDATION
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.record.folder import open_run
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.sampling import load_story_model
 
 Tick = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def window_losses(
     split: Split,
     starts: np.ndarray,
     block_size: int,
-    precision: Precision,
+    precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
 ) -> np.ndarray:
     """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32.
@@ -111,7 +111,7 @@ def estimate_loss(
     split: Split,
     block_size: int,
     batches: int,
-    precision: Precision,
+    precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
 ) -> float:
     """Mean loss in nats over ``batches`` x 64 windows, the same ones at every call."""
@@ -124,7 +124,7 @@ def evaluate_split(
     model: Transformer,
     split: Split,
     block_size: int,
-    precision: Precision,
+    precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
     aligned: bool = False,
 ) -> Evaluation:

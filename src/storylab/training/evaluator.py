@@ -1,4 +1,5 @@
-"""Evaluations within a run: estimates along the way, the whole validation split and samples at its end."""
+"""Evaluations within a run: estimates along the way; the whole validation and test splits and samples at
+its end."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from storylab.data.dataset import Split
 from storylab.data.layout import TRAIN, VALIDATION
 from storylab.record.schema import EvaluationRow, Sample
-from storylab.training import lines
+from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing
 from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_split
@@ -31,10 +33,12 @@ SAMPLE_PROMPTS = (
 @dataclass(frozen=True)
 class FinalEvaluation:
     """The whole validation split under the final weights, in bfloat16 or wider and, for a run in low
-    precision, in its own; and a sample for each prompt."""
+    precision, in its own; the whole test split, in bfloat16 or wider, if there is one; and a sample for
+    each prompt."""
 
     evaluation: Evaluation
     own_precision: Evaluation | None
+    test: Evaluation | None
     samples: list[Sample]
 
 
@@ -75,11 +79,11 @@ class Evaluator:
             again = progress.best_iteration == iteration
             best = again or progress.best_val_loss is None or val_loss < progress.best_val_loss
             self.recorder.line("")
-            self.recorder.line(lines.evaluation_line(iteration, train_loss, val_loss))
+            self.recorder.line(log_format.evaluation_line(iteration, train_loss, val_loss))
             if best:
                 progress.best_val_loss, progress.best_iteration = val_loss, iteration
                 self.checkpoints.save_best(iteration, val_loss)
-                self.recorder.line(lines.best_line(val_loss))
+                self.recorder.line(log_format.best_line(val_loss))
         self.recorder.line("")
         progress.train_loss, progress.val_loss = train_loss, val_loss
         row = EvaluationRow(
@@ -88,31 +92,36 @@ class Evaluator:
         self.recorder.rows([row])
 
     def final(self) -> FinalEvaluation:
-        """Evaluate the current weights on the whole validation split, and sample from them.
+        """Evaluate the current weights on the whole validation and test splits, and sample from them.
+
+        Here alone the test split is opened. Its losses are stored, and neither printed nor logged.
 
         Raises:
-            NonFiniteError: the loss is not finite.
+            NonFiniteError: a loss is not finite.
+            UserError: a file of the test split is missing or altered.
         """
-        quantization = self.setup.state.quantization
+        quantization, dataset = self.setup.state.quantization, self.setup.dataset
+        validation = dataset.splits[VALIDATION]
         with self._as_evaluated():
-            own = self._whole() if quantization is not None else None
+            own = self._whole(validation) if quantization is not None else None
             # Without the recipe, so that arms of every precision are evaluated in the same way.
             with quantization.disabled() if quantization else nullcontext():
-                evaluation = self._whole()
+                evaluation = self._whole(validation)
                 samples = [Sample(prompt=text, text=self._sample(text)) for text in SAMPLE_PROMPTS]
-        return FinalEvaluation(evaluation, own, samples)
+                test = self._whole(dataset.open_test()) if dataset.has_test else None
+        return FinalEvaluation(evaluation, own, test, samples)
 
     def _estimate(self, split: str) -> float:
         setup, config = self.setup, self.setup.config
         data, size, batches = setup.dataset.splits[split], config.block_size, config.eval_iters
         return estimate_loss(setup.state.model, data, size, batches, setup.precision, self._tick)
 
-    def _whole(self) -> Evaluation:
+    def _whole(self, split: Split) -> Evaluation:
         setup = self.setup
-        data, size = setup.dataset.splits[VALIDATION], setup.config.block_size
-        evaluation = evaluate_split(setup.state.model, data, size, setup.precision, self._tick)
+        size, precision = setup.config.block_size, setup.precision
+        evaluation = evaluate_split(setup.state.model, split, size, precision, self._tick)
         if not math.isfinite(evaluation.loss):
-            raise NonFiniteError(f"final validation loss is {evaluation.loss}")
+            raise NonFiniteError(f"final {split.name} loss is {evaluation.loss}")
         return evaluation
 
     def _sample(self, prompt: str) -> str:

@@ -12,10 +12,8 @@ from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
-from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import LOG, PRECISION, RunFolder
-from storylab.record.schema import QuantizationRow
-from storylab.training import checks, lines
+from storylab.training import checks, log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
@@ -111,12 +109,12 @@ class Loop:
         """Save a first checkpoint, print the lines for the user, and check quantized layers."""
         if self.checkpoints.save_first():
             cuda = self.setup.precision.device.type == "cuda"
-            for line in lines.opening_lines(self.config, self.setup.batches, cuda):
+            for line in log_format.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
         found = checks.check_precision(self.setup)
         if found is not None:
             write_json(self.run.folder / PRECISION, found)
-            self.recorder.line(lines.precision_line(self.config.dtype, found))
+            self.recorder.line(log_format.precision_line(self.config.dtype, found))
 
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""
@@ -125,7 +123,10 @@ class Loop:
         batch = batch.to(self.setup.precision.device, non_blocking=True)
         waited = time.perf_counter() - started
         self.cores.begin()
-        with self._quantization_observed(iteration):
+        observed = self.config.quantization_stats and (
+            iteration == 0 or self.evaluation_due(iteration)
+        )
+        with self.recorder.quantization(self.state.quantization if observed else None, iteration):
             rate = learning_rate(self.config, iteration)
             result = self.state.step(iteration, batch, rate, self._between)
         self.cores.end()
@@ -135,21 +136,6 @@ class Loop:
         """Before every micro-batch."""
         self.stop.check()
         self.cores.tick()
-
-    @contextmanager
-    def _quantization_observed(self, iteration: int) -> Iterator[None]:
-        """Record statistics of the tensors that a step quantizes, where the config asks for it."""
-        quantization = self.state.quantization
-        due = self.config.quantization_stats and (iteration == 0 or self.evaluation_due(iteration))
-        if quantization is None or not due:
-            yield
-            return
-        statistics = QuantizationStatistics()
-        with quantization.observed(statistics):
-            yield
-        self.recorder.rows(
-            [QuantizationRow(iteration=iteration, **row) for row in statistics.rows()]
-        )
 
     def _thread_free(self) -> bool:
         """Whether the next micro-batch gives the same bits with one thread."""
@@ -184,13 +170,13 @@ class Loop:
             raise fault
 
     def finish(self) -> None:
-        """Evaluate the final weights on the whole validation split, sample, and sum up."""
+        """Evaluate the final weights on the whole validation and test splits, sample, and sum up."""
         if not self.checkpoints.up_to_date:
             self.checkpoints.save_last()
         final = self.evaluator.final()
         self.checkpoints.saver.wait()
         summary = write_finished(self.run, self.setup, final, self._measured())
-        for line in ("", *lines.summary_lines(summary)):
+        for line in ("", *log_format.summary_lines(summary)):
             self.recorder.line(line)
         self.observers.end(summary)
 

@@ -19,7 +19,7 @@ from storylab.model.cost import StepPart
 from storylab.model.head import LinearCrossEntropy, padded_vocab_size
 from storylab.precision.linear import ProductOperands, QuantizedProduct
 from storylab.training.cores import considerate
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.setup import resolve_device
 from storylab.training.state import TrainState
 from storylab.training.telemetry import peak_memory_bytes
@@ -184,7 +184,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def product_rate(rows: int, inner: int, columns: int, precision: Precision) -> float:
+def product_rate(rows: int, inner: int, columns: int, precision: ComputePolicy) -> float:
     """FLOP/s of ``[rows, inner] @ [inner, columns]`` alone, the best of several."""
     a = torch.randn(rows, inner, device=precision.device, dtype=precision.dtype)
     b = torch.randn(columns, inner, device=precision.device, dtype=precision.dtype)
@@ -222,7 +222,7 @@ def _device_seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def products_seconds(
-    config: TrainConfig, vocab_size: int, tokens: int, precision: Precision
+    config: TrainConfig, vocab_size: int, tokens: int, precision: ComputePolicy
 ) -> float:
     """Seconds of the matrix products of a step over ``tokens`` if each ran alone and everything else were
     free. Attention's products are left out; the vocabulary is padded as in training."""

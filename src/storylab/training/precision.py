@@ -1,4 +1,4 @@
-"""Which device a run computes on and in which precision, checked before any work."""
+"""The compute policy of a run: its device and precision, checked before any work."""
 
 from __future__ import annotations
 
@@ -29,10 +29,15 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
-class Precision:
-    """A device and the dtype of the matrix products on it, and the recipe of those of the linear
-    layers where they are lower still, with the hardware that computes it if it is not emulated;
-    weights stay float32."""
+class ComputePolicy:
+    """Where and in which precision a run computes. Weights stay float32.
+
+    Attributes:
+        device: device of the model.
+        dtype: of the matrix products.
+        recipe: of the linear layers' products, where those are lower still.
+        hardware: computes the recipe; None where it is emulated.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -48,7 +53,7 @@ class Precision:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Context in which matrix products run in ``dtype``, those of quantised layers lower."""
+        """Context in which matrix products run in ``dtype``, those of quantized layers lower."""
         enabled = self.dtype != torch.float32
         # No cache of cast weights: every weight is used once in a pass, so it would only hold memory.
         wide = torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
@@ -108,8 +113,8 @@ def require_same_bits(device: torch.device, block_size: int) -> None:
 
 def choose_precision(
     device: torch.device, dtype: Dtype, changes: str = "", backend: Backend = "auto"
-) -> Precision:
-    """The precision of a run.
+) -> ComputePolicy:
+    """The compute policy of a run.
 
     Args:
         device: where it computes.
@@ -126,11 +131,11 @@ def choose_precision(
         raise UserError(f"--backend is for low precision: leave it out with {dtype}")
     wide = high_precision(device, dtype).dtype
     hardware = resolve_backend(device, recipe, backend) if recipe is not None else None
-    return Precision(device, wide, recipe, hardware)
+    return ComputePolicy(device, wide, recipe, hardware)
 
 
-def high_precision(device: torch.device, dtype: Dtype) -> Precision:
-    """The precision of products that a recipe leaves alone: a low-precision dtype counts as bfloat16.
+def high_precision(device: torch.device, dtype: Dtype) -> ComputePolicy:
+    """The policy of products that a recipe leaves alone: a low-precision dtype counts as bfloat16.
 
     Raises:
         UserError: the device has no such matrix products.
@@ -141,4 +146,4 @@ def high_precision(device: torch.device, dtype: Dtype) -> Precision:
         if capability < BFLOAT16_CAPABILITY:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bfloat16: use --dtype float16 or --dtype float32")
-    return Precision(device, wide)
+    return ComputePolicy(device, wide)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from storylab.config import TrainConfig
 from storylab.optim.schedule import learning_rate
+from storylab.precision.state import QuantizationState
+from storylab.precision.stats import QuantizationStatistics
 from storylab.record.folder import LOG, RunFolder
-from storylab.record.schema import IterationRow, Row
-from storylab.training import lines
+from storylab.record.schema import IterationRow, QuantizationRow, Row
+from storylab.training import log_format
 from storylab.training.observers import Observers
 from storylab.training.run_progress import InFlightStep, RunProgress
 from storylab.training.step import StepMetrics
@@ -73,9 +76,22 @@ class Recorder:
             tokens = (last.iteration - progress.last_line) * config.tokens_per_iteration
             rate = learning_rate(config, last.iteration)
             elapsed = progress.seconds_since_line
-            self.line(lines.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate))
+            self.line(
+                log_format.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate)
+            )
             progress.last_line, progress.seconds_since_line = last.iteration, 0.0
         self.observers.progress("training", last.iteration + 1, config.iterations)
+
+    @contextmanager
+    def quantization(self, state: QuantizationState | None, iteration: int) -> Iterator[None]:
+        """Record statistics of the tensors that are quantized in ``iteration``; none without a state."""
+        if state is None:
+            yield
+            return
+        statistics = QuantizationStatistics()
+        with state.observed(statistics):
+            yield
+        self.rows([QuantizationRow(iteration=iteration, **row) for row in statistics.rows()])
 
     def _iteration_row(
         self,

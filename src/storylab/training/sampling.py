@@ -14,7 +14,7 @@ from storylab.model.generate import Sampling, generate
 from storylab.model.transformer import Transformer
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder
-from storylab.training.precision import Precision, choose_device, high_precision
+from storylab.training.precision import ComputePolicy, choose_device, high_precision
 
 DEFAULT_TOKENS = 256
 
@@ -38,7 +38,7 @@ class StoryModel:
     model: Transformer
     tokenizer: Tokenizer
     block_size: int
-    precision: Precision
+    precision: ComputePolicy
 
     def stream(
         self,

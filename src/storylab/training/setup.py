@@ -21,12 +21,12 @@ from storylab.record import checkpoint
 from storylab.record.folder import RunFolder, require_free
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
-from storylab.training.precision import Precision, choose_device, choose_precision
+from storylab.training.precision import ComputePolicy, choose_device, choose_precision
 from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+def resolve(config: TrainConfig) -> tuple[TrainConfig, ComputePolicy]:
     """Fill in every default of the config of a new run, and choose its precision, without the data.
 
     Raises:
@@ -42,7 +42,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     return config, precision
 
 
-def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
+def resolve_device(config: TrainConfig) -> tuple[TrainConfig, ComputePolicy]:
     """Fill in device, data seed and compiling, and choose the precision, for new and old runs.
 
     Raises:
@@ -67,7 +67,7 @@ def resolve_device(config: TrainConfig) -> tuple[TrainConfig, Precision]:
     return resolved, precision
 
 
-def resolve_compile(config: TrainConfig, precision: Precision) -> bool:
+def resolve_compile(config: TrainConfig, precision: ComputePolicy) -> bool:
     """Whether to compile the blocks: as the config says, or else where it pays and can be done.
 
     Raises:
@@ -98,7 +98,7 @@ class TrainingSetup:
         compile_fault: the fault for which a run goes on uncompiled; None otherwise.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, precision: Precision) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, precision: ComputePolicy) -> None:
         self.config, self.dataset, self.precision = config, dataset, precision
         self.state = TrainState(config, dataset.vocab_size, precision)
         self.batches = TrainingBatches(

@@ -14,7 +14,7 @@ from storylab.optim.ema import WeightAverage
 from storylab.precision.convert import quantize_blocks
 from storylab.record import checkpoint
 from storylab.training.allocator import keep_freed_memory
-from storylab.training.precision import Precision, require_same_bits
+from storylab.training.precision import ComputePolicy, require_same_bits
 from storylab.training.step import DeviceStepMetrics, training_step
 
 
@@ -27,7 +27,7 @@ class TrainState:
         precision: the config's.
     """
 
-    def __init__(self, config: TrainConfig, vocab_size: int, precision: Precision) -> None:
+    def __init__(self, config: TrainConfig, vocab_size: int, precision: ComputePolicy) -> None:
         self.config, self.precision = config, precision
         if precision.device.type == "cpu":
             keep_freed_memory()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storylab.model.transformer import Transformer
 from storylab.optim.build import set_learning_rate, skip_where
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 
 
 class NonFiniteError(ArithmeticError):
@@ -69,7 +69,7 @@ def training_step(
     model: Transformer,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    precision: Precision,
+    precision: ComputePolicy,
     batch: Tensor,
     *,
     micro_batch: int,
@@ -79,9 +79,7 @@ def training_step(
 ) -> DeviceStepMetrics:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
 
-    Where loss or gradient is not finite nothing is updated. On CUDA the host waits for nothing, unless in
-    float16, whose loss scale it has to read, or where low precision is emulated; elsewhere such a step
-    raises before its update.
+    A step whose loss or gradient is not finite updates nothing.
 
     Args:
         batch: ``[S, T + 1]`` int64 token windows on the model's device.
@@ -91,12 +89,33 @@ def training_step(
         between: called before each micro-batch; it may raise to leave, the weights being untouched.
 
     Raises:
-        NonFiniteError: the loss, or under another precision than float16 the gradient, is not
-            finite. Weights and optimizer state are as before the step. On CUDA it is the result's
-            ``read`` that raises.
+        NonFiniteError: the loss, or the gradient of another precision than float16, is not finite. On
+            CUDA it is the result's ``read`` that raises.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    loss = _accumulate_gradient(model, scaler, precision, batch, micro_batch, between)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    max_norm = grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    set_learning_rate(optimizers, learning_rate)
+    result = DeviceStepMetrics(loss, norm, max_norm)
+    if scaler.is_enabled():
+        return _scaled_update(result, optimizers, scaler)
+    _update(result, optimizers)
+    return result
+
+
+def _accumulate_gradient(
+    model: Transformer,
+    scaler: torch.amp.GradScaler,
+    precision: ComputePolicy,
+    batch: Tensor,
+    micro_batch: int,
+    between: Callable[[], None],
+) -> Tensor:
+    """Add the gradient of the batch's mean loss to the parameters; returns that loss, a scalar."""
     total = torch.zeros((), device=batch.device)
     for windows in batch.split(micro_batch):
         between()
@@ -104,21 +123,20 @@ def training_step(
             loss = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
         scaler.scale(loss).backward()
         total += loss.detach()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    max_norm = grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    set_learning_rate(optimizers, learning_rate)
-    result = DeviceStepMetrics(total, norm, max_norm)
-    if scaler.is_enabled():
-        return _scaled_update(result, optimizers, scaler)
-    if batch.device.type == "cuda":
-        skip_where(optimizers, ~(total + norm).isfinite())
+    return total
+
+
+def _update(result: DeviceStepMetrics, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """The update of a step, left out where loss or gradient is not finite.
+
+    On CUDA the host does not wait to see that; elsewhere such a step raises before its update.
+    """
+    if result.loss.device.type == "cuda":
+        skip_where(optimizers, ~(result.loss + result.grad_norm).isfinite())
     else:
         result.read()
     for optimizer in optimizers:
         optimizer.step()
-    return result
 
 
 def _scaled_update(
@@ -126,7 +144,7 @@ def _scaled_update(
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> DeviceStepMetrics:
-    """The update of a float16 step, left out where its scaled gradient overflowed."""
+    """The update of a float16 step, left out where its scaled gradient overflowed. The host waits."""
     loss, norm = float(result.loss), float(result.grad_norm)
     if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:

@@ -10,7 +10,7 @@ import numpy as np
 
 from storylab.optim.schedule import learning_rate
 from storylab.precision.quantize import wrong_kernels
-from storylab.record.folder import LOG, POSITION_LOSSES, STORY_LOSSES, RunFolder
+from storylab.record.folder import LOG, POSITION_LOSSES, STORY_LOSSES, TEST_LOSSES, RunFolder
 from storylab.record.run import median_speed, training_memory
 from storylab.record.schema import SplitLoss, Summary
 from storylab.training.evaluation import Evaluation
@@ -23,9 +23,10 @@ def write_finished(
     run: RunFolder, setup: TrainingSetup, final: FinalEvaluation, measured: Mapping[str, Any]
 ) -> Summary:
     """Write the final losses and the summary of a run that reached its end; returns the summary."""
-    evaluation, own = final.evaluation, final.own_precision
-    table = np.stack((evaluation.story_losses, evaluation.story_tokens), axis=1)
-    run.write_array(STORY_LOSSES, table)
+    evaluation, own, test = final.evaluation, final.own_precision, final.test
+    for name, whole in ((STORY_LOSSES, evaluation), (TEST_LOSSES, test)):
+        if whole is not None:
+            run.write_array(name, np.stack((whole.story_losses, whole.story_tokens), axis=1))
     run.write_array(POSITION_LOSSES, evaluation.position_losses)
     summary = summarize(
         run,
@@ -34,6 +35,7 @@ def write_finished(
         **measured,
         samples=final.samples,
         validation_own_precision=None if own is None else evaluation_summary(own),
+        test=None if test is None else evaluation_summary(test),
     )
     run.write_summary(summary)
     return summary

@@ -42,7 +42,7 @@ def run(call: Call) -> int:
     command = call.parse(EvalCommand)
     from storylab.cli.console import ConsoleReporter
     from storylab.training.evaluation import evaluate_run
-    from storylab.training.lines import windows_words
+    from storylab.training.log_format import windows_words
 
     with ConsoleReporter() as reporter:
         result = evaluate_run(

@@ -71,7 +71,7 @@ def _print_stories(prompt: str, stream: Iterable[list[bytes]], samples: int) -> 
 
     Characters may span tokens, so each story has its own decoder.
     """
-    from storylab.training.lines import printable
+    from storylab.training.log_format import printable
 
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     stories = [prompt] * samples

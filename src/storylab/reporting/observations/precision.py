@@ -44,7 +44,7 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
     known.sort(key=lambda entry: -entry[1].estimate)
     told = "; ".join(f"{c.arm} {nats(r.estimate)} ({c.verdict})" for c, r in known)
     yield f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
-    margin = known[0][0].margin
+    margin = known[0][0].judgement.margin
     if margin is None:
         return
     shares = [

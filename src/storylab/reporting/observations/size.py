@@ -8,7 +8,7 @@ import numpy as np
 
 from storylab.experiments.outcome import Outcome
 from storylab.reporting.tables import time_and_loss_front
-from storylab.training.lines import duration
+from storylab.training.log_format import format_duration
 
 # A size is as good as the best if its loss is within this many nats of it.
 GOOD_ENOUGH = 0.02
@@ -19,7 +19,9 @@ def size_observations(outcome: Outcome) -> Iterable[str]:
     front = time_and_loss_front(outcome)
     if not front:
         return
-    told = "; ".join(f"{cell.name} ({duration(time)}, {loss:.3f})" for cell, time, loss in front)
+    told = "; ".join(
+        f"{cell.name} ({format_duration(time)}, {loss:.3f})" for cell, time, loss in front
+    )
     yield f"No other arm has both less training time and a lower loss than: {told}."
     for condition in outcome.conditions:
         arms = [cell for cell in outcome.arms(condition) if cell.arm.finished]

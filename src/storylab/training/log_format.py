@@ -89,7 +89,7 @@ def opening_lines(config: TrainConfig, batches: TrainingBatches, cuda: bool) -> 
     return [*windows, *unseen_lines(batches.unseen, tokens, size)]
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``18 min 43 s``, ``2 h 05 min`` or ``41.2 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -143,7 +143,7 @@ def summary_lines(summary: Summary) -> list[str]:
         ),
         (
             "Total time",
-            f"{duration(summary.seconds)} for {summary.iterations:,} iterations "
+            f"{format_duration(summary.seconds)} for {summary.iterations:,} iterations "
             f"({summary.tokens:,} tokens, {summary.epochs:.2f} epochs)",
         ),
         ("Power", _figure(summary.power_watts, "{:.0f} W")),
