@@ -65,26 +65,20 @@ def train_planned(
     executor: Executor,
     fresh: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Show the plan, write the experiment's record, and train; returns the path of the record and
-    the state of every run.
+    """Show the plan, register it, and train look by look; returns the path of the record
+    and the state of every run.
 
     Raises:
         Interrupted: a signal stopped it.
     """
-    from storylab.experiments.outcome import read_experiment
-    from storylab.experiments.recording import write_record
-    from storylab.experiments.registration import registration_lines
-    from storylab.experiments.scheduler import run_experiment
+    from storylab.experiments.stopping import run_by_looks
     from storylab.record.run import ENDED
 
     with resumable(fresh), ConsoleReporter() as reporter:
         if fresh or any(run.read_state() not in ENDED for run in planned):
             for line in plan_lines(experiment, planned, executor, reporter, fresh):
                 reporter.line(line)
-        record = write_record(experiment, dataset, planned, runs, fresh)
-        for line in registration_lines(read_experiment(record)):
-            reporter.line(f"This plan: {line}")
-        return record, run_experiment(planned, executor, reporter, fresh)
+        return run_by_looks(experiment, dataset, planned, runs, executor, reporter, fresh)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class ExperimentRunCommand:
     """Run an experiment file: every arm with every seed, then the comparison and the report.
 
-    Finished runs are not trained again, and a stopped experiment continues where it stopped.
+    Finished runs are not trained again, and a stopped experiment continues where it stopped. With more seeds
+    than the first planned look needs, arms are judged at every look on the way, and settled ones stop there.
 
     Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
-    | storylab experiment run mine.toml --seeds 5 --only full --dry_run
+    | storylab experiment run mine.toml --seeds 8 --only full --dry_run
     """
 
     file: ExperimentFile
@@ -28,7 +29,7 @@ class ExperimentRunCommand:
     scale: str | None = None
     """One of the file's scales; by default laptop if the file has it, else the first."""
     seeds: int | None = None
-    """Number of seeds; by default those that the file lists."""
+    """Number of seeds, trained look by look; by default those that the file lists."""
     only: tuple[str, ...] = ()
     """Run these arms only."""
     dry_run: bool = False
