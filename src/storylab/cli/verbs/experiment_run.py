@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class ExperimentRunCommand:
     """Run an experiment file: every arm with every seed, then the comparison and the report.
 
-    Finished runs are not trained again, and a stopped experiment continues where it stopped. With more seeds
-    than the first planned look needs, arms are judged at every look on the way, and settled ones stop there.
+    Finished runs are not trained again, and a stopped experiment continues where it stopped. With more
+    seeds than the first planned look needs, arms are judged at every look on the way, and those that are
+    settled stop there.
 
     Examples: storylab experiment run experiments/04-sliding-window.toml --scale laptop
     | storylab experiment run mine.toml --seeds 8 --only full --dry_run
@@ -33,7 +34,8 @@ class ExperimentRunCommand:
     only: tuple[str, ...] = ()
     """Run these arms only."""
     dry_run: bool = False
-    """Show the plan, with expected time and memory from a short calibration, and stop."""
+    """Show the plan, with expected time and memory from a short calibration and the differences that it can
+    see, and stop."""
     fresh: bool = False
     """Train everything again; earlier runs are set aside, not deleted."""
     runs: Path = DEFAULT_RUNS_DIR
@@ -47,6 +49,7 @@ def run(call: Call) -> int:
     command = call.parse(ExperimentRunCommand)
     from storylab.cli.console import ConsoleReporter
     from storylab.cli.experiments import plan_lines, prepare_and_plan, resumable, train_planned
+    from storylab.experiments.foresight import foresight_lines
     from storylab.experiments.spec import load_experiment
 
     experiment = load_experiment(command.file, command.scale)
@@ -57,6 +60,9 @@ def run(call: Call) -> int:
     if command.dry_run:
         with resumable(), ConsoleReporter() as reporter:
             for line in plan_lines(experiment, planned, call.executor, reporter, command.fresh):
+                reporter.line(line)
+            cache = planned[0].cache
+            for line in foresight_lines(experiment, dataset.fingerprint, command.runs, cache):
                 reporter.line(line)
         return 0
     record, states = train_planned(
