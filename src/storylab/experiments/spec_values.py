@@ -50,7 +50,7 @@ def read_expectations(
 
 def read_seeds(table: dict[str, Any]) -> tuple[int, ...]:
     """The seeds; by default as many as the first look needs."""
-    looks = readreadreadreadreadread_looks(table, None)
+    looks = read_looks(table, None)
     seeds = get_typed(table, "seeds", list, list(range(FIRST_SEED, FIRST_SEED + looks[0])))
     if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
         raise UserError("seeds must be a list of whole numbers, such as [1337, 1338, 1339]")
