@@ -1437,7 +1437,7 @@ def small_models(here):
 
 def own_tests(here):
     """The project's own tests of this path, under this machine's torch and Python."""
-    files = ["tests/test_cuda.py", "tests/test_attention.py", "tests/test_model.py"]
+    files = ["tests/test_cuda.py", "tests/model"]
     if not here.cuda:
         files = files[:1]
     done = subprocess.run(

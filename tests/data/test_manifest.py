@@ -1,0 +1,40 @@
+"""Fingerprints of data sets, of this version and of earlier ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from story_files import TEXT, data_from, described
+from storylab.data.dataset import Dataset, load_dataset
+
+
+def test_what_reading_changed_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    for name, line_end in (("lf", "\n"), ("crlf", "\r\n")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "a.txt"
+        path.write_bytes(TEXT.replace("\n", line_end).encode())
+        data_from(tmp_path / name, path)
+    lf, crlf = (load_dataset(tmp_path / name / "out") for name in ("lf", "crlf"))
+    assert lf.fingerprint == crlf.fingerprint
+    assert lf.manifest["reading"] != crlf.manifest["reading"]
+
+
+def test_data_of_earlier_versions_is_still_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    data = data_from(tmp_path, tmp_path / "a.txt")
+    old = {key: value for key, value in data.manifest.items() if key != "reading"}
+    (data.folder / "manifest.json").write_text(json.dumps(old))
+    again = data_from(tmp_path, tmp_path / "a.txt")
+    assert again.manifest == old and again.fingerprint == data.fingerprint
+    assert len(described(again)) == 5
+
+
+def test_known_fingerprints(dataset: Dataset, tmp_path: Path) -> None:
+    """As they were before reading was checked: ordinary text has to give the same data."""
+    assert dataset.fingerprint == "9e52854339d0e3619c3b19f55eb4dd790d2f3acfef88046830780cf3bbe98d8c"
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    assert data_from(tmp_path, tmp_path / "a.txt").fingerprint == KNOWN
+
+
+KNOWN = "b847d56ef670afe1d7753111e2171fc976583eb2e580b4a216e4c5250ad5bcf7"
