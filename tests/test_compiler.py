@@ -29,6 +29,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 def test_what_compiling_lacks_is_said(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Machines that lack one thing after another.
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     lacking = compiler.missing_for_compiling
     assert lacking("cpu") == "a C++ compiler"
@@ -77,6 +78,7 @@ def test_tuning_is_named_where_gcc_would_tune_for_no_processor(
     gcc.write_text(GCC.format(march=march, mtune=mtune))
     gcc.chmod(0o755)
     monkeypatch.setenv("CXX", str(gcc))
+    # A processor that this machine need not have.
     monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(compiler, "processor_flags", lambda: set(flags.split()))
     compiler.tuned_name.cache_clear()
@@ -90,10 +92,12 @@ def test_tuning_is_named_where_gcc_would_tune_for_no_processor(
 def test_inductor_is_told_the_tuning_unless_the_user_has_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The setting is inductor's own, which has no public name.
     from torch._inductor import config
 
     if not hasattr(config.cpp, "march"):
         pytest.skip("this torch has no such setting")
+    # A name that inductor does not choose itself.
     monkeypatch.setattr(compiler, "tuned_name", lambda: "icelake-server")
     with config.patch({"cpp.march": None}):
         compiler.set_tuning()

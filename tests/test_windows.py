@@ -78,6 +78,7 @@ def test_a_model_is_trained_without_posix_modules(tmp_path: Path) -> None:
 def test_a_lock_file_stands_for_a_folder_that_cannot_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As on Windows, which opens no folders.
     monkeypatch.setattr(files, "FOLDERS_OPEN", False)
     folder = tmp_path / "run"
     folder.mkdir()

@@ -163,6 +163,7 @@ def test_errors_of_opening_name_the_path(
         raise OSError(number, os.strerror(number), str(path))
 
     (tmp_path / "a.txt").write_text("A story.")
+    # Errors that a file system gives only when it fails.
     monkeypatch.setattr("storylab.files.open", refuse, raising=False)
     message = refusal(tmp_path, tmp_path / "a.txt")
     assert message.startswith(f"cannot read {tmp_path / 'a.txt'}: {os.strerror(number)}; ")
@@ -180,6 +181,7 @@ def test_a_folder_that_may_not_be_listed_is_named(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return list_folder(path)
 
+    # Root, who runs tests in containers, may list every folder.
     monkeypatch.setattr(Path, "iterdir", iterdir)
     assert f"cannot read {tmp_path / 'in/locked'}: Permission" in refusal(tmp_path, tmp_path / "in")
 
@@ -191,6 +193,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "a.txt").unlink()
         return gpt2_tokenizer()
 
+    # A step between the listing of the files and their reading.
     monkeypatch.setattr("storylab.data.prepare.gpt2_tokenizer", vanish)
     assert "No such file" in refusal(tmp_path, tmp_path / "a.txt")
 
@@ -213,6 +216,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "a.txt").write_text("A story.")
+    # A disk that is full shows it when data is flushed, at the latest.
     monkeypatch.setattr("storylab.data.shards.os.fsync", fail)
     assert "No space left on device" in refusal(tmp_path, tmp_path / "a.txt")
 
@@ -230,6 +234,7 @@ def test_a_hub_cache_that_cannot_be_read_names_the_ways_on(monkeypatch: pytest.M
     def refuse(*arguments: Any, **options: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", "/cache")
 
+    # The library raises this from within, where its cache cannot be read.
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(UserError, match=r"Permission denied.*three ways on"):
         download("a/b", "c.txt", "main", "dataset")

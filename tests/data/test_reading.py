@@ -46,8 +46,10 @@ def test_separators_across_blocks_and_text_without_any(
     stories = ["é" * n for n in range(1, 40)] + ["<|endof|>" * 3]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     for size in (1, 7, 64):
+        # Small blocks: a separator falls on every place of a border.
         monkeypatch.setattr("storylab.data.reading.READ_BYTES", size)
         assert stories_in(tmp_path / "a.txt") == stories
+    # A small limit: the real one takes 64 MB of text to reach.
     monkeypatch.setattr("storylab.data.reading.MAX_STORY_BYTES", 50)
     with pytest.raises(UserError, match="between stories"):
         stories_in(tmp_path / "a.txt")

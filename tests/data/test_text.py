@@ -90,6 +90,7 @@ def test_nul_is_no_text_in_any_format(tmp_path: Path) -> None:
 def test_a_long_text_of_nul_bytes_is_not_taken_for_one_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A small limit: the real one takes 64 MB of text to reach.
     monkeypatch.setattr("storylab.data.reading.MAX_STORY_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(("A story. " * 900).encode("utf-16-le"))
     assert "has NUL bytes" in refusal(tmp_path, tmp_path / "a.txt")
@@ -99,6 +100,7 @@ def test_a_long_text_of_nul_bytes_is_not_taken_for_one_story(
 def test_bad_bytes_are_named_by_file_and_place(
     tmp_path: Path, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Small blocks: the bad byte is in the first, at a border, or in a later one.
     monkeypatch.setattr("storylab.data.reading.READ_BYTES", 1000)
     good = b"\xef\xbb\xbf" + b"".join(b"St\xc3\xb8ry.<|endoftext|>\r\n" for _ in range(before))
     text = good + b"The caf\xe9 was open.<|endoftext|>More.<|endoftext|>"

@@ -100,6 +100,7 @@ def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
 
 
 def test_altered_gpt2_file_is_refused(tmp_path: Path) -> None:
+    # No public function gives the files that are altered here.
     from storylab.data.tokenizer import _gpt2_file
 
     for name in ("vocab.bpe", "encoder.json"):
@@ -128,6 +129,7 @@ def with_short_runs_cut(text: str) -> list[int]:
     """Ids of GPT-2 with runs of white space cut that are long for this test."""
     pattern = re.compile(tokenizers_here.HUGE_SPACE.pattern.replace("10000", "3"))
     with pytest.MonkeyPatch.context() as patch:
+        # Runs of 10,000 are too long for a reference to encode hundreds of times.
         patch.setattr(tokenizers_here, "HUGE_SPACE", pattern)
         patch.setattr(tokenizers_here, "MAX_SPACE", 3)
         ids = GPT2.encode_stories([text]).tolist()
@@ -211,6 +213,7 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.posix
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The trainer reads without end, so that the signal always finds it at work.
     monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
     started, given_up = threading.Event(), time.monotonic() + 600
 

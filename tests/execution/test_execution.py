@@ -118,6 +118,7 @@ def test_a_process_that_is_killed_is_told_from_one_that_fails(tiny_config: MakeC
 def test_a_process_that_cannot_start_its_work_names_its_last_line(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A job that the new process cannot read.
     monkeypatch.setattr(Job, "to_json", lambda job: "no JSON")
     outcome = LocalExecutor().run(Job("train", tiny_config()), print)
     assert outcome.status == "failed" and "the process ended with 1: json" in outcome.reason

@@ -10,6 +10,7 @@ def hugging_face_gpt2() -> Any:
     from tokenizers import Tokenizer as Other
     from tokenizers import models, pre_tokenizers
 
+    # No public function gives the two files, which both libraries must read.
     from storylab.data.tokenizer import _gpt2_file
 
     paths = [str(_gpt2_file(name, None)) for name in ("encoder.json", "vocab.bpe")]

@@ -78,6 +78,7 @@ def test_every_pattern_is_attention_under_its_mask(
     text: str, limit: int, time: int, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On every path of the CPU, in float64 from the mask's own words."""
+    # The limit chooses the path; short sequences would all take one.
     monkeypatch.setattr(attention, "MAX_MATMUL_ATTENTION_LENGTH", limit)
     (pattern,) = parse_attention(text)
     source = time + before
@@ -92,6 +93,7 @@ def test_every_pattern_is_attention_under_its_mask(
 
 
 def test_a_long_window_takes_the_path_of_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Short sequences would take the path of matrix products.
     monkeypatch.setattr(attention, "MAX_MATMUL_ATTENTION_LENGTH", 0)
     for window in (None, 20, 40):
         query, key, value = draw(48, 48)
@@ -101,12 +103,14 @@ def test_a_long_window_takes_the_path_of_the_flash_kernel(monkeypatch: pytest.Mo
 
 
 def flex_mask(time: int, window: int) -> BlockMask:
+    # The public function makes a mask on GPUs only; the mask itself can be read on a CPU.
     return attention._block_mask(time, Window(window), torch.device("cpu"))
 
 
 def test_windows_on_a_card_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and in evaluation, where FlexAttention can be compiled and takes the heads."""
     cpu, cuda, windows = torch.device("cpu"), torch.device("cuda"), (FULL, Window(64), Window(200))
+    # Its kernel needs a GPU; here the mask is just its arguments.
     monkeypatch.setattr(attention, "_block_mask", lambda time, pattern, device: (time, pattern))
     monkeypatch.setattr(attention, "missing_for_compiling", lambda device: None)
     assert attention.block_masks(windows, 128, cpu, 64) == [None] * 3
@@ -133,10 +137,10 @@ def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         ours, _ = torch.compile(block, backend=backend, fullgraph=True)(x, rotary, block_mask=mask)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     (graph,) = graphs
     names = " ".join(str(node.target) for node in graph.graph.nodes)
     assert "flex_attention" in names and "vmap" not in names

@@ -21,6 +21,7 @@ def test_head_loss_and_gradients_equal_plain_cross_entropy(
     count: int, cut: ChunkSizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a vocabulary that is padded, as on a GPU."""
+    # Small chunks, so that few tokens fill several; those of a GPU can be had on no CPU otherwise.
     monkeypatch.setattr(head, "chunk_sizes", lambda device: cut)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float()
@@ -77,6 +78,7 @@ def test_the_softmax_in_one_kernel_is_the_softmax(dtype: torch.dtype) -> None:
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # The public loss uses this kernel on GPUs only; it gives the same on a CPU.
         losses = head._losses_in_one_kernel(logits, targets, gradient=True)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 1e-6}

@@ -20,6 +20,7 @@ def test_gradients_of_every_option_are_those_without_redoing(
 ) -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
     redone = torch.autograd.grad(model(x, y), list(model.parameters()))
+    # A CPU always recomputes; only a GPU keeps the activations.
     monkeypatch.setattr("storylab.model.recompute.recomputes_activations", lambda x: False)
     kept = torch.autograd.grad(model(x, y), list(model.parameters()))
     for (name, _), one, other in zip(model.named_parameters(), redone, kept, strict=True):
@@ -34,7 +35,7 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     batch, time = 3, 16
     model, stream = Transformer(config, VOCAB), torch.randn(batch, time, config.n_embd)
     rotary = rope_cos_sin(config, torch.arange(time))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for block in model.blocks:  # the division of work that a compiler makes, without its code
         block.compile(backend="aot_eager_decomp_partition")
     kept: Counter[tuple[int, ...]] = Counter()
@@ -47,7 +48,7 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in model.blocks:
             stream, _ = block(stream, rotary)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     rows = batch * time
     products = [(rows, config.qkv_size), (rows, config.n_embd), (rows, 2 * config.n_hidden)]
     assert all(kept.pop(shape) == config.n_layer for shape in products)
@@ -61,10 +62,10 @@ def test_a_compiled_block_keeps_its_linear_layers_results_only() -> None:
 def test_gradients_of_compiled_blocks_are_those_of_plain_ones() -> None:
     model, x, y = with_options(), tokens(2, 9), tokens(2, 9, seed=1)
     plain = torch.autograd.grad(model(x, y), list(model.parameters()))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for block in model.blocks:
         block.compile(backend="aot_eager_decomp_partition")
     compiled = torch.autograd.grad(model(x, y), list(model.parameters()))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for one, other in zip(plain, compiled, strict=True):
         torch.testing.assert_close(one, other)

@@ -19,12 +19,15 @@ from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.execution.job import Outcome
 from storylab.model.cost import StepPart
+
+# _device_seconds times products on a GPU: its clock is replaced below, and no command reaches it on a CPU.
 from storylab.training.measure import Measured, _device_seconds
 
 
 def test_this_machine_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The shortest calibration: the numbers do not matter here.
     monkeypatch.setattr("storylab.cli.verbs.plan.CALIBRATION_SECONDS", 0.0)
     flags = "--gpu this --preset nano --batch_size 2 --block_size 16 --dtype nvfp4 --device cpu"
     assert main(["plan", *flags.split()]) == 0
@@ -91,6 +94,7 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
         def context(self) -> AbstractContextManager[None]:
             return nullcontext()
 
+    # Libraries of kernels need a GPU.
     monkeypatch.setattr("storylab.training.precision.resolve_backend", lambda *args: Library())
     flags = (
         "--preset nano --batch_size 2 --block_size 16 --device cpu --seconds 0.1 --vocab_size 300"
@@ -149,6 +153,7 @@ def test_a_bench_takes_small_micro_batches_on_a_cpu_unless_told(
     flags: list[str],
     expected: int,
 ) -> None:
+    # Nothing is measured: the heading alone is read.
     monkeypatch.setattr("storylab.planning.bench.bench_lines", lambda *args: [])
     assert main(["bench", "--preset", "nano", "--device", "cpu", *flags]) == 0
     assert f"{expected} x 128 tokens" in capsys.readouterr().out

@@ -42,9 +42,11 @@ def test_fused_passes_give_the_same_bits(
 ) -> None:
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    # torch has no public count of the graphs that it compiled.
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for x in list(conformance.tensors(128, 256))[:6]:
+        # FUSE_FROM is the size from which passes are fused: never, and always.
         monkeypatch.setattr(fusing, "FUSE_FROM", math.inf)
         eager = quantize(x)
         monkeypatch.setattr(fusing, "FUSE_FROM", 0)
@@ -58,7 +60,8 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     if missing_for_compiling("cpu") is not None:
         pytest.skip("nothing here compiles C++")
     monkeypatch.setattr(fusing, "FUSE_FROM", 0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    # torch has no public count of the graphs that it compiled.
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     x = torch.randn(64, 64, generator=generator(1)) * 1e-6
     forms = [dataclasses.replace(E4M3, max=float(2**power)) for power in range(10)]
@@ -66,6 +69,7 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         for quantize in (per_tensor, mxfp8):
             monkeypatch.setattr(fusing, "FUSE_FROM", 0)
             ours = quantize(x, form).operand
+            # FUSE_FROM is the size from which passes are fused: never, and always.
             monkeypatch.setattr(fusing, "FUSE_FROM", math.inf)
             assert torch.equal(ours, quantize(x, form).operand)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2 * 12
@@ -73,8 +77,10 @@ def test_many_kinds_of_passes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> torch.Tensor:
+        # The error that torch raises for a compiler that fails; it has no public name.
         raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no Python.h"), None)
 
+    # A compiler that fails, or is wrong, on every machine; tensors of any size are fused.
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
     monkeypatch.setattr(fusing, "FUSE_FROM", 0)
     doubled = fusing.fused(lambda x: 2 * x)
@@ -87,6 +93,7 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def miscompiled(values: torch.Tensor, form: str) -> torch.Tensor:
         return 2 * values + (form == "e5m2") * (values == 3.0)
 
+    # A compiler that fails, or is wrong, on every machine; tensors of any size are fused.
     monkeypatch.setattr(torch, "compile", lambda function, **_: miscompiled)
     monkeypatch.setattr(fusing, "FUSE_FROM", 0)
     calls: list[str] = []

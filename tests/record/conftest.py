@@ -57,7 +57,7 @@ def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """No figures: they are tested elsewhere."""
+    """No figures: they are tested elsewhere, take seconds, and no flag leaves them out."""
     patch = pytest.MonkeyPatch()
     patch.setattr(reporting, "_figures", lambda outcome: ())
     yield

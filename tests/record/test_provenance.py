@@ -69,6 +69,7 @@ def test_code_versions_that_give_equal_bits_are_one(
     assert "code: 2 versions (00000000" in confounds()
     now = load_run(b).environment.code_sha256
     table = {old: "middle", "middle": now}
+    # The real table has versions of the past only.
     monkeypatch.setattr(provenance, "EQUIVALENT_CODE", table)
     assert "code" not in confounds()
 

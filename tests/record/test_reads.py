@@ -20,6 +20,7 @@ def test_a_finished_experiment_reads_no_file_twice(
     """With one seed, the noise of the other one in the folder is read too."""
     file = place / "rates.toml"
     file.write_text(SMALL_EXPERIMENT.format(seeds=seeds))
+    # Drawing takes seconds and reads no file; no flag leaves figures out.
     monkeypatch.setattr(reporting, "_figures", lambda outcome: ())
     args = ["--runs", str(place / "runs"), "--data_dir", str(place / "data")]
     assert main(["experiment", "run", str(file), *args], Unused()) == 0

@@ -73,6 +73,7 @@ def test_the_last_checkpoint_is_written_once(
             saved.append((path.stem, state["next_iteration"]))
         save(path, tensors, state)
 
+    # A file that is written twice looks like one that is written once.
     monkeypatch.setattr(checkpoint, "save", counted)
     train(tiny_config(max_iters=8, eval_interval=4))
     assert saved == [("last", 0), ("last", 5), ("last", 9)]

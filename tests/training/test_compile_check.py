@@ -72,7 +72,7 @@ def miscompiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             return run
 
         def compile_blocks(model: Transformer) -> None:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             for block in model.blocks:
                 block.compile(backend=backend, dynamic=False)
 
@@ -179,6 +179,7 @@ def test_a_resumed_run_goes_on_without_a_compiler(
     miscompiling("none")
     run = train(tiny_config(compile=True, schedule="constant", warmup_iters=0))
     for module in ("training.setup", "training.resume"):
+        # The run is resumed on a machine without a compiler.
         monkeypatch.setattr(f"storylab.{module}.missing_for_compiling", lambda device: "a compiler")
     resume(run.folder, dataclasses.replace(run.read_config(), max_iters=9))
     assert run.read_config().compile is False
@@ -191,11 +192,12 @@ def test_a_failing_compiler_stops_nothing(
         raise RuntimeError("fatal error: Python.h: No such file")
 
     def compile_blocks(model: Transformer) -> None:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for block in model.blocks:
             block.compile(backend=broken)
 
     monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
+    # As a run that is long enough to be compiled.
     monkeypatch.setattr(setup, "resolve_compile", lambda config, precision: config.compile is None)
     run = train(tiny_config())
     assert run.read_config().compile is False and "Python.h" in run.read_environment().compile_fault
@@ -206,6 +208,7 @@ def test_compiled_code_alone_is_to_blame_for_what_is_finite_without(
 ) -> None:
     """Not the learning rate; and the run is no result: it has not diverged."""
     miscompiling("nan")
+    # Without the check before the first step: a fault that it does not see.
     monkeypatch.setattr(
         "storylab.training.train.with_proven_compiler", lambda setup, *_, **__: setup
     )
@@ -220,6 +223,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_compilers_fault(
 ) -> None:
     """It runs uncompiled."""
     miscompiling("none")
+    # The loss of a model this small stays finite.
     monkeypatch.setattr(evaluator, "estimate_loss", lambda *_: float("nan"))
     with pytest.raises(Diverged, match="loss is nan"):
         train(tiny_config(compile=True))

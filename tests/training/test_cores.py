@@ -138,10 +138,13 @@ def test_a_run_that_tries_all_ways_has_the_bits_of_one_that_tries_none(
     changes: dict[str, Any],
 ) -> None:
     plain = train(tiny_config(out_dir=tmp_path / "plain", max_iters=12, **changes))
+    # Every way is tried within a few iterations; a machine with other load would need minutes.
     monkeypatch.setattr(cores, "WINDOW_SECONDS", 0.0)
     monkeypatch.setattr(cores, "TRIAL_SECONDS", 0.0)
     monkeypatch.setattr(CoreUse, "crowded", True)
     seen: set[str] = set()
+    # Every tick counts as after a micro-batch, so that a way changes within a step, too; no public call
+    # does this.
     monkeypatch.setattr(
         CoreSharing, "tick", lambda self: (seen.add(self.way), CoreSharing._count(self))[0]
     )
@@ -179,6 +182,7 @@ def test_a_sum_that_is_cut_up_between_threads_is_noticed(
             self.model.norm.weight[0] += torch.get_num_threads() * 1e-6
         return result
 
+    # A sum whose bits depend on the number of threads, as a faulty kernel would give.
     monkeypatch.setattr(TrainState, "step", by_threads)
     before = [p.detach().clone() for p in learner.model.parameters()]
     assert not same_bits_with_one_thread(learner, 0, windows, 1e-3)
@@ -223,6 +227,7 @@ def test_waits_without_spinning_come_and_go(two_threads: None) -> None:
 def test_an_evaluation_uses_all_threads(two_threads: None) -> None:
     sharing = CoreSharing(True)
     for way, threads in ((SPINNING, 2), (SLEEPING, 2), (ONE_THREAD, 1)):
+        # By itself it would measure the machine first.
         sharing._go(way)
         assert torch.get_num_threads() == threads
         with sharing.all_threads():
@@ -235,6 +240,7 @@ def test_an_evaluation_uses_all_threads(two_threads: None) -> None:
 def test_short_work_is_considerate(
     monkeypatch: pytest.MonkeyPatch, two_threads: None, crowded: bool
 ) -> None:
+    # Whether other programs are at work is the machine's to say.
     monkeypatch.setattr(CoreUse, "crowded", crowded)
     assert isinstance(cores.considerate(torch.device("cpu")), SleepingWaits) == crowded
     assert not isinstance(cores.considerate(torch.device("cuda")), SleepingWaits)

@@ -96,6 +96,7 @@ def test_validation_loss_does_not_depend_on_the_batch_size(
     model, split = Transformer(TINY, VOCAB, seed=4), dataset.splits["validation"]
     losses = []
     for size in (64, 7, 1):
+        # No flag sets the size, which changes nothing but speed.
         monkeypatch.setattr("storylab.training.evaluation.EVAL_BATCH", size)
         losses.append(evaluate_split(model, split, 16, FLOAT32).loss)
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)

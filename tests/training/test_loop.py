@@ -42,6 +42,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     """As on CUDA: results are read when a line, an evaluation or a checkpoint is due."""
     config = {"max_iters": 11, "log_interval": 4, "eval_interval": 6}
     at_once = train(tiny_config(out_dir=tmp_path / "at-once", **config))
+    # A CPU never runs ahead.
     monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     ahead = train(tiny_config(out_dir=tmp_path / "ahead", **config))
     assert metrics(ahead) == metrics(at_once) and weights(ahead) == weights(at_once)
@@ -56,6 +57,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
 def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A CPU never runs ahead.
     monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     whole = training_step
 
@@ -65,6 +67,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
         return dataclasses.replace(result, loss=result.loss * math.nan) if late else result
 
     calls = itertools.count()
+    # One step that is not finite, at a known iteration.
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(Diverged, match="iteration 3"):
@@ -78,6 +81,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
+    # A CPU never runs ahead.
     monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     whole = training_step
 
@@ -93,6 +97,7 @@ def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
         raise NonFiniteError("gradient norm is nan at every float16 loss scale")
 
     calls = itertools.count()
+    # One step that is not finite, at a known iteration.
     monkeypatch.setattr("storylab.training.state.training_step", poisoned)
     config = tiny_config(max_iters=20, log_interval=10, eval_interval=20)
     with pytest.raises(Diverged, match="iteration 3"):
@@ -112,6 +117,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
         if which == "estimate_loss"
         else Evaluation(np.array([math.nan]), np.ones(1), np.zeros(1), 1)
     )
+    # Weights that are finite give a loss that is; only the evaluation is to fail.
     monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
     config = tiny_config()
     with pytest.raises(Diverged, match="loss is nan"):

@@ -74,6 +74,7 @@ def test_a_run_stopped_within_an_iteration_resumes_to_the_same_bits(
         original(self)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        # The signal comes at an exact place within an iteration.
         patch.setattr(run_progress.StopSignal, "check", check)
         train(tiny_config(out_dir=tmp_path / "stopped", **split))
     resumed = resume(tmp_path / "stopped")

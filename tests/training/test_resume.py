@@ -201,6 +201,7 @@ def test_resuming_needs_the_same_config_and_data(
 def test_a_run_goes_on_on_its_own_kind_of_device(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Also where this machine has a GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = tiny_config()
     with pytest.raises(Interrupted):

@@ -23,6 +23,7 @@ def test_another_story_may_come_before_the_prompt(tiny_config: MakeConfig) -> No
         return iter(())
 
     with pytest.MonkeyPatch.context() as patch:
+        # The prompt is seen where the model would read it.
         patch.setattr("storylab.training.sampling.generate", generated)
         writer.sample("<|endoftext|>One.<|endoftext|>Two ")
     end, encode = writer.tokenizer.end_of_text, writer.tokenizer.encode
@@ -50,6 +51,7 @@ def test_sampling_stops_at_the_end_of_text(tiny_config: MakeConfig) -> None:
     )
     columns = (torch.tensor(row) for row in rows)
     with pytest.MonkeyPatch.context() as patch:
+        # An untrained model would not end its stories at known places.
         patch.setattr("storylab.training.sampling.generate", lambda *a, **k: columns)
         stories = model.sample("", count=2)
     assert stories == [model.tokenizer.decode([5]), model.tokenizer.decode([7, 9])]

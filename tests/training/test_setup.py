@@ -45,6 +45,7 @@ def test_long_runs_are_compiled_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiler: bool, expected: bool
 ) -> None:
     missing = None if compiler else "a C++ compiler"
+    # Machines with and without a compiler.
     monkeypatch.setattr("storylab.training.setup.missing_for_compiling", lambda device: missing)
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
@@ -56,6 +57,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
 ) -> None:
     config = tiny_config(max_iters=0)
     with monkeypatch.context() as patch:
+        # A fault after the folder is made and before its config is written.
         patch.setattr("storylab.record.folder.current_stage", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)

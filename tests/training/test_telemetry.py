@@ -51,6 +51,7 @@ def test_power_and_energy_come_from_nvml(monkeypatch: pytest.MonkeyPatch, has_en
     nvml = FakeNvml(has_energy)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
     properties = SimpleNamespace(uuid="1234-abcd")
+    # As torch and the driver answer on a GPU; samples are taken quickly, so that the test is short.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr("storylab.training.telemetry.SAMPLE_SECONDS", 0.001)
     before = PowerTotals(samples=1, watts=100.0, percent=40.0, energy_joules=7.0)
