@@ -89,7 +89,7 @@ def test_tuning_is_named_where_gcc_would_tune_for_no_processor(
 
 
 @NEEDS_COMPILER
-def test_inductor_is_told_the_tuning_unless_the_user_has_chosen(
+def test_inductor_gets_the_tuning_unless_the_user_has_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The setting is inductor's own, which has no public name.

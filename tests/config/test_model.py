@@ -12,7 +12,7 @@ from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 
 
-def test_the_record_model_has_its_parameters() -> None:
+def test_the_model_of_the_original_log_has_its_parameters() -> None:
     assert ModelConfig().parameter_count(50257) == 112_934_400
 
 

@@ -24,7 +24,7 @@ def test_a_preset_is_named_for_its_parameter_count(name: str) -> None:
     assert preset.model.head_size == 64
 
 
-def test_the_defaults_are_the_record() -> None:
+def test_the_defaults_are_those_of_the_original_log() -> None:
     config = TrainConfig()
     assert config.tokens_per_iteration == 131_072
     assert (config.learning_rate, config.min_lr, config.warmup_iters) == (1e-4, 5e-5, 1000)

@@ -116,7 +116,7 @@ def test_no_damage_escapes_as_another_error(tmp_path: Path) -> None:
     assert refused > 200
 
 
-def test_checksums_of_parquet_pages_are_held_against_the_data(tmp_path: Path) -> None:
+def test_checksums_of_parquet_pages_are_checked(tmp_path: Path) -> None:
     table = pa.table({"text": ["A story of a cat and a dog."] * 3})
     path = tmp_path / "a.parquet"
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}

@@ -33,7 +33,7 @@ def parquet(first: int, count: int) -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of the record's data set, and V2's; V2's first answer breaks off."""
+    """Serves the files of the data set of the original log, and V2's; V2's first answer breaks off."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -107,7 +107,7 @@ def prepare(folder: Path, endpoint: str, *args: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
 
 
-def test_the_record_data_set_comes_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_the_data_set_of_the_original_log_comes_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
     result = prepare(tmp_path, endpoint)
     assert result.returncode == 0, result.stderr
@@ -122,7 +122,7 @@ def test_the_record_data_set_comes_from_the_hub(hub: Hub, tmp_path: Path) -> Non
     asked = len(hub.requests)
     again = prepare(tmp_path, endpoint)
     assert again.returncode == 0 and data.fingerprint in again.stdout
-    assert len(hub.requests) == asked  # all of it was at hand
+    assert len(hub.requests) == asked  # all of it was in the cache
 
 
 def test_a_file_that_the_hub_lacks_is_one_line(hub: Hub, tmp_path: Path) -> None:

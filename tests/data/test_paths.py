@@ -68,7 +68,7 @@ def test_a_point_is_the_current_folder() -> None:
 
 
 @pytest.mark.posix
-def test_folders_are_read_whole_and_what_is_skipped_is_told(tmp_path: Path) -> None:
+def test_folders_are_read_whole_and_skipped_files_are_named(tmp_path: Path) -> None:
     contents = {
         "in/B.TXT": "Two.",
         "in/a.txt": "One.",

@@ -1,4 +1,4 @@
-"""Stories are told apart by their separator, and another one is noticed."""
+"""Stories are separated by their marker, and another one is noticed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_marker_inside_a_row_is_text(tmp_path: Path, kind: str) -> None:
         ("", "59 blank lines"),
     ],
 )
-def test_a_text_without_the_separator_tells_what_it_has_instead(
+def test_a_text_without_the_separator_names_another_that_it_has(
     tmp_path: Path, separator: str, has: str
 ) -> None:
     stories = [f"My friend {n} found a kite. [He laughed.]" for n in range(60)]

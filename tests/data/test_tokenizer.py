@@ -84,7 +84,7 @@ def test_trained_vocabulary_encodes_as_its_trainer_would(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
-    """Nor the validation stories that stand in the training files as well."""
+    """Nor the validation stories that are in the training files as well."""
     train = list(builtin.stories(0, 0, 200))
     held_out = ["zyxwvut qqq zyxwvut"] * 500
     files = {"train": train + held_out, "validation": held_out}
@@ -185,7 +185,7 @@ def test_long_words_are_counted_in_pieces(tmp_path: Path) -> None:
 
 
 def plainly_trained(texts: list[str], size: int) -> tuple[bytes, ...]:
-    """The vocabulary of the `tokenizers` library alone, of texts in letters that stand for themselves."""
+    """The vocabulary of the `tokenizers` library alone, of texts in letters that are their own tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trainer = Tokenizer(models.BPE())

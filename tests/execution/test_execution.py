@@ -105,9 +105,9 @@ def test_whatever_goes_wrong_is_an_outcome(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_from_one_that_fails(tiny_config: MakeConfig) -> None:
+def test_a_killed_process_is_distinguished_from_a_failed_one(tiny_config: MakeConfig) -> None:
     def kill(event: Event) -> None:
-        # The worker leads a session of its own, so its parent is this process.
+        # The worker leads its own session, so its parent is this process.
         os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
 
     outcome = LocalExecutor().run(Job("train", tiny_config()), kill)

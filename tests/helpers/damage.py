@@ -86,7 +86,7 @@ def only_train(job: Job) -> Outcome:
     return perform_quietly(job) if job.action == "train" else Outcome("done")
 
 
-def told(capsys: pytest.CaptureFixture[str], args: list[str]) -> tuple[int, str]:
+def run_command(capsys: pytest.CaptureFixture[str], args: list[str]) -> tuple[int, str]:
     """Exit code and everything printed; standard error has at most one line that is the program's own."""
     with no_longer_than(900):
         code = main(args, InProcess(only_train))

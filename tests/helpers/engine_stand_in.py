@@ -42,7 +42,7 @@ def arguments_of(module: ast.Module, name: str) -> set[str]:
 
 
 class EmulatedEngine:
-    """Stands in for TransformerEngine: multiplies by our emulation and records what it is told."""
+    """Stands in for TransformerEngine: multiplies by our emulation and records its arguments."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.emulated = recipe

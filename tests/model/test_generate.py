@@ -51,7 +51,7 @@ def test_sampling_seed_and_greedy() -> None:
     assert run(temperature=0) == x[:, 3:].T.tolist()
 
 
-def test_weights_that_are_of_no_use_are_told_of() -> None:
+def test_weights_that_are_not_finite_are_refused() -> None:
     model = Transformer(SHAPES[0], VOCAB, seed=2)
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))

@@ -15,7 +15,7 @@ from storylab.optim.build import require_skipping, skip_where
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_a_step_that_is_not_finite_changes_nothing_on_the_device(optimizer: str) -> None:
-    """What CUDA relies on, on the CPU: the skip is part of the update."""
+    """CUDA relies on this, shown on the CPU: the skip is part of the update."""
     model, optimizers = new(optimizer=optimizer, weight_decay=0.3)
 
     def update(value: float, skip: bool) -> None:

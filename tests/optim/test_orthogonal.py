@@ -57,7 +57,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one(
     assert cosine.min() > 0.95
 
 
-def test_normuon_is_muon_with_rows_alike() -> None:
+def test_normuon_is_muon_with_rows_of_equal_norm() -> None:
     """Four updates, from gradients whose rows change in size, against Li et al. 2025, algorithm 1, in
     float64 for everything after the orthogonalization, with the norm of Muon's update."""
     generator = torch.Generator().manual_seed(0)
@@ -76,8 +76,8 @@ def test_normuon_is_muon_with_rows_alike() -> None:
         for part, mean in zip(ahead.split((6, 3)), squares.split((6, 3)), strict=True):
             update = orthogonalize(part.unsqueeze(0))[0].double()
             mean.mul_(0.95).add_(0.05 * update.square().mean(1, keepdim=True))
-            alike = update / mean.sqrt()
-            expected.append(alike * update.norm() / alike.norm())
+            scaled = update / mean.sqrt()
+            expected.append(scaled * update.norm() / scaled.norm())
         kept = optimizer.state[weight]["row_squares"].double()
         torch.testing.assert_close(kept, squares, rtol=0.01, atol=0)
         change = (before - weight.detach()).double()

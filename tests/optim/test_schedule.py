@@ -12,7 +12,7 @@ from storylab.optim.schedule import SCHEDULES, Schedule, learning_rate, telling_
 
 
 @pytest.mark.parametrize("iteration", [0, 100, 500, 999, 1000])
-def test_learning_rates_of_the_record(iteration: int) -> None:
+def test_learning_rates_of_the_original_log(iteration: int) -> None:
     assert learning_rate(TrainConfig(), iteration) == pytest.approx(iteration * 1e-7, rel=1e-12)
 
 
@@ -36,10 +36,10 @@ def test_other_schedules() -> None:
 
 def test_a_schedule_may_bend_by_a_field_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constant, then down in a line (Hu et al. 2024, arXiv 2404.06395): two courses that differ only behind
-    their bends are told apart by few iterations."""
+    few iterations distinguish their bends."""
 
     def left(progress: float, config: TrainConfig) -> float:
-        stable = 1 - config.average_share  # stands for the field
+        stable = 1 - config.average_share  # in place of the field
         return 1.0 if progress <= stable else (1 - progress) / (1 - stable)
 
     bending = Schedule(left, bends=lambda config: (1 - config.average_share,))
@@ -50,9 +50,9 @@ def test_a_schedule_may_bend_by_a_field_of_its_own(monkeypatch: pytest.MonkeyPat
     b = dataclasses.replace(a, average_share=0.0011)
     assert learning_rate(a, 99_910) == learning_rate(b, 50) == a.learning_rate
     assert learning_rate(a, 99_960) == pytest.approx(a.learning_rate / 2)
-    told = telling_iterations((a, b), a.iterations)
-    assert len(told) < 200
-    assert any(learning_rate(a, i) != learning_rate(b, i) for i in told)
+    chosen = telling_iterations((a, b), a.iterations)
+    assert len(chosen) < 200
+    assert any(learning_rate(a, i) != learning_rate(b, i) for i in chosen)
 
 
 def test_a_constant_schedule_never_reads_its_end() -> None:

@@ -106,7 +106,7 @@ def test_a_bench_does_not_take_apart_what_a_library_computes(
 
 
 def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a card whose clock stands still but for 3 ms a product; the host waits once for all of them."""
+    """On a card whose clock advances by 3 ms a product only; the host waits once for all of them."""
     done: list[None] = []
     waits = Mock()
 
@@ -147,7 +147,7 @@ def test_a_bench_that_is_stopped_says_so_in_one_line(number: int) -> None:
 
 
 @pytest.mark.parametrize(("flags", "expected"), [([], 8), (["--batch_size", "64"], 64)])
-def test_a_bench_takes_small_micro_batches_on_a_cpu_unless_told(
+def test_a_bench_takes_small_micro_batches_on_a_cpu_by_default(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],

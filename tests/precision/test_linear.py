@@ -109,7 +109,7 @@ def test_stochastic_rounding_is_of_seed_iteration_and_call() -> None:
     assert not torch.equal(gradient(3), gradient(3, calls=2))
 
 
-def test_weights_are_quantised_anew_when_they_have_changed() -> None:
+def test_weights_are_quantized_again_when_they_have_changed() -> None:
     quantized = layer(RECIPES["nvfp4"])
     x = torch.randn(32, 64, generator=generator(1))
     before = quantized(x)

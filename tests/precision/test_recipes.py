@@ -30,7 +30,7 @@ def test_the_last_share_of_blocks_stays_high() -> None:
 
 
 def test_share_of_the_work_in_low_precision() -> None:
-    """The record's model, by hand: FLOPs a token of one product, in millions."""
+    """The original log's model, by hand: FLOPs a token of one product, in millions."""
     model = ModelConfig()
     block = 2 * (768 * 768 * 2 + 2 * 768 * 192 + 3 * 768 * 2048) / 1e6
     head, attention = 2 * 768 * 50257 / 1e6, 12 * 4 * 768 * 64.5 / 1e6

@@ -18,7 +18,7 @@ from damage import (
     make_fifo,
     make_nonsense,
     no_longer_than,
-    told,
+    run_command,
 )
 from storylab.decode import convert, decode
 from storylab.errors import UserError
@@ -33,7 +33,7 @@ def test_what_is_whole_is_read_by_every_verb(
     whole: Place, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for args in whole.copy(tmp_path / "place").verbs():
-        code, text = told(capsys, args)
+        code, text = run_command(capsys, args)
         assert code == 0 and "damaged" not in text, args
 
 
@@ -58,7 +58,7 @@ def test_a_file_that_is_none_is_named(
     path.unlink()
     make(path)
     for args in place.verbs():
-        _, text = told(capsys, args)
+        _, text = run_command(capsys, args)
         if args[0] == "list" and (file, make) == ("metrics.jsonl", make_nonsense):
             continue  # of a run that has ended it reads the summary alone, and looks for the rest
         if file in RECORD and args[0] not in ("sample", "eval", "resume"):
@@ -87,7 +87,7 @@ def test_a_file_of_the_data_that_is_none_is_named(
     make(path)
     for args in place.verbs():
         if "--data_dir" in args:
-            code, text = told(capsys, args)
+            code, text = run_command(capsys, args)
             assert code == 2 and f"{place.data.name}/{file}" in text
 
 
@@ -102,14 +102,14 @@ def test_a_record_or_log_that_is_none_is_named(
     place = whole.copy(tmp_path / "place")
     runs = ["--runs", str(place.runs)]
     make(place.runs / "experiments" / "other.json")
-    code, text = told(capsys, ["experiment", "report", *runs])
+    code, text = run_command(capsys, ["experiment", "report", *runs])
     assert code == 0 and "other.json" in text and "## Experiment: Two rates" in text
-    code, text = told(capsys, ["watch", *runs])
+    code, text = run_command(capsys, ["watch", *runs])
     assert code == 0 and "other.json" in text and "4 of 4 runs done" in text
     log = place.runs / "report" / "EXPERIMENTS.md"
     log.unlink()
     make(log)
-    code, text = told(capsys, ["experiment", "report", *runs])
+    code, text = run_command(capsys, ["experiment", "report", *runs])
     assert code == 2 and "EXPERIMENTS.md" in text  # what may hold remarks is not written over
 
 
@@ -140,7 +140,7 @@ def test_what_the_system_refuses_is_named(
     for name in ("open", "stat", "lstat", "scandir", "listdir", "unlink"):
         refusing(name)
     for args in place.verbs():
-        code, text = told(capsys, args)
+        code, text = run_command(capsys, args)
         if args[:2] == ["experiment", "run"]:
             continue
         assert closed in text or place.folders[0].name in text, args
@@ -174,7 +174,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     ):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    os.mkfifo(tmp_path / ".a.json.tmp")  # would hold whoever opens it to write
+    os.mkfifo(tmp_path / ".a.json.tmp")  # opening it to write would wait for ever
     with no_longer_than(900), atomic_path(path) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from damage import (
     Place,
-    told,
+    run_command,
 )
 from storylab.decode import decode
 from storylab.errors import UserError
@@ -120,7 +120,7 @@ def test_any_value_may_be_missing_or_another(
     paths = {"record": place.record, "data/manifest.json": place.data / "manifest.json"}
     damage(data, paths.get(file, place.folders[0] / Path(file).name))
     for args in place.verbs() if file == "low/config.json" else place.verbs()[:-1]:
-        told(capsys, args)
+        run_command(capsys, args)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_any_byte_may_be_another(
         )
     path.write_bytes(content)
     for args in place.verbs()[2:-1]:
-        told(capsys, args)
+        run_command(capsys, args)
 
 
 @given(data=st.data())
@@ -150,7 +150,7 @@ def test_figures_of_any_rows_can_be_drawn(
 ) -> None:
     place = whole.copy(tmp_path / "place")
     damage(data, place.folders[0] / data.draw(st.sampled_from(["metrics.jsonl", "summary.json"])))
-    told(capsys, ["experiment", "report", "--runs", str(place.runs)])
+    run_command(capsys, ["experiment", "report", "--runs", str(place.runs)])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_rows_out_of_order_are_damage(whole: Place, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="iteration 2 where 3 should be"):
         load_run(folder)
-    # A last line that a kill has cut short is no damage; the same in the middle is.
+    # A last line that a kill has truncated is no damage; the same in the middle is.
     path.write_text(rows + '{"kind": "iter')
     assert load_run(folder).finished
     path.write_text('{"kind": "iter\n' + rows)
@@ -266,7 +266,7 @@ def test_a_damaged_record_says_where(
     place = whole.copy(tmp_path / "place")
     record = replaced(json.loads(place.record.read_text()), path, value)
     place.record.write_text(json.dumps(record))
-    code, text = told(capsys, ["experiment", "report", "--runs", str(place.runs)])
+    code, text = run_command(capsys, ["experiment", "report", "--runs", str(place.runs)])
     assert code == 0 and "rates.json is damaged" in text and fault in text
 
 
@@ -279,7 +279,7 @@ def test_a_swapped_optimizer_is_refused(
     (run / "summary.json").unlink()
     config = json.loads((run / "config.json").read_text()) | {"optimizer": "muon"}
     (run / "config.json").write_text(json.dumps(config))
-    code, text = told(capsys, ["resume", str(run), "--data_dir", str(place.data)])
+    code, text = run_command(capsys, ["resume", str(run), "--data_dir", str(place.data)])
     assert code == 2 and "optimizer" in text and "altered" in text
 
 

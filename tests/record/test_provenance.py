@@ -47,7 +47,7 @@ class Thing:
     assert bare_source(source.replace("= 3", "= 4")) != bare
 
 
-def test_what_only_tells_of_a_run_is_there() -> None:
+def test_modules_that_decide_no_numbers_exist() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
     root = Path(storylab.__file__).parent
     assert all((root / name).is_file() for name in NON_NUMERIC_MODULES)
@@ -74,7 +74,7 @@ def test_code_versions_that_give_equal_bits_are_one(
     assert "code" not in confounds()
 
 
-def test_a_representative_stands_for_itself() -> None:
+def test_a_code_version_represents_itself() -> None:
     assert representative("a", {}) == "a"
     assert representative("a", {"a": "b", "b": "c"}) == representative("c", {"a": "b"}) == "c"
     with pytest.raises(AssertionError, match="circle"):

@@ -60,8 +60,8 @@ class Wrong(torch.autograd.Function):
 
 @pytest.fixture
 def miscompiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let blocks be compiled by a compiler with one fault, which runs the operations as they are but for
-    it; torch itself decides when compiled code is used and when not."""
+    """Let blocks be compiled by a compiler with one fault, which otherwise runs the operations as they
+    are; torch itself decides when compiled code is used and when not."""
 
     def install(fault: str) -> None:
         def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

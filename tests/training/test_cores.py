@@ -1,4 +1,4 @@
-"""Training beside other programs: the fastest way to wait is found, and no way changes a bit."""
+"""Training while other programs run: the fastest way to wait is found, and no way changes a bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def two_threads() -> Iterator[None]:
 
 
 class Clock:
-    """A machine on which a step takes as long as the way of waiting says, in seconds of its own."""
+    """A machine on which a step takes as long as the way of waiting says, in its own seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
         self.now, self.seconds, self.others = 0.0, seconds, 0.0
@@ -92,15 +92,15 @@ def test_the_fastest_way_is_taken_while_the_machine_is_busy(
     expected: str,
 ) -> None:
     clock = Clock(monkeypatch, seconds)
-    told: list[str] = []
-    sharing = CoreSharing(True, lambda: proven, told.append)
+    lines: list[str] = []
+    sharing = CoreSharing(True, lambda: proven, lines.append)
     assert set(clock.train(sharing, 200)) == {SPINNING}  # nothing is tried on a quiet machine
     clock.others = 1.0
     clock.train(sharing, 300)
     ways = clock.train(sharing, 2000)
     assert ways.count(expected) / len(ways) > 0.6
     assert torch.get_num_threads() == (1 if sharing.way == ONE_THREAD else 2)
-    assert len(told) == (expected != SPINNING)
+    assert len(lines) == (expected != SPINNING)
     clock.others = 0.0
     clock.train(sharing, 100)
     assert set(clock.train(sharing, 200)) == {SPINNING}
@@ -227,7 +227,7 @@ def test_waits_without_spinning_come_and_go(two_threads: None) -> None:
 def test_an_evaluation_uses_all_threads(two_threads: None) -> None:
     sharing = CoreSharing(True)
     for way, threads in ((SPINNING, 2), (SLEEPING, 2), (ONE_THREAD, 1)):
-        # By itself it would measure the machine first.
+        # begin() would measure the machine before it chooses.
         sharing._go(way)
         assert torch.get_num_threads() == threads
         with sharing.all_threads():

@@ -113,7 +113,7 @@ def test_the_estimate_is_the_mean_over_the_fixed_windows(dataset: Dataset) -> No
     model, split = Transformer(TINY, VOCAB, seed=4), dataset.splits["train"]
     count = (len(split) - 1) // 16
     whole = evaluate_split(model, split, 16, FLOAT32).loss
-    # More windows than there are: all of them, so the two must agree but for the tail.
+    # More windows than there are: all of them, so the two must agree except for the tail.
     assert estimate_loss(model, split, 16, count, FLOAT32) == pytest.approx(whole, rel=1e-3)
 
 

@@ -29,8 +29,8 @@ def test_initial_loss_is_that_of_the_expected_logits() -> None:
     )
 
 
-def test_first_loss_of_the_record_on_real_stories(real_stories: Path, tmp_path: Path) -> None:
-    """The record's first line is 10.9652 on 131,072 tokens; a part of a batch is near enough."""
+def test_first_loss_of_the_original_log_on_real_stories(real_stories: Path, tmp_path: Path) -> None:
+    """The original log's first line is 10.9652 on 131,072 tokens; a part of a batch is near enough."""
     validation = (real_stories / "v1-validation-00000-of-00001.parquet",)
     data = prepare(PrepareConfig(train=validation, validation=validation, out=tmp_path / "data",
                                  keep_overlap=True))  # fmt: skip

@@ -13,7 +13,7 @@ from storylab.training import lines
 from storylab.training.lines import attention_lines
 
 
-def test_the_windows_in_effect_are_told() -> None:
+def test_the_windows_in_effect_are_printed() -> None:
     config = dataclasses.replace(ModelConfig(), n_layer=2, attention="window:64,full")
     assert (
         attention_lines(config, 32)[0] == "layer  1: window of 64, reads up to 32 of 32 positions"

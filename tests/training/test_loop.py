@@ -25,7 +25,9 @@ from storylab.training.step import NonFiniteError, training_step
 from storylab.training.train import train
 
 
-def test_divergence_is_told_and_the_weights_from_before_are_kept(tiny_config: MakeConfig) -> None:
+def test_divergence_is_reported_and_the_weights_from_before_are_kept(
+    tiny_config: MakeConfig,
+) -> None:
     config = tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)
     with pytest.raises(Diverged, match="learning_rate"):
         train(config)
@@ -54,7 +56,7 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
     assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
 
 
-def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
+def test_a_divergence_found_late_names_the_iteration_where_it_was(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A CPU never runs ahead.
@@ -80,7 +82,7 @@ def test_a_divergence_found_late_is_told_of_the_iteration_where_it_was(
 def test_what_is_under_way_at_a_fault_or_a_stop_is_written_down(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    """A fault that a stop finds among the unread, and one that float16 tells of before they are read."""
+    """A fault that a stop finds among the unread, and one that float16 raises before they are read."""
     # A CPU never runs ahead.
     monkeypatch.setattr(run_progress, "runs_ahead", lambda device: True)
     whole = training_step

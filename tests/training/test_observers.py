@@ -98,9 +98,9 @@ def test_observers_see_what_the_run_folder_keeps(tiny_config: MakeConfig) -> Non
 def test_a_failing_observer_is_dropped_with_one_line(tiny_config: MakeConfig, method: str) -> None:
     observer = Everything()
     run = train(tiny_config(max_iters=2), Failing(method), observer)
-    told = [line for line in observer.all("line") if "Failing" in line]
-    assert told == ["Failing failed and no longer watches: the server is away"]
-    assert told[0] in (run.folder / "log.txt").read_text().splitlines()
+    dropped = [line for line in observer.all("line") if "Failing" in line]
+    assert dropped == ["Failing failed and no longer watches: the server is away"]
+    assert dropped[0] in (run.folder / "log.txt").read_text().splitlines()
 
 
 def test_observers_see_the_end_of_a_run_that_diverges(tiny_config: MakeConfig) -> None:

@@ -226,18 +226,18 @@ def test_a_run_can_be_extended_where_its_schedule_permits(
     how = {"warmup_iters": 50} if schedule == "warm-up" else {"schedule": "constant"}
     short, long = (tiny_config(out_dir=tmp_path / str(n), max_iters=n, **how) for n in (8, 16))
     run = train(short)
-    told: list[str] = []
+    lines: list[str] = []
 
     class Listener(Observer):
         def line(self, text: str) -> None:
-            told.append(text)
+            lines.append(text)
 
     assert resume(short.out_dir, None, Listener()).folder == run.folder
-    assert "finished" in told[-1]
+    assert "finished" in lines[-1]
     extended = resume(
         short.out_dir, dataclasses.replace(run.read_config(), max_iters=16), Listener()
     )
-    assert any("8 -> 16" in text for text in told)
+    assert any("8 -> 16" in text for text in lines)
     assert weights(extended) == weights(train(long))
     assert extended.read_config().max_iters == 16
 

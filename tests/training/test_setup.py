@@ -77,15 +77,15 @@ def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize(("block", "unseen"), [(500, 411), (16, 7)])
-def test_a_run_tells_of_tokens_that_are_never_trained_on(
+def test_a_run_names_tokens_that_are_never_trained_on(
     tiny_config: MakeConfig, dataset: Dataset, block: int, unseen: int
 ) -> None:
     tokens = dataset.manifest["splits"]["train"]["tokens"]
     assert (tokens - 1) % block == unseen
     run = train(tiny_config(block_size=block, max_iters=1, batch_size=1))
     assert found(run).unseen_tokens == unseen
-    told = f"the last {unseen} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never"
-    assert (told in (run.folder / "log.txt").read_text()) == (unseen / tokens > 0.001)
+    line = f"the last {unseen} of {tokens:,} training tokens ({unseen / tokens:.1%}) are never"
+    assert (line in (run.folder / "log.txt").read_text()) == (unseen / tokens > 0.001)
 
 
 def test_a_folder_with_something_in_it_is_not_written_over(tiny_config: MakeConfig) -> None:
