@@ -165,7 +165,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
 def test_a_block_is_one_graph(model: ModelConfig) -> None:
-    """Compiled blocks have no graph break, and one graph serves every micro-batch of the first one's shape."""
+    """Compiled blocks have no graph break, and one graph serves all micro-batches of one shape."""
     network = Transformer(model, VOCAB)
     graphs: list[torch.fx.GraphModule] = []
 
