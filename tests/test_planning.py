@@ -31,7 +31,7 @@ from storylab.optim import OPTIMIZERS
 from storylab.optim.build import build_optimizers, skip_where
 from storylab.planning.bench import shares_line
 from storylab.planning.gpus import GPUS, Gpu, GpuName, known_gpu
-from storylab.planning.plan_text import can_run
+from storylab.planning.predict import can_run
 from storylab.planning.roofline import (
     Work,
     gains,
