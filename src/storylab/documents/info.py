@@ -18,7 +18,14 @@ class InfoDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
         about("every setting of the model, under the name of its flag, as in `config.json`"),
     ]
     head_size: Annotated[int, about("features of an attention head")]
-    windows: Annotated[list[str], about("the attention pattern of every layer, first to last")]
+    reach_tokens: Annotated[
+        list[int | None],
+        about(
+            "last positions that a token reads in each layer, first layer to last, its own "
+            "included; null: no limit",
+            "tokens",
+        ),
+    ]
     receptive_field_tokens: Annotated[
         int | None,
         about("positions that an output depends on through all layers; null: all", "tokens"),

@@ -55,7 +55,7 @@ def _document(preset: PresetName, model: ModelConfig, vocab_size: int) -> InfoDo
         preset=preset,
         model=dataclasses.asdict(model),
         head_size=model.head_size,
-        windows=[pattern.label for pattern in model.layer_patterns],
+        reach_tokens=[pattern.reach for pattern in model.layer_patterns],
         receptive_field_tokens=model.receptive_field,
         vocab_size=vocab_size,
         parameters=model.parameter_count(vocab_size),

@@ -110,8 +110,11 @@ def _print_run(command: PlanCommand) -> None:
     shape = run_shape(command.config, _vocab_size(command))
     print(head_line(shape))
     for plan in _run_plans(command):
-        here = isinstance(plan, MeasuredPlan)
-        print("", *([measured_line(plan)] if here else gpu_lines(plan, shape)), sep="\n")
+        if isinstance(plan, MeasuredPlan):
+            lines = [measured_line(plan)]
+        else:
+            lines = list(gpu_lines(plan, shape))
+        print("", *lines, sep="\n")
 
 
 def _arm_plans(command: PlanCommand, file: Path, experiment: Experiment) -> Iterator[GpuPrediction]:
