@@ -1,8 +1,9 @@
 """The documents that ``--json`` prints: one struct for each verb, one entry in :data:`DOCUMENTS`.
 
-The name in ``schema`` ends with a version. Within a version fields are added; none is removed, renamed,
-or given another type, unit or meaning. Numbers are in SI units, bytes and nats, named in the field.
-A reader ignores fields that it does not know. This package loads neither numpy nor torch.
+The name in ``schema`` ends with a version. Within a version fields are added, with a default; none is
+removed, renamed, or given another type, unit or meaning. Numbers are in SI units, bytes and nats, which
+the name of the field says. A reader ignores fields that it does not know. This package loads neither numpy
+nor torch.
 """
 
 from __future__ import annotations

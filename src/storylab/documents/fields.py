@@ -91,9 +91,14 @@ def _type_name(kind: msgspec.inspect.Type) -> str:
         case msgspec.inspect.UnionType():
             return " or ".join(map(_type_name, kind.types))
         case msgspec.inspect.ListType():
-            return f"list of {_type_name(kind.item_type)}"
+            return f"list of {_part_name(kind.item_type)}"
         case msgspec.inspect.DictType():
-            return f"object of {_type_name(kind.value_type)}"
+            return f"object of {_part_name(kind.value_type)}"
     if type(kind) not in _NAMES:
         raise TypeError(f"no document may hold a {kind}")
     return _NAMES[type(kind)]
+
+
+def _part_name(kind: msgspec.inspect.Type) -> str:
+    name = _type_name(kind)
+    return f"({name})" if isinstance(kind, msgspec.inspect.UnionType) else name

@@ -19,7 +19,8 @@ class ListedRun(Struct, frozen=True, kw_only=True):
     parameters: Annotated[int | None, about("trained parameters of the model")]
     tokens: Annotated[int | None, about("tokens trained on, repeated ones counted", "tokens")]
     validation_loss_nats_per_token: Annotated[
-        float | None, about("loss on the whole validation split", "nats per token")
+        float | None,
+        about("loss on the whole validation split of a finished run", "nats per token"),
     ]
     tokens_per_second: Annotated[
         float | None, about("speed of the median iteration", "tokens per second")

@@ -53,7 +53,7 @@ class Gain(Struct, frozen=True, kw_only=True):
 class SoftwarePrediction(Struct, frozen=True, kw_only=True):
     """Predicted time of the run with one kind of software."""
 
-    software: Annotated[str, about("the kind of software; the last is the limit of the card")]
+    software: Annotated[str, about("a value of `--software`, or `limit`: the limit of the card")]
     parts: Annotated[list[PartCost], about("the parts of a micro-batch, in the order of a step")]
     micro_batch_seconds: Annotated[float, about("all parts", "seconds")]
     tokens_per_second: Annotated[float, about("speed of training", "tokens per second")]
@@ -93,7 +93,7 @@ class ArmPrediction(Struct, frozen=True, kw_only=True):
 
     arm: Annotated[str, about("name of the arm")]
     condition: Annotated[str | None, about("the condition that it runs under; null without one")]
-    software: Annotated[str, about("the kind of software")]
+    software: Annotated[str, about("the value of `--software`")]
     obstacle: Annotated[str | None, about("why there is no prediction; null where there is one")]
     cost: Annotated[ArmCost | None, about("of one seed; null with an obstacle")]
 

@@ -12,6 +12,7 @@ from storylab.documents.plan import (
     SoftwarePrediction,
 )
 from storylab.experiments.factors import under
+from storylab.planning.predict import find_software
 from storylab.training.lines import duration
 
 # Names of matrix units and recipes in the text.
@@ -55,7 +56,10 @@ def gpu_lines(gpu: GpuPrediction, shape: RunShape) -> Iterator[str]:
 
 def _rows(kinds: Sequence[SoftwarePrediction]) -> Iterator[tuple[str, list[str]]]:
     """Rows of the table, each with a cell for every kind of software."""
-    yield "ms for a micro-batch (GFLOP, GB eager)", [kind.software for kind in kinds]
+    yield (
+        "ms for a micro-batch (GFLOP, GB eager)",
+        [find_software(kind.software).name for kind in kinds],
+    )
     for i, part in enumerate(kinds[0].parts):
         name = f"{part.name} ({part.flops / 1e9:,.0f}, {part.bytes / 1e9:.2f})"
         yield name, [f"{1e3 * kind.parts[i].seconds:.2f}" for kind in kinds]

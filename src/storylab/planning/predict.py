@@ -20,7 +20,7 @@ from storylab.documents.plan import (
 from storylab.model.cost import training_flops
 from storylab.planning.gpus import GPUS, Gpu
 from storylab.planning.roofline import gains, memory_bytes, micro_batch_seconds, micro_batch_work
-from storylab.planning.software import LIMIT, SOFTWARE, Software
+from storylab.planning.software import LIMIT, SOFTWARE, Software, SoftwareName
 from storylab.precision.backends import has_backend
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import Recipe, quantized_flops_fraction
@@ -30,8 +30,15 @@ if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment
     from storylab.training.measure import Measured
 
+# Name of the theoretical limit next to the kinds of software.
+LIMIT_NAME = "limit"
 # Recipes whose gain a plan shows.
 GAINS = ("fp8", "nvfp4")
+
+
+def find_software(name: str) -> Software:
+    """The kind of software that :data:`SOFTWARE` lists as ``name``, or the limit of the card."""
+    return LIMIT if name == LIMIT_NAME else SOFTWARE[name]
 
 
 def run_shape(config: TrainConfig, vocab_size: int) -> RunShape:
@@ -75,7 +82,7 @@ def predict_run(name: str, config: TrainConfig, vocab_size: int) -> GpuPredictio
 
 
 def predict_arms(
-    name: str, experiment: Experiment, vocab_size: int, software: Software
+    name: str, experiment: Experiment, vocab_size: int, software: SoftwareName
 ) -> GpuPrediction:
     """Every arm of an experiment on the GPU that :data:`GPUS` lists as ``name``."""
     gpu = GPUS[name]
@@ -111,7 +118,7 @@ def _run_prediction(gpu: Gpu, config: TrainConfig, vocab_size: int) -> RunPredic
     memory = memory_bytes(config, vocab_size)
     return RunPrediction(
         software=[
-            _with_software(gpu, config, vocab_size, kind) for kind in (*SOFTWARE.values(), LIMIT)
+            _with_software(gpu, config, vocab_size, name) for name in (*SOFTWARE, LIMIT_NAME)
         ],
         training_memory_bytes=memory,
         fits=memory < gpu.memory * 1e9,
@@ -119,9 +126,8 @@ def _run_prediction(gpu: Gpu, config: TrainConfig, vocab_size: int) -> RunPredic
     )
 
 
-def _with_software(
-    gpu: Gpu, config: TrainConfig, vocab_size: int, software: Software
-) -> SoftwarePrediction:
+def _with_software(gpu: Gpu, config: TrainConfig, vocab_size: int, name: str) -> SoftwarePrediction:
+    software = find_software(name)
     recipe = find_recipe(config.dtype, config.recipe)
     table = micro_batch_work(config, vocab_size, software, recipe)
     seconds = micro_batch_seconds(table, gpu, software)
@@ -129,7 +135,7 @@ def _with_software(
     flops = training_flops(config.model, vocab_size, config.block_size) * tokens
     whole = _run_seconds(config, seconds)
     return SoftwarePrediction(
-        software=software.name,
+        software=name,
         parts=[
             PartCost(
                 name=work.name,
@@ -146,10 +152,10 @@ def _with_software(
         training_seconds=whole,
         energy_joules=whole * gpu.watts,
         gains=[
-            _gain(gpu, config, vocab_size, software, name, wanted)
-            for name in GAINS
+            _gain(gpu, config, vocab_size, software, gain, wanted)
+            for gain in GAINS
             if config.dtype == "bfloat16"
-            and (wanted := find_recipe(name)) is not None
+            and (wanted := find_recipe(gain)) is not None
             and can_run(gpu, wanted)
         ],
     )
@@ -170,16 +176,16 @@ def _gain(
 
 
 def _arm_prediction(
-    arm: str, condition: str, config: TrainConfig, vocab_size: int, gpu: Gpu, software: Software
+    arm: str, condition: str, config: TrainConfig, vocab_size: int, gpu: Gpu, software: str
 ) -> ArmPrediction:
     """One seed of an arm; an empty condition means none."""
     reason = obstacle(gpu, config)
     return ArmPrediction(
         arm=arm,
         condition=condition or None,
-        software=software.name,
+        software=software,
         obstacle=reason,
-        cost=None if reason else _arm_cost(config, vocab_size, gpu, software),
+        cost=None if reason else _arm_cost(config, vocab_size, gpu, find_software(software)),
     )
 
 

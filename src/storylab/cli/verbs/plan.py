@@ -110,10 +110,7 @@ def _print_run(command: PlanCommand) -> None:
     shape = run_shape(command.config, _vocab_size(command))
     print(head_line(shape))
     for plan in _run_plans(command):
-        if isinstance(plan, MeasuredPlan):
-            lines = [measured_line(plan)]
-        else:
-            lines = list(gpu_lines(plan, shape))
+        lines = (measured_line(plan),) if isinstance(plan, MeasuredPlan) else gpu_lines(plan, shape)
         print("", *lines, sep="\n")
 
 
@@ -127,7 +124,7 @@ def _arm_plans(command: PlanCommand, file: Path, experiment: Experiment) -> Iter
             raise UserError(
                 f"for this machine: storylab experiment run {shlex.quote(str(file))} --dry_run"
             )
-        yield predict_arms(gpu, experiment, vocab_size, SOFTWARE[command.software])
+        yield predict_arms(gpu, experiment, vocab_size, command.software)
 
 
 def _print_experiment(command: PlanCommand, file: Path) -> None:
