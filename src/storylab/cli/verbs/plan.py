@@ -114,11 +114,12 @@ def _print_run(command: PlanCommand) -> None:
         print("", *lines, sep="\n")
 
 
-def _arm_plans(command: PlanCommand, file: Path, experiment: Experiment) -> Iterator[GpuPrediction]:
+def _arm_plans(
+    command: PlanCommand, file: Path, experiment: Experiment, vocab_size: int
+) -> Iterator[GpuPrediction]:
     """The plan of every arm on each GPU, in the order of the flags."""
     from storylab.planning.predict import predict_arms
 
-    vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
     for gpu in command.gpu:
         if gpu == "this":
             raise UserError(
@@ -132,8 +133,9 @@ def _print_experiment(command: PlanCommand, file: Path) -> None:
     from storylab.planning.plan_text import arm_line
 
     experiment = load_experiment(file, command.scale)
+    vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
     print(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
-    for plan in _arm_plans(command, file, experiment):
+    for plan in _arm_plans(command, file, experiment, vocab_size):
         print(f"\n{plan.name}, {SOFTWARE[command.software].name}, predicted:")
         for arm in plan.arms or ():
             print(arm_line(arm))
@@ -154,8 +156,9 @@ def _document(command: PlanCommand) -> PlanDocument:
             this_machine=next((plan for plan in plans if isinstance(plan, MeasuredPlan)), None),
         )
     experiment = load_experiment(command.file, command.scale)
+    vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
     return PlanDocument(
-        vocab_size=vocab_size_or(command.vocab_size, experiment.vocab_size),
+        vocab_size=vocab_size,
         run=None,
         experiment=ExperimentShape(
             file=str(command.file),
@@ -163,7 +166,7 @@ def _document(command: PlanCommand) -> PlanDocument:
             scale=experiment.scale or None,
             seeds=len(experiment.seeds),
         ),
-        gpus=list(_arm_plans(command, command.file, experiment)),
+        gpus=list(_arm_plans(command, command.file, experiment, vocab_size)),
         this_machine=None,
     )
 
