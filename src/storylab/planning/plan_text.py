@@ -1,7 +1,8 @@
-"""The text of a plan: the predicted cost of a run, part by part. This module does not load torch."""
+"""The text of a plan, from its values. This module does not load torch."""
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -24,48 +25,53 @@ GAINS = {"FP8": "fp8", "NVFP4": "nvfp4"}
 KINDS = (*SOFTWARE.values(), LIMIT)
 
 Row = tuple[str, list[str]]
+=======
+from collections.abc import Iterator, Sequence
+
+from storylab.documents.plan import (
+    ArmPrediction,
+    GpuPrediction,
+    MeasuredPlan,
+    RunShape,
+    SoftwarePrediction,
+)
+from storylab.experiments.factors import under
+from storylab.planning.predict import find_software
+from storylab.training.lines import duration
+
+# Names of matrix units and recipes in the text.
+NAMES = {"fp8": "FP8", "fp4": "FP4", "nvfp4": "NVFP4"}
+>>>>>>> s16-json
 
 
-def head_line(config: TrainConfig, vocab_size: int) -> str:
+def head_line(shape: RunShape) -> str:
     """The first line: model, precision, tokens and FLOPs of the run."""
-    tokens = config.total_tokens
-    flops = training_flops(config.model, vocab_size, config.block_size)
     return (
-        f"{config.preset}, {config.model.parameter_count(vocab_size):,} parameters, {config.dtype}: "
-        f"{tokens:,} tokens of {flops / 1e6:,.0f} MFLOP, {flops * tokens:.2g} FLOP in all"
+        f"{shape.preset}, {shape.parameters:,} parameters, {shape.dtype}: {shape.tokens:,} tokens of "
+        f"{shape.flops_per_token / 1e6:,.0f} MFLOP, {shape.flops:.2g} FLOP in all"
     )
 
 
-def can_run(gpu: Gpu, recipe: Recipe | None) -> bool:
-    """Whether a GPU can train by a recipe, and a backend has it."""
-    if recipe is None:
-        return True
-    return not recipe.missing_features(gpu.capability) and has_backend(recipe)
-
-
-def obstacle(gpu: Gpu, config: TrainConfig) -> str | None:
-    """Why there is no plan for a run on a GPU, or None."""
-    recipe = find_recipe(config.dtype, config.recipe)
-    if config.dtype == "float32":
-        return "float32 is not planned for: its products run on other units"
-    if config.backend == "emulated":
-        return "emulated: its time is no measure of hardware"
-    if recipe is not None and not has_backend(recipe):
-        return "no library computes this recipe: it can be emulated"
-    return None if can_run(gpu, recipe) else f"{gpu.name} cannot train in {config.dtype}"
-
-
-def gpu_lines(gpu: Gpu, config: TrainConfig, vocab_size: int) -> Iterator[str]:
+def gpu_lines(gpu: GpuPrediction, shape: RunShape) -> Iterator[str]:
     """The plan of a run on a GPU; everything in it is predicted."""
+<<<<<<< HEAD
     names = {"fp8": "FP8", "fp4": "FP4"}
     rates = [f"{rate:g} {names.get(unit, unit)}" for unit, rate in gpu.tflops.items()]
+=======
+    rates = [
+        f"{rate / 1e12:g} {NAMES.get(unit, unit)}"
+        for unit, rate in gpu.peak_flops_per_second.items()
+    ]
+>>>>>>> s16-json
     yield (
-        f"{gpu.name}: {', '.join(rates)} TFLOP/s, {gpu.bandwidth:g} TB/s, {gpu.memory:g} GB, "
-        f"{gpu.watts:g} W; everything below is predicted"
+        f"{gpu.name}: {', '.join(rates)} TFLOP/s, {gpu.bandwidth_bytes_per_second / 1e12:g} TB/s, "
+        f"{gpu.memory_bytes / 1e9:g} GB, {gpu.power_watts:g} W; everything below is predicted"
     )
-    if reason := obstacle(gpu, config):
-        yield f"  {reason}"
+    run = gpu.run
+    if run is None:
+        yield f"  {gpu.obstacle}"
         return
+<<<<<<< HEAD
     table = (_work_rows, _run_rows, _gain_rows)
     for name, cells in (row for rows in table for row in rows(gpu, config, vocab_size)):
         yield f"  {name:<62}" + "".join(f"{cell:>22}" for cell in cells)
@@ -113,10 +119,16 @@ def _gain_rows(gpu: Gpu, config: TrainConfig, vocab_size: int) -> Iterator[Row]:
 def _notes(gpu: Gpu, config: TrainConfig, vocab_size: int) -> Iterator[str]:
     """Lines under the table: the parts that low precision converts, windows of no use, memory."""
     if config.dtype == "bfloat16":
+=======
+    for name, cells in _rows(run.software):
+        yield f"  {name:<62}" + "".join(f"{cell:>22}" for cell in cells)
+    if shape.dtype == "bfloat16":
+>>>>>>> s16-json
         yield (
             "  converted: the linear layers of the blocks; head, attention and memory-bound work stay as "
             "before"
         )
+<<<<<<< HEAD
     if idle := idle_windows(config.model, config.block_size):
         yield f"  {idle}"
     memory = memory_bytes(config, vocab_size)
@@ -148,19 +160,65 @@ def measured_lines(measured: Measured, config: TrainConfig) -> Iterator[str]:
         f"this machine, from {measured.micro_batch:.3f} s measured for a micro-batch{update}: "
         f"{tokens / seconds:,.0f} tok/s, {format_duration(seconds)} for the whole run, evaluations left "
         f"out (predicted); {measured.memory / 1e9:.2f} GB (measured)"
+=======
+    if run.idle_windows:
+        yield f"  {run.idle_windows}"
+    room = "" if run.fits else ": more than the card has, take a smaller batch"
+    yield f"  memory about {run.training_memory_bytes / 1e9:.1f} GB{room}"
+
+
+def _rows(kinds: Sequence[SoftwarePrediction]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table, each with a cell for every kind of software."""
+    yield (
+        "ms for a micro-batch (GFLOP, GB eager)",
+        [find_software(kind.software).name for kind in kinds],
+>>>>>>> s16-json
+    )
+    for i, part in enumerate(kinds[0].parts):
+        name = f"{part.name} ({part.flops / 1e9:,.0f}, {part.bytes / 1e9:.2f})"
+        yield name, [f"{1e3 * kind.parts[i].seconds:.2f}" for kind in kinds]
+    yield "all", [f"{1e3 * kind.micro_batch_seconds:.2f}" for kind in kinds]
+    yield "tok/s", [f"{kind.tokens_per_second:,.0f}" for kind in kinds]
+    yield "of the bfloat16 peak", [f"{kind.bfloat16_peak_share:.0%}" for kind in kinds]
+    yield (
+        "the whole run, evaluations left out",
+        [duration(kind.training_seconds) for kind in kinds],
+    )
+    yield (
+        "energy at the rated power (an upper bound)",
+        [f"{kind.energy_joules / 3.6e6:.2f} kWh" for kind in kinds],
+    )
+    for i, gain in enumerate(kinds[0].gains):
+        name, share = NAMES[gain.recipe], gain.quantized_flops_share
+        found = [kind.gains[i] for kind in kinds]
+        yield (
+            f"{name} brings ({share:.0%} of FLOPs convert)",
+            [f"{each.speedup:.2f}x" for each in found],
+        )
+        yield (
+            f"{name} can bring at most (Amdahl)",
+            [f"{each.largest_speedup:.2f}x" for each in found],
+        )
+
+
+def measured_line(plan: MeasuredPlan) -> str:
+    """The plan of a run on this machine."""
+    update = plan.update_seconds
+    more = " and its update" if update is None else f" and {update:.3f} s for an update"
+    return (
+        f"this machine, from {plan.micro_batch_seconds:.3f} s measured for a micro-batch{more}: "
+        f"{plan.tokens_per_second:,.0f} tok/s, {duration(plan.training_seconds)} for the whole run, "
+        f"evaluations left out (predicted); {plan.peak_memory_bytes / 1e9:.2f} GB (measured)"
     )
 
 
-def arm_line(name: str, config: TrainConfig, vocab_size: int, gpu: Gpu, software: Software) -> str:
+def arm_line(arm: ArmPrediction) -> str:
     """The line of one arm of an experiment on a GPU, with one kind of software."""
-    recipe = find_recipe(config.dtype, config.recipe)
-    if reason := obstacle(gpu, config):
-        return f"  {name:<44} {reason}"
-    work = micro_batch_work(config, vocab_size, software, recipe)
-    seconds = micro_batch_seconds(work, gpu, software)
-    tokens = config.batch_size * config.block_size
-    memory = memory_bytes(config, vocab_size) / 1e9
+    name = under(arm.arm, arm.condition or "")
+    cost = arm.cost
+    if cost is None:
+        return f"  {name:<44} {arm.obstacle}"
     return (
-        f"  {name:<44} {tokens / seconds:>11,.0f} tok/s {_run_time(config, seconds):>14} a seed "
-        f"{memory:>6.1f} GB"
+        f"  {name:<44} {cost.tokens_per_second:>11,.0f} tok/s "
+        f"{duration(cost.training_seconds):>14} a seed {cost.training_memory_bytes / 1e9:>6.1f} GB"
     )

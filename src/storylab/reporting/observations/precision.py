@@ -12,7 +12,7 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats
 from storylab.planning.gpus import GPUS
-from storylab.planning.plan_text import can_run
+from storylab.planning.predict import can_run
 from storylab.planning.roofline import gains
 from storylab.planning.software import SOFTWARE
 from storylab.precision.edit import find_recipe
