@@ -81,66 +81,7 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     yield f"fastest: --dtype {best}"
     yield ""
     yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
-<<<<<<< HEAD
-    use = CoreUse()
-    for name in presets:
-        use.restart()
-        try:
-            speed = _training_speed(name, device, best)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
-            continue
-        whole = format_duration(RECORD_TOKENS / speed)
-        yield (
-            f"  {name:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take {whole}"
-            f"{other_programs(use)}"
-        )
-
-
-def _machine_lines(device: torch.device) -> Iterator[str]:
-    """Versions, CPU, memory, disk, compiler and CUDA devices."""
-    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    yield f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
-    memory = psutil.virtual_memory()
-    yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
-    yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
-    missing = missing_for_compiling(device.type)
-    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
-    if not torch.cuda.is_available():
-        yield "CUDA: no device, or a CPU build of torch"
-        return
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        yield (
-            f"cuda:{i}: {card.name}, {card.total_memory / 1e9:.1f} GB, "
-            f"compute capability {card.major}.{card.minor}"
-        )
-
-
-def _product_lines(device: torch.device) -> Generator[str, None, Dtype]:
-    """The speed of matrix products in each dtype; returns the fastest."""
-    use = CoreUse()
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-    rates: dict[Dtype, float] = {}
-    for dtype in dtypes:
-        try:
-            use.restart()
-            rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
-            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s{other_programs(use)}"
-        except (UserError, RuntimeError) as error:
-            yield f"  {dtype:<9} cannot run: {error}"
-    return max(rates, key=lambda dtype: rates[dtype])
-
-
-def other_programs(use: CoreUse) -> str:
-    """A remark on a speed that was measured while other programs ran; empty if none did."""
-    others = use.read().others
-    if others < SOME_CORES:
-        return ""
-    return f"  (other programs used {others:.1f} of {os.cpu_count()} cores: faster without them)"
-=======
     yield from map(_training_line, training_speeds(device, best, presets))
->>>>>>> s16-json
 
 
 def examine_precision(device_name: str) -> Iterator[str]:
@@ -284,7 +225,7 @@ def _training_line(training: TrainingSpeed) -> str:
         return f"  {training.preset:<5} cannot run: {training.fault}"
     return (
         f"  {training.preset:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take "
-        f"{duration(RECORD_TOKENS / speed)}{_other_programs(training.other_cores)}"
+        f"{format_duration(RECORD_TOKENS / speed)}{_other_programs(training.other_cores)}"
     )
 
 

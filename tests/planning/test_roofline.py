@@ -18,7 +18,7 @@ from storylab.model.transformer import Transformer
 from storylab.optim import OPTIMIZERS
 from storylab.optim.build import build_optimizers, skip_where
 from storylab.planning.gpus import GPUS, Gpu
-from storylab.planning.plan_text import can_run
+from storylab.planning.predict import can_run
 from storylab.planning.roofline import (
     Work,
     memory_bytes,

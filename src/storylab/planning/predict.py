@@ -24,7 +24,7 @@ from storylab.planning.software import LIMIT, SOFTWARE, Software, SoftwareName
 from storylab.precision.backends import has_backend
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import Recipe, quantized_flops_fraction
-from storylab.training.lines import idle_windows
+from storylab.training.log_format import idle_windows
 
 if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment

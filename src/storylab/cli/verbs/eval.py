@@ -46,16 +46,10 @@ class EvalCommand:
 def run(call: Call) -> int:
     """Evaluate a run's model on a split."""
     command = call.parse(EvalCommand)
-<<<<<<< HEAD
-    from storylab.cli.console import ConsoleReporter
-    from storylab.training.evaluation import evaluate_run
-    from storylab.training.log_format import windows_words
-=======
     if command.json:
         print_document(lambda: _document(command, _evaluated(command)))
         return 0
-    from storylab.training.lines import windows_words
->>>>>>> s16-json
+    from storylab.training.log_format import windows_words
 
     result = _evaluated(command)
     print(f"read in        {windows_words(result.block_size, command.aligned)}")
