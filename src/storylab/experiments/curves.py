@@ -74,7 +74,7 @@ def fit_power_law(iterations: Sequence[int], losses: Sequence[float]) -> PowerLa
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """What power laws say about the future of one run's curve, and how such a law did on its past."""
+    """The future of one run's curve by power laws, and how such a law did on its past."""
 
     end: int
     """The last iteration of the curve."""
@@ -106,8 +106,8 @@ class Extrapolation:
 def extrapolate(iterations: Sequence[int], losses: Sequence[float]) -> Extrapolation | None:
     """Fit power laws to a curve from several starts, and to its first half as a check.
 
-    The interval over seeds of a fitted number says nothing of whether the law holds. The spread over
-    starts and the error on the second half, which the check does not see, do.
+    An interval over seeds does not show whether the law holds. The spread over starts does, and so does
+    the error on the second half, which the fit of the first half has not seen.
 
     Args:
         iterations: the iterations of the evaluations after the warm-up, rising.

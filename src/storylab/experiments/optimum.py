@@ -1,8 +1,8 @@
-"""Where the best learning rate lies, as far as a grid of rates with common seeds can tell.
+"""Where the best learning rate is, as far as a grid of rates with common seeds can tell.
 
 Two answers, of which the first needs only that the loss has one valley over the rates. A bracket:
 the nearest rates on both sides of the best one that are shown to be worse than it. And, if five or
-more rates near the best one lie on a parabola over log(rate), an interval around its lowest point.
+more rates near the best one fit a parabola over log(rate), an interval around its lowest point.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRID = 401
 
 @dataclass(frozen=True)
 class Bracket:
-    """The rates between which the optimum lies, if the loss has one valley over the rates."""
+    """The rates between which the optimum is, if the loss has one valley over the rates."""
 
     best: float
     """The rate with the lowest mean loss."""
@@ -40,7 +40,7 @@ class Bracket:
     high: float | None
     """The next rate above that is shown to be worse or diverged, or None."""
     level: tuple[float, ...]
-    """Rates inside the bracket, other than the best, that are not told apart from it."""
+    """Rates inside the bracket, other than the best, that are not resolved from it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def bracket(rates: Sequence[float], losses: np.ndarray) -> Bracket:
             trained in every seed.
 
     Each rate is tested against the best one on its side of 5 % divided by the number of tests, so a
-    wrong end of the bracket has a chance of at most 5 %. With one seed nothing is told apart.
+    wrong end of the bracket has a chance of at most 5 %. With one seed nothing is resolved.
     """
     order = np.argsort(rates, kind="stable")
     x, y = np.asarray(rates, float)[order], np.asarray(losses, float)[:, order]
@@ -142,7 +142,7 @@ def _lack_of_fit(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _flat_part(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[float, float] | None:
-    """The part of the range where the slope of a polynomial is not told from zero over the seeds;
+    """The part of the range where the slope of a polynomial may be zero, over the seeds;
     None unless it falls before that part and rises after it."""
     middle = x.mean()
     grid = np.linspace(x[0], x[-1], GRID)

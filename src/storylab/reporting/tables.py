@@ -33,7 +33,7 @@ def rounded(value: float | None) -> float | None:
 
 def time_and_loss_front(outcome: Outcome) -> list[list[tuple[CellResult, float, float]]]:
     """The arms that none is shown to beat in both training seconds and final loss, cheapest first,
-    with the means of both over the seeds that all arms have; arms that are not told apart are one
+    with the means of both over the seeds that all arms have; arms that are not distinguished are one
     group. Empty if the arms have no seed in common."""
     cells = [cell for cell in outcome.cells if cell.arm.finished]
     arms = [cell.arm for cell in cells]

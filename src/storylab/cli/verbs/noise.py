@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseCommand:
-    """Measure how much the final loss changes with the seed alone. A smaller difference proves nothing.
+    """Measure how much the final loss changes with the seed alone, and what pairs of seeds could see.
 
     Given a run, this noise floor comes from runs of the same recipe with other seeds in the same
-    folder. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
+    folder, and the spread of differences paired by seed from recipes of that folder that differ in one
+    factor. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
     compare` finds the floor by itself.
 
     Examples: storylab noise runs/nano-7df279b362-s1337 | storylab noise mine.toml --seeds 8
@@ -68,14 +69,14 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
 
 
 def _print_noise(condition: str, result: Run) -> None:
-    """Print the standard deviation over the seeds of a run's config, and the smallest detectable
-    differences.
+    """Print the standard deviation over the seeds of a run's config, and the smallest
+    differences that pairs of seeds could see.
 
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.noise import noise_of, other_seeds
-    from storylab.experiments.statistics import detectable_difference, deviation_interval
+    from storylab.experiments.noise import noise_of, other_seeds, paired_spreads, seen_by_pairs
+    from storylab.experiments.statistics import deviation_interval
 
     runs, problems = other_seeds(result)
     for problem in problems:
@@ -94,9 +95,8 @@ def _print_noise(condition: str, result: Run) -> None:
         f"{floor.standard_deviation:.4f} nats (95 % CI {low:.4f} to {high:.4f}; "
         f"{floor.seeds} seeds)"
     )
-    spread = 2**0.5 * floor.standard_deviation
-    for pairs in (3, 5, 10):
-        print(f"  {pairs} pairs of seeds could see {detectable_difference(spread, pairs):.4f}")
+    for line in seen_by_pairs(floor, paired_spreads(runs)):
+        print(line)
 
 
 VERB = Verb(

@@ -74,7 +74,7 @@ def _unresolved(arms: Sequence[Arm]) -> str:
     # Most harm first, as in the order that is printed.
     groups = [[arms[i].name for i in reversed(group)] for group in order_of(losses).unresolved]
     if not groups:
-        return " Each is told apart from the next."
+        return " Each is resolved from the next."
     told = "; ".join(" and ".join(names) for names in reversed(groups))
     return f" Order not resolved between {told}."
 

@@ -58,7 +58,7 @@ def _of_grid(grid: Sequence[CellResult], where: str) -> Iterable[str]:
 
 
 def _best(rates: Sequence[float], losses: np.ndarray, where: str) -> str:
-    """The rate with the lowest loss, and where the optimum lies as far as the seeds show it."""
+    """The rate with the lowest loss, and where the optimum is, as far as the seeds show it."""
     found = bracket(rates, losses)
     seeds = len(losses)
     text = (
@@ -67,18 +67,16 @@ def _best(rates: Sequence[float], losses: np.ndarray, where: str) -> str:
     )
     if found.level:
         told = ", ".join(f"{rate:g}" for rate in found.level)
-        text += f", not told apart from {told}"
+        text += f", not resolved from {told}"
     low = "below the grid" if found.low is None else f"{found.low:g}"
     high = "above the grid" if found.high is None else f"{found.high:g}"
     if found.low is None and found.high is None:
-        text += (
-            ". No peak tried is shown to be worse, so the optimum may lie on either side of them"
-        )
+        text += ". No peak tried is shown to be worse, so the optimum may be on either side of them"
     elif found.low is None or found.high is None:
         side = f"below {high}" if found.low is None else f"above {low}"
-        text += f". The optimum lies {side}; it may be outside the peaks tried"
+        text += f". The optimum is {side}; it may be outside the peaks tried"
     else:
-        text += f". The optimum lies between {low} and {high}"
+        text += f". The optimum is between {low} and {high}"
     text += ", if the loss has one valley (95 %, paired by seed). " if seeds > 1 else ". "
     fitted = fit_optimum(rates, losses)
     if isinstance(fitted, str):
