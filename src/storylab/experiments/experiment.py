@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig, at_most
 from storylab.data.prepare import PrepareConfig
@@ -18,6 +19,8 @@ METRICS = {
     "plateau_iteration": "predicted iteration from which a doubling brings less than 0.01 nats",
 }
 MOST_SEEDS = 10_000
+Variance = Literal["moderated", "own", "pooled"]
+Stage = Literal["search", "confirm"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Experiment:
     conditions: tuple[str, ...]
     matched: tuple[str, ...]
     seeds: tuple[int, ...]
+    looks: tuple[int, ...]
+    """Numbers of seeds at which verdicts are made, increasing."""
+    variance: Variance
+    """How the noise of an arm's difference is estimated: ``moderated`` by the other arms, its ``own``
+    alone, or ``pooled`` over all arms."""
+    stage: Stage
     margin: float | None
     expectations: tuple[Expectation, ...]
     data: PrepareConfig

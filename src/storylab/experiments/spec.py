@@ -12,24 +12,33 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from storylab.config import (
     FIELDS,
     TrainConfig,
+    at_most,
     check_seed,
     without_removed,
 )
 from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
-from storylab.experiments.experiment import METRICS, Cell, Expectation, Experiment
+from storylab.experiments.experiment import (
+    METRICS,
+    MOST_SEEDS,
+    Cell,
+    Expectation,
+    Experiment,
+    Variance,
+)
 from storylab.experiments.factors import (
     allowed_fields,
     changed_fields,
     factor_fields,
     unexplained,
 )
+from storylab.experiments.looks import DEFAULT_LOOKS
 from storylab.experiments.matching import equally_compiled, matched_cells
 from storylab.experiments.tables import (
     as_flags,
@@ -45,9 +54,13 @@ from storylab.files import read_text
 from storylab.flags import default_for, parse, perhaps
 
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
-SCALED = ("config", "data", "arms", "conditions", "baseline", "seeds", "margin", "note", "expect")
+SCALED = (
+    *("config", "data", "arms", "conditions", "baseline", "seeds", "looks", "variance", "margin"),
+    *("note", "expect"),
+)
 KEYS = {*TEXTS, "factor", "scales", *SCALED}
-DEFAULT_SEEDS = (1337, 1338, 1339)
+FIRST_SEED = 1337
+MOST_LOOKS = 20
 ONLY_CONDITION = ""
 
 
@@ -130,7 +143,10 @@ class _Reader:
             arms=tuple(arms),
             conditions=tuple(conditions),
             matched=matched,
-            seeds=_seeds(table),
+            seeds=(seeds := _seeds(table)),
+            looks=_looks(table, len(seeds)),
+            variance=_variance(table),
+            stage="search",
             margin=_margin(table),
             expectations=tuple(_expectations(table, arms, conditions, baseline)),
             data=self.data,
@@ -244,7 +260,9 @@ def _expectations(
 
 
 def _seeds(table: dict[str, Any]) -> tuple[int, ...]:
-    seeds = get_typed(table, "seeds", list, list(DEFAULT_SEEDS))
+    """The seeds; by default as many as the first look needs."""
+    looks = _looks(table, None)
+    seeds = get_typed(table, "seeds", list, list(range(FIRST_SEED, FIRST_SEED + looks[0])))
     if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
         raise UserError("seeds must be a list of whole numbers, such as [1337, 1338, 1339]")
     if len(set(seeds)) != len(seeds):
@@ -252,6 +270,27 @@ def _seeds(table: dict[str, Any]) -> tuple[int, ...]:
     for seed in seeds:
         check_seed("seed", seed)
     return tuple(seeds)
+
+
+def _looks(table: dict[str, Any], seeds: int | None) -> tuple[int, ...]:
+    """The planned looks; by default 3, 5 and 8 seeds, or the one at all ``seeds`` if a file lists
+    another number."""
+    default = DEFAULT_LOOKS if seeds is None or seeds in DEFAULT_LOOKS else (seeds,)
+    looks = get_typed(table, "looks", list, list(default))
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in looks)
+    if not looks or not whole or looks != sorted(set(looks)) or looks[0] < 1:
+        raise UserError("looks must be a list of growing numbers of seeds, such as [3, 5, 8]")
+    at_most(MOST_SEEDS, "looks", looks[-1])
+    if len(looks) > MOST_LOOKS:
+        raise UserError(f"looks has {len(looks)} numbers: it can have {MOST_LOOKS}")
+    return tuple(looks)
+
+
+def _variance(table: dict[str, Any]) -> Variance:
+    variance = get_typed(table, "variance", str, "moderated")
+    if variance not in (known := get_args(Variance)):
+        raise UserError(f"there is no variance '{variance}': use {listed(known)}")
+    return cast("Variance", variance)
 
 
 def _margin(table: dict[str, Any]) -> float | None:

@@ -247,6 +247,46 @@ class CellRecord(Struct, frozen=True, kw_only=True):
     runs: dict[str, str]
 
 
+class Registration(Struct, frozen=True, kw_only=True):
+    """The plan of an experiment as it was before the first run of it: what a verdict may rest on."""
+
+    sha256: str
+    """Of ``plan`` as canonical JSON."""
+    time: str
+    runs_finished: Count
+    """Runs of the experiment that had finished by then, trained for another one, say."""
+    plan: dict[str, Any]
+
+
+class Amendment(Struct, frozen=True, kw_only=True):
+    """A later change of a registered plan."""
+
+    time: str
+    what: str
+    """Key of the plan."""
+    before: Any
+    after: Any
+    runs_finished: Count
+    runs_planned: Count
+
+
+class LookTaken(Struct, frozen=True, kw_only=True):
+    """Verdicts that somebody was shown."""
+
+    time: str
+    seeds: Count
+    """Seeds that every arm not yet settled had by then."""
+    settled: list[str]
+    """Arms, with their condition, whose verdict stands from this look on."""
+
+
+class Opening(Struct, frozen=True, kw_only=True):
+    """Losses on the test split that somebody was shown."""
+
+    time: str
+    seeds: Count
+
+
 class ExperimentRecord(Struct, frozen=True, kw_only=True):
     """``experiments/LABEL.json``: the runs that make up an experiment."""
 
@@ -267,3 +307,11 @@ class ExperimentRecord(Struct, frozen=True, kw_only=True):
     margin: Margin | None
     expectations: list[ExpectationRecord]
     cells: list[CellRecord]
+    looks: list[Count] = []
+    """Numbers of seeds at which verdicts are planned; empty in records of before plans were registered."""
+    variance: Literal["moderated", "own", "pooled"] = "moderated"
+    stage: Literal["search", "confirm"] = "search"
+    registered: Registration | None = None
+    amendments: list[Amendment] = []
+    looks_taken: list[LookTaken] = []
+    openings: list[Opening] = []
