@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import interpolate, optimize
 
+from storylab.experiments import measures
+from storylab.experiments.comparison import Arm
 from storylab.experiments.curves import HORIZON, extrapolate, fit_power_law
 from storylab.experiments.optimum import FittedOptimum, bracket, fit_optimum
 from storylab.experiments.order import front_of, order_of
+from storylab.reporting.observations.length import length_observations
+from storylab.reporting.observations.precision import unresolved_neighbors
+from storylab.reporting.observations.size import size_observations
 
 Valley = Callable[[np.ndarray], np.ndarray]
 # Final losses of a model of a million parameters at peaks three times apart.
@@ -198,3 +206,81 @@ def test_the_front_holds_the_arms_that_none_is_shown_to_beat() -> None:
     assert front_of(costs, losses) == [[0], [2, 3]]
     # With one seed nothing is shown.
     assert front_of(costs[:, :1], losses[:, :1]) == [[0, 1, 2, 3]]
+
+
+# Measures and sentences
+
+
+def curve_of(losses: Callable[[int], float], seed: int = 1, final: float = 2.0) -> Any:
+    """A finished run of 400 iterations, evaluated every 20, with nothing else than its losses."""
+    points = [
+        SimpleNamespace(iteration=i, val_loss=losses(i), train_loss=losses(i) - 0.1)
+        for i in range(20, 401, 20)
+    ]
+    return SimpleNamespace(
+        seeds=(seed, seed),
+        config=SimpleNamespace(warmup_iters=10, max_iters=400),
+        evaluations=points,
+        results=SimpleNamespace(epochs=0.5, training_seconds=1.0),
+        parameters=1000,
+        loss=final,
+        finished=True,
+    )
+
+
+def cell_of(name: str, runs: list[Any]) -> Any:
+    return SimpleNamespace(name=name, arm=Arm(name, tuple(runs)))
+
+
+def law_of(times: float) -> Callable[[int], float]:
+    """A power law whose doublings bring less than 0.01 nats from so many times 400 iterations on."""
+    scale = 0.01 * (times * 400) ** 0.5 / (1 - 2**-0.5)
+    return lambda i: 1.0 + scale * i**-0.5
+
+
+def test_a_plateau_is_measured_on_a_log_scale_over_every_seed() -> None:
+    near, far, beyond = (curve_of(law_of(times), int(times)) for times in (3, 12, 40))
+    plateau = measures.MEASURES["plateau_iteration"]
+    nothing: Any = None
+    value, low, high = plateau(cell_of("a", [near, far]), nothing)
+    assert value == pytest.approx(400 * math.sqrt(3 * 12), rel=0.02)
+    assert low is not None and high is not None and low < value < high
+    assert low * high == pytest.approx(value**2, rel=0.1)
+    # A seed that predicts none is not left out: then nothing is predicted.
+    short = dataclasses.replace(cell_of("a", [near]).arm, runs=(near, curve_of(lambda i: 2.0)))
+    for runs in ([near, beyond], list(short.runs), []):
+        assert plateau(cell_of("a", runs), nothing) == (None, None, None)
+
+
+def test_the_length_of_training_is_told_with_the_error_on_the_second_half() -> None:
+    def decayed(i: int) -> float:
+        return law_of(12)(i) - 0.1 * max(0, i / 400 - 0.5)
+
+    outcome: Any = SimpleNamespace(cells=[cell_of("a", [curve_of(decayed, s) for s in (1, 2)])])
+    (text,) = length_observations(outcome)
+    measured = decayed(200) - decayed(400)
+    assert f"and {measured:.3f} were measured: off by -0.05" in text
+    assert "is not predicted: beyond 20 times the run" in text and "by fits that begin at" in text
+    outcome.cells = [cell_of("a", [curve_of(law_of(12), s) for s in (1, 2)])]
+    (text,) = length_observations(outcome)
+    assert "A plateau (a doubling brings less than 0.01 nats) is predicted, at iteration" in text
+    assert "off by +0.000" in text or "off by -0.000" in text
+
+
+def test_sizes_and_harm_name_what_the_seeds_do_not_resolve() -> None:
+    losses = {"1m": [3.50, 3.41, 3.62], "6m": [3.16, 3.07, 3.26], "10m": [3.17, 3.06, 3.265]}
+    cells = [
+        cell_of(name, [curve_of(law_of(3), seed, loss) for seed, loss in enumerate(of_arm)])
+        for name, of_arm in losses.items()
+    ]
+    outcome: Any = SimpleNamespace(conditions=("",), cells=cells, arms=lambda _: cells)
+    front, best = size_observations(outcome)
+    assert "(not resolved between them)" in front
+    assert "Lowest loss: 6m (3.163) or 10m (3.165) (not resolved between them)" in best
+    assert best.endswith("Over 3 common seeds.")
+    # Only the seeds that all arms have count.
+    cells[0] = cell_of("1m", [*cells[0].arm.runs[:2], curve_of(law_of(3), 9, 1.0)])
+    front, best = size_observations(outcome)
+    assert "Over 2 common seeds." in best and "1.0" not in best.split("parameters")[0]
+    text = unresolved_neighbors([cell.arm for cell in outcome.cells])
+    assert text == " Order not resolved between 10m and 6m."

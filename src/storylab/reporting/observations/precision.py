@@ -45,7 +45,7 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
     known.sort(key=lambda entry: -entry[1].estimate)
     told = "; ".join(f"{c.arm} {nats(r.estimate)} ({c.verdict})" for c, r in known)
     text = f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
-    yield text + _unresolved([cells[condition, c.arm].arm for c, _ in known])
+    yield text + unresolved_neighbors([cells[condition, c.arm].arm for c, _ in known])
     margin = known[0][0].margin
     if margin is None:
         return
@@ -64,7 +64,7 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
         yield f"No arm is shown to be equivalent within {margin:g} nats{under('', condition)}."
 
 
-def _unresolved(arms: Sequence[Arm]) -> str:
+def unresolved_neighbors(arms: Sequence[Arm]) -> str:
     """Which neighbors in the order of harm the common seeds do not tell apart."""
     losses = common_values(arms, final_loss)
     if len(arms) < 2:

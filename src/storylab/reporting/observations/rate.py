@@ -82,6 +82,6 @@ def _best(rates: Sequence[float], losses: np.ndarray, where: str) -> str:
     if isinstance(fitted, str):
         return f"{text}No closer interval is given: {fitted}."
     return (
-        f"{text}A parabola over log(rate) has its lowest point at {fitted.rate:.2g} "
-        f"(95 % CI {fitted.low:.2g} to {fitted.high:.2g}, if the valley is smooth)."
+        f"{text}A parabola over log(rate) has its lowest point at {fitted.rate:.3g} "
+        f"(95 % CI {fitted.low:.3g} to {fitted.high:.3g}, if the valley is smooth)."
     )
