@@ -136,11 +136,13 @@ def seen_by_pairs(floor: Noise, spreads: list[PairedSpread]) -> list[str]:
         spread = float(np.median(deviations))
         correlations = [s.correlation for s in spreads if math.isfinite(s.correlation)]
         middle = f"{float(np.median(correlations)):.2f}" if correlations else "unknown"
+        several = len(spreads) > 1
+        span = f" (median; {min(deviations):.4f} to {max(deviations):.4f})" if several else ""
         low, high = min(s.seeds for s in spreads), max(s.seeds for s in spreads)
         lines = [
             f"paired differences to {plural(len(spreads), 'like recipe')} in the folder: standard "
-            f"deviation {spread:.4f} nats (median; {min(deviations):.4f} to {max(deviations):.4f}), "
-            f"correlation of the losses over seeds {middle} (median), "
+            f"deviation {spread:.4f} nats{span}, "
+            f"correlation of the losses over seeds {middle}, "
             f"{low if low == high else f'{low} to {high}'} common seeds each"
         ]
     else:
