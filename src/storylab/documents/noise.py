@@ -35,6 +35,17 @@ class NoiseFloor(Struct, frozen=True, kw_only=True):
     ]
     high_nats_per_token: Annotated[float, about("its upper end", "nats per token")]
     level: Annotated[float, about("confidence of the interval, such as 0.95")]
+    like_recipes: Annotated[
+        int, about("recipes in the folder that differ in one factor and share three seeds or more")
+    ]
+    paired_standard_deviation_nats_per_token: Annotated[
+        float,
+        about(
+            "of a paired difference: the median over like recipes; without any, an upper bound from the "
+            "noise of this recipe",
+            "nats per token",
+        ),
+    ]
     detectable: Annotated[list[Detectable], about("the power of a few numbers of pairs")]
     left_out: Annotated[list[str], about("faults of runs that could not be read, one line each")]
 

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseCommand:
-    """Measure how much the final loss changes with the seed alone. A smaller difference proves nothing.
+    """Measure how much the final loss changes with the seed alone, and what pairs of seeds could see.
 
     Given a run, this noise floor comes from runs of the same recipe with other seeds in the same
-    folder. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
+    folder, and the spread of differences paired by seed from recipes of that folder that differ in one
+    factor. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
     compare` finds the floor by itself.
 
     Examples: storylab noise runs/nano-7df279b362-s1337 | storylab noise mine.toml --seeds 8
@@ -49,15 +50,19 @@ def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
     if command.json:
-        print_document(lambda: NoiseDocument(floors=list(_floors(command, call.executor))))
+        print_document(
+            lambda: NoiseDocument(floors=[floor for floor, _ in _floors(command, call.executor)])
+        )
         return 0
-    for floor in _floors(command, call.executor):
+    for floor, sight in _floors(command, call.executor):
         _print_floor(floor)
+        print("\n".join(sight))
     return 0
 
 
-def _floors(command: NoiseCommand, executor: Executor) -> Iterator[NoiseFloor]:
-    """The seed noise of the run, or of the baseline under every condition of the file."""
+def _floors(command: NoiseCommand, executor: Executor) -> Iterator[tuple[NoiseFloor, list[str]]]:
+    """The seed noise of the run, or of the baseline under every condition of the file; see
+    :func:`_measured`."""
     from storylab.record.run import load_run
 
     if command.target.suffix != ".toml":
@@ -80,13 +85,21 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
     return list({run.cell.condition: run for run in planned}.values())
 
 
-def _measured(condition: str, result: Run) -> NoiseFloor:
-    """The standard deviation over the seeds of a run's config, and the smallest detectable differences.
+def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
+    """The standard deviation over the seeds of a run's config with the smallest detectable differences, and
+    lines on the latter.
 
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.noise import noise_of, other_seeds
+    from storylab.experiments.noise import (
+        PLANNED_PAIRS,
+        noise_of,
+        other_seeds,
+        paired_spreads,
+        seen_by_pairs,
+        typical_spread,
+    )
     from storylab.experiments.statistics import LEVEL, detectable_difference, deviation_interval
 
     runs, problems = other_seeds(result)
@@ -99,8 +112,9 @@ def _measured(condition: str, result: Run) -> NoiseFloor:
             "`storylab noise FILE --seeds 5`"
         )
     low, high = deviation_interval(floor.standard_deviation, floor.seeds)
-    spread = 2**0.5 * floor.standard_deviation
-    return NoiseFloor(
+    spreads = paired_spreads(runs)
+    spread = typical_spread(floor, spreads)
+    document = NoiseFloor(
         condition=condition or None,
         run=str(result.folder),
         preset=result.config.preset,
@@ -110,12 +124,15 @@ def _measured(condition: str, result: Run) -> NoiseFloor:
         low_nats_per_token=low,
         high_nats_per_token=high,
         level=LEVEL,
+        like_recipes=len(spreads),
+        paired_standard_deviation_nats_per_token=spread,
         detectable=[
             Detectable(pairs=pairs, difference_nats_per_token=detectable_difference(spread, pairs))
-            for pairs in (3, 5, 10)
+            for pairs in PLANNED_PAIRS
         ],
         left_out=problems,
     )
+    return document, seen_by_pairs(floor, spreads)
 
 
 def _print_floor(floor: NoiseFloor) -> None:
@@ -127,8 +144,6 @@ def _print_floor(floor: NoiseFloor) -> None:
         f"{floor.standard_deviation_nats_per_token:.4f} nats ({100 * floor.level:g} % CI "
         f"{floor.low_nats_per_token:.4f} to {floor.high_nats_per_token:.4f}; {floor.seeds} seeds)"
     )
-    for row in floor.detectable:
-        print(f"  {row.pairs} pairs of seeds could see {row.difference_nats_per_token:.4f}")
 
 
 VERB = Verb(
