@@ -23,7 +23,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import SMALL_EXPERIMENT, TINY
+from samples import SMALL_EXPERIMENT, TINY
 from storylab.cli import main
 from storylab.cli.documents import print_document
 from storylab.cli.registry import all_verbs
@@ -40,7 +40,7 @@ from storylab.planning.software import LIMIT, SOFTWARE
 from storylab.precision.recipes import PRODUCTS, RECIPES
 from storylab.record.run import load_run
 from storylab.training.evaluation import Evaluation
-from storylab.training.precision import Precision
+from storylab.training.precision import ComputePolicy
 from storylab.training.train import train
 
 PAGE = Path(__file__).parents[1] / "docs/guide/json.md"
@@ -247,7 +247,7 @@ def test_plan_of_this_machine(
 def test_doctor_reports_speeds_and_faults(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rate(rows: int, inner: int, columns: int, precision: Precision) -> float:
+    def rate(rows: int, inner: int, columns: int, precision: ComputePolicy) -> float:
         if precision.dtype == torch.float16:
             raise RuntimeError("no float16 here")
         return 3e9 if precision.dtype == torch.bfloat16 else 1e9

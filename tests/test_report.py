@@ -17,7 +17,8 @@ from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import plan_runs, write_record
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.recording import write_record
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
 from storylab.record.run import Run
