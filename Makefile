@@ -45,7 +45,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv \
 	  $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
 
-# What the low-precision tests are held against; their own requirements are for GPUs.
+# The low-precision tests compare with these; their own requirements are for GPUs.
 ORACLES = torchao transformer-engine
 
 define install

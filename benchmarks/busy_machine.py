@@ -1,9 +1,9 @@
-"""Training beside other work on the same cores: tokens a second under each way of waiting.
+"""Train while other programs use the same cores: tokens a second under each way of waiting.
 
     python benchmarks/busy_machine.py [--preset nano] [--seconds 6] [--repeats 3] [--load 0 2]
 
 Threads of torch's OpenMP library wait for each other many thousand times in a step. While they spin at
-full speed, the one that they wait for may have no core. Every row of the table is a process of its own,
+full speed, the one that they wait for may have no core. Every row of the table is a separate process,
 and the rows take turns, so that a machine that changes its pace does so for all of them.
 """
 
@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BURN = "while True: sum(range(10000))"
-# One measurement, in a process of its own. The first seconds, in which storylab tries what is faster, do
+# One measurement, in a separate process. The first seconds, in which storylab tries what is faster, do
 # not count: runs take hours.
 MEASURE = """
 import dataclasses, json, sys, time, torch

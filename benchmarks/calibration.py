@@ -18,8 +18,7 @@ import numpy as np
 from msgspec import structs
 
 from storylab.experiments.compare import compare_arms
-from storylab.experiments.comparison import BETTER, WORSE, Arm, Noise
-from storylab.experiments.noise import noise_of
+from storylab.experiments.comparison import BETTER, WORSE, Arm
 from storylab.experiments.outcome import experiment_records, load_outcome
 from storylab.experiments.statistics import (
     ALPHA,
@@ -42,28 +41,32 @@ def with_seed(run: Run, seed: int) -> Run:
     return dataclasses.replace(run, config=config, environment=environment)
 
 
-def false_positives(runs: list[Run], size: int, paired: bool, rng: np.random.Generator) -> float:
+def false_positives(
+    runs: list[Run], size: int, paired: bool, rng: np.random.Generator, draws: int = DRAWS
+) -> float:
     """Share of comparisons between two arms of the same recipe that name a winner."""
     wrong = 0
-    for _ in range(DRAWS):
+    for _ in range(draws):
         chosen = [runs[i] for i in rng.permutation(len(runs))[: 2 * size]]
         if paired:
             chosen = [with_seed(run, i % size) for i, run in enumerate(chosen)]
         a, b = Arm("a", tuple(chosen[:size])), Arm("b", tuple(chosen[size:]))
         wrong += compare_arms(a, b, frozenset()).verdict in FOUND
-    return wrong / DRAWS
+    return wrong / draws
 
 
-def false_positives_of_one_pair(runs: list[Run], floor: int, rng: np.random.Generator) -> float:
-    """The same for one pair of runs, with a noise floor from ``floor`` other seeds."""
+def false_positives_of_one_run(
+    runs: list[Run], baselines: int, rng: np.random.Generator, draws: int = DRAWS
+) -> float:
+    """The same for an arm of one run, against a baseline of several runs of which one has its seed:
+    as `storylab compare` and the report do it."""
     wrong = 0
-    for _ in range(DRAWS):
-        chosen = [runs[i] for i in rng.permutation(len(runs))[: 2 + floor]]
-        a, b = (with_seed(run, 0) for run in chosen[:2])
-        noise: Noise | None = noise_of(chosen[2:])
-        comparison = compare_arms(Arm("a", (a,)), Arm("b", (b,)), frozenset(), noise=noise)
-        wrong += comparison.verdict in FOUND
-    return wrong / DRAWS
+    for _ in range(draws):
+        chosen = [runs[i] for i in rng.permutation(len(runs))[: 1 + baselines]]
+        baseline = Arm("b", tuple(with_seed(run, i) for i, run in enumerate(chosen[1:])))
+        arm = Arm("a", (with_seed(chosen[0], 0),))
+        wrong += compare_arms(arm, baseline, frozenset()).verdict in FOUND
+    return wrong / draws
 
 
 def found(differences: list[float], size: int, rng: np.random.Generator) -> float:
@@ -97,8 +100,9 @@ def main() -> None:
         for paired in (True, False):
             share = false_positives(base, size, paired, rng)
             print(f"  {size} runs an arm, {'paired' if paired else 'unpaired'}: {share:.1%}")
-    share = false_positives_of_one_pair(base, 5, rng)
-    print(f"  one pair, noise floor of 5 other seeds: {share:.1%}")
+    for baselines in (2, 3, 5):
+        share = false_positives_of_one_run(base, baselines, rng)
+        print(f"  1 run, against {baselines} of the baseline: {share:.1%}")
     apart = 0
     for a, b in zip(base[:half], base[half:], strict=False):
         stories = story_interval(a.story_losses[:, 0], b.story_losses[:, 0], a.story_losses[:, 1])

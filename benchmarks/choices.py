@@ -7,7 +7,7 @@ key/value heads of 64, whole or in a window of 64, in bfloat16 under autocast, f
 "model" is the whole model at 32 or 8 x 128 tokens, redoing elementwise work in the backward pass (lean)
 or keeping everything for it, or with the blocks' matrices in bfloat16 before it begins: the most that
 casting weights once an iteration rather than once a micro-batch could bring. Every alternative runs in a
-process of its own, in turns (A B C C B A ...); reported are medians over processes, and peak memory.
+separate process, in turns (A B C C B A ...); reported are medians over processes, and peak memory.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ from storylab.precision.rounding import round_nearest
 
 
 class OracleMissingError(Exception):
-    """The package to hold against is not installed."""
+    """The package to compare with is not installed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How many values of ours were held against an oracle's, and how many are not the same."""
+    """How many of our values were compared with an oracle's, and how many differ."""
 
     what: str
     oracle: str
@@ -242,8 +242,8 @@ def float8_of_torchao(by_row: bool) -> Row:
 
 
 def products(name: str, quantize: Callable[[Tensor], Quantized]) -> Row:
-    """Elements of a product that lie beyond float32's rounding of the float64 one: K sums, each as
-    exact as the order of adding allows. Also whether the bfloat16 units change it at all."""
+    """Count the elements of a product that differ from the float64 one by more than float32's rounding of
+    K sums, in any order of adding. Also check whether the bfloat16 units change it at all."""
     a, b = (quantize(torch.randn(512, 4096, generator=generator(i))) for i in (1, 2))
     exact = a.operand.double() @ b.operand.double().T * a.scale.double() * b.scale.double()
     ours = product(a, b)
@@ -274,7 +274,7 @@ CASES: dict[str, Callable[[], Row]] = {
 
 def main() -> None:
     """Print the table."""
-    print("| ours | held against | values | mismatches | |")
+    print("| ours | compared with | values | mismatches | |")
     print("| --- | --- | --- | --- | --- |")
     for name, case in CASES.items():
         try:

@@ -1,12 +1,12 @@
-"""What storylab has to prove on a GPU, and how fast it is there, in one call of some ten minutes.
+"""Prove storylab on a GPU and measure its speed there, in one call of some ten minutes.
 
     python gpu_check.py --out DIR            from the repository's root, on the machine with the card
     python gpu_check.py --out DIR --device cpu --preset nano      to see that the script itself works
 
-Each step is a process of its own with a limit of its own; what it finds is appended to DIR/results.jsonl
-as soon as it is known, so a step that dies or is cut off takes nothing with it. The steps stand in the
-order of their worth; when --seconds are over, the rest is named and left. DIR/summary.txt is what is
-printed last, DIR/log.txt all output. Nothing is written elsewhere than to DIR and to --work.
+Each step is a separate process with its own time limit. Its findings are appended to DIR/results.jsonl as
+soon as they are known, so a step that fails or is cut off loses none. The steps run in the order of their
+worth; when --seconds are over, the rest is named and left out. DIR/summary.txt holds the last lines that
+are printed, DIR/log.txt all output. Files are written to DIR and to --work only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROOT = Path.cwd()
 
 
 class Here:
-    """What every step is told."""
+    """The arguments and the surroundings of every step."""
 
     def __init__(self, args):
         self.args = args
@@ -46,7 +46,7 @@ class Here:
         self.cuda = args.device.startswith("cuda")
         self.preset = args.preset
         self.step = args.step
-        # The record's micro-batch; on a CPU something that takes no time.
+        # The micro-batch of the original log; on a CPU something that takes no time.
         self.sequences = 64 if self.cuda else 2
         self.block = 128 if self.cuda else 32
         self.accumulate = 16 if self.cuda else 2
@@ -86,7 +86,7 @@ class Here:
             print(f"-- {self.step}/{name}: {time.perf_counter() - begin:.1f} s", flush=True)
 
     def config(self, method="record", **changes):
-        """The record's run on this device."""
+        """The run of the original log on this device."""
         from storylab.config import preset_config
 
         config = preset_config(self.preset, method)
@@ -234,7 +234,7 @@ def free(*_):
 
 
 def environment(here):
-    """What this machine and its software are, and the two ceilings."""
+    """This machine, its software, and the two ceilings."""
     import platform
 
     import torch
@@ -409,7 +409,7 @@ def correct(here):
             rows = {"bfloat16": (low, False), "float32": (wide, False), "compiled": (low, True)}
             if (
                 kind != "record"
-            ):  # compiling takes long; other steps hold compiled losses beside these
+            ):  # compiling takes long; other steps compare compiled losses with these
                 del rows["compiled"]
             if not here.cuda:
                 rows = {"bfloat16": (low, False)}
@@ -514,7 +514,7 @@ class Quiet:
 
 
 def real_run(here, compiled, **changes):
-    """The record's configuration through ``train()`` itself."""
+    """The original log's configuration through ``train()`` itself."""
     from storylab.training import evaluator, train
 
     times = defaultdict(list)
@@ -568,7 +568,7 @@ def train_compiled(here):
 
 
 def compile_proof(here):
-    """What the check of compiled code before the first step costs and finds."""
+    """Cost and findings of the check of compiled code before the first step."""
     from storylab.training.compile_check import check_compiled
 
     presets = ("nano", here.preset) if here.cuda else ("nano",)
@@ -598,7 +598,7 @@ def compile_proof(here):
 
 
 def deterministic(here):
-    """What asking for deterministic kernels costs where flash attention has several blocks."""
+    """Cost of deterministic kernels where flash attention has several blocks."""
     import torch
 
     block = 512 if here.cuda else 64
@@ -632,7 +632,7 @@ def deterministic(here):
 
 
 def hidden_run(here):
-    """One small run in a process of its own, for :func:`bits`; told what by the environment."""
+    """One small run in a separate process, for :func:`bits`; the environment says which."""
     from storylab.errors import Interrupted
     from storylab.record import checkpoint
     from storylab.record.schema import IterationRow
@@ -843,7 +843,7 @@ KERNELS = (
 )
 
 
-# Marks that the profiler shows on the card beside the kernels within them.
+# Marks that the profiler shows on the card next to the kernels within them.
 ANNOTATION = re.compile(
     r"Optimizer\.|ProfilerStep|## |Torch-Compiled|Compiled|LinearCross|autograd::|Pregraph"
 )
@@ -1158,7 +1158,7 @@ def low_precision(here):
 
 
 def plain_llama(config, vocab, device):
-    """The record's model as anyone would write it, for a comparison: whole, plain, no tricks."""
+    """The original log's model as anyone would write it, for a comparison: whole and plain."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -1437,7 +1437,7 @@ def small_models(here):
 
 def own_tests(here):
     """The project's own tests of this path, under this machine's torch and Python."""
-    files = ["tests/test_cuda.py", "tests/test_attention.py", "tests/test_model.py"]
+    files = ["tests/test_cuda.py", "tests/model"]
     if not here.cuda:
         files = files[:1]
     done = subprocess.run(
@@ -1554,10 +1554,10 @@ def prepared(args):
             print(done.stdout[-500:], done.stderr[-1500:], flush=True)
             shutil.rmtree(data, ignore_errors=True)
     manifest = data / "manifest.json"
-    told = json.loads(manifest.read_text()) if manifest.exists() else {}
+    known = json.loads(manifest.read_text()) if manifest.exists() else {}
     return environment_of, {
-        "fingerprint": told.get("fingerprint"),
-        "tokenizer": told.get("tokenizer"),
+        "fingerprint": known.get("fingerprint"),
+        "tokenizer": known.get("tokenizer"),
     }
 
 
@@ -1576,7 +1576,7 @@ def run_together(names, limit, args, environment_of):
 
 
 def run_step(name, limit, args, environment_of, log):
-    """One step in a process group of its own; killed whole at its limit."""
+    """One step in its own process group, which is killed whole at the limit."""
     begin = time.perf_counter()
     command = [sys.executable, str(Path(__file__).resolve()), *passed(args), "--step", name]
     process = subprocess.Popen(
@@ -1598,7 +1598,7 @@ def run_step(name, limit, args, environment_of, log):
     }
 
 
-# What of a finding is told in the summary, in this order and under these short names.
+# The parts of a finding that the summary shows, in this order and under these short names.
 SHORT = {
     "failed": "FAILED",
     "where": "at",
@@ -1760,7 +1760,7 @@ def main():
             rows.append(json.loads(line))
     text = summary(rows)
     (args.out / "summary.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
-    # The reply carries the end of the output only, so the most valuable lines are the last to be printed.
+    # A log is often cut to its end, so the most valuable lines are printed last.
     for line in reversed([line[:150] for line in text]):
         print(line)
     sys.stdout.flush()

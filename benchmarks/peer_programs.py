@@ -1,7 +1,7 @@
-"""storylab and the programs beside it, each as something that trains on a batch and evaluates tokens.
+"""storylab and the programs it is compared with: each trains on a batch and evaluates tokens.
 
 Models, losses and optimizers are the programs' own code; the loop around them is written here, as their
-train.py has it. Those of the record's architecture start from storylab's initial weights.
+train.py has it. Those of the original log's architecture start from storylab's initial weights.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def trainer_times(args: argparse.Namespace, batches: list[Any], autocast: bool) 
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     windows = torch.cat(batches)
-    # It shifts labels by itself: the window's last token is left without a loss, which costs 1 in 128.
+    # It shifts the labels: the window's last token is left without a loss, which costs 1 in 128.
     data = [{"input_ids": w[:-1], "labels": w[:-1]} for w in windows]
     settings = TrainingArguments(
         output_dir=tempfile.mkdtemp(),

@@ -1,4 +1,4 @@
-"""storylab beside the programs that people train small language models with, on this machine's CPU.
+"""Compare storylab with the programs that people train small language models with, on this machine's CPU.
 
     git clone https://github.com/karpathy/llama2.c && git clone https://github.com/karpathy/nanoGPT
     pip install litgpt accelerate
@@ -6,16 +6,16 @@
     python benchmarks/peers.py best --preset 10m --data_dir data/files-bpe4096 --seconds 120
 
 ``same`` is the same arithmetic: shape, initial weights, batches of real stories, AdamW, clipping. Every
-program takes ``--steps`` steps in a process of its own, the programs in turns (A B C C B A ...); their
-losses must agree before speed counts. ``best`` gives each the same wall
-time, importing, starting and compiling included, and judges by bits per byte of the validation stories.
-Its warm-up and fall to zero go by the clock; --learning_rate and --warmup are of AdamW in every program.
+program takes ``--steps`` steps in a separate process, the programs in turns (A B C C B A ...); their
+losses must agree before speed counts. ``best`` gives each program the same wall time, importing, starting
+and compiling included, and judges by bits per byte of the validation stories. Its warm-up and its fall to
+zero follow the clock; --learning_rate and --warmup are of AdamW in every program.
 
 peer_programs.py says how each is built; ``Trainer`` is the one of transformers, whole. nanoGPT and
 llama2.c use no autocast on a CPU, whatever --dtype says: they are timed as they are (float32) and with
 bfloat16 autocast put around their forward pass. nanoGPT's shape is GPT-2's, with as many layers of the
 same width, so compare its FLOP/s, counted in one way for all: 6 x matrix parameters (blocks and head)
-+ 12 x layers x width x length a token. What is not installed is left out and said to be. With
++ 12 x layers x width x length a token. Programs that are not installed are left out, with a line. With
 ``--empty_cache`` every process compiles again.
 
 One more step of ``same`` is profiled for the share of its matrix products, attention kernels counted whole.

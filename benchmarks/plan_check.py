@@ -1,9 +1,9 @@
-"""Hold `storylab plan` against published training speeds.
+"""Compare `storylab plan` with published training speeds.
 
     python benchmarks/plan_check.py
 
 The constants of ``planning/roofline.py`` were chosen with these figures in view, so this shows that one
-set of round constants fits all of them, not that it foretells others.
+set of round constants fits all of them, not that it predicts others.
 """
 
 from __future__ import annotations

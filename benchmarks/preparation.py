@@ -1,4 +1,4 @@
-"""Time `storylab prepare` beside the usual route: datasets.map with a tokenizer, then a Python loop.
+"""Time `storylab prepare` and the usual route: datasets.map with a tokenizer, then a Python loop.
 
     python benchmarks/preparation.py --train stories.parquet --validation held-out.parquet
 

@@ -1,4 +1,4 @@
-"""Compare the code at hand with an earlier commit: the same runs must give the same bits.
+"""Compare the working tree with an earlier commit: the same runs must give the same bits.
 
     python benchmarks/same_bits.py COMMIT [--only adamw fp8]
 
@@ -97,7 +97,7 @@ def traces(source: Path, data: Path, out: Path, only: Sequence[str]) -> dict[str
 
 
 def run_traces(run: Path) -> dict[str, Any]:
-    """What a run computed: rows, the summary's numbers, hashes of weights and of the losses of stories."""
+    """Results of a run: rows, the summary's numbers, hashes of weights and of the losses of stories."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     names = ("loss", "grad_norm", "lr", "clipped", "train_loss", "val_loss")

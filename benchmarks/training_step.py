@@ -6,16 +6,16 @@
     python benchmarks/training_step.py keeping
     python benchmarks/training_step.py profile
 
-``precision`` holds the emulated recipes beside bfloat16, ``allocator`` the memory allocator as training
-sets it beside the C library's default and beside huge pages, ``compiling`` the cost of the first step
-with a filled and with an empty cache of compiled code, ``keeping`` the memory of blocks that redo
-elementwise work in the backward pass and of those that keep all, and ``profile`` compiled steps beside
-uncompiled ones, with the share of the time that each part of a step takes, the share that its matrix
-products would take alone, and how many times faster a token is evaluated than trained on.
+``precision`` compares the emulated recipes with bfloat16. ``allocator`` compares the memory allocator as
+training sets it with the C library's default and with huge pages. ``compiling`` measures the cost of the
+first step with a filled and with an empty cache of compiled code. ``keeping`` measures the memory of blocks
+that redo elementwise work in the backward pass and of blocks that keep everything. ``profile`` compares
+compiled steps with uncompiled ones: the share of the time that each part of a step takes, the share that
+its matrix products would take alone, and how many times faster a token is evaluated than trained on.
 
 The steps are those of the 113M model: a micro-batch of 32 x 128 random tokens of 50,257, gradient clipping
 at 1.0, AdamW. Runs take turns (A B C C B A ...); reported are medians of the per-process medians, and the
-ratios. benchmarks/peers.py has other programs beside it.
+ratios. benchmarks/peers.py compares storylab with other programs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRESET, SEQUENCES, VOCAB = "113m", 32, 50257
 
 
 class Kind(NamedTuple):
-    """What a process measures."""
+    """The step that one process measures."""
 
     dtype: Dtype = "bfloat16"
     compiled: bool = False

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from storylab.config import ModelConfig, TrainConfig
+from samples import TINY, MakeConfig
+from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
 
-TINY = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
 # Where the sample of real stories is; tests that need it are skipped elsewhere.
 REAL_DATA = Path(
     os.environ.get("STORYLAB_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")
@@ -32,38 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="Windows lacks what this needs"))
 
 
-# Two arms in low precision whose runs have a file of every kind; a test formats its seeds.
-SMALL_EXPERIMENT = """
-title = "Two rates"
-purpose = "A small experiment."
-factor = "learning_rate"
-baseline = "low"
-seeds = [{seeds}]
-[config]
-preset = "nano"
-n_layer = 1
-n_head = 1
-n_kv_head = 1
-n_embd = 16
-n_hidden = 16
-dtype = "fp8"
-backend = "emulated"
-quantization_stats = true
-max_iters = 4
-batch_size = 4
-gradient_accumulation_steps = 1
-block_size = 16
-min_lr = 0.0
-warmup_iters = 2
-eval_interval = 2
-eval_iters = 1
-device = "cpu"
-[arms]
-low = {{ learning_rate = 1e-3 }}
-high = {{ learning_rate = 1e-2 }}
-"""
-
-
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """300 built-in stories with a vocabulary of 300 ids."""
@@ -74,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture
-def tiny_config(dataset: Dataset, tmp_path: Path) -> Callable[..., TrainConfig]:
+def tiny_config(dataset: Dataset, tmp_path: Path) -> MakeConfig:
     """A config of a two-layer model that trains 8 iterations; keywords change single values."""
 
     def make(**changes: Any) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
+import calibration
 from conftest import TINY
 from storylab.cli import main
 from storylab.config import TrainConfig
@@ -42,8 +44,10 @@ from storylab.experiments.comparison import (
     Ratio,
 )
 from storylab.experiments.family import Rules
-from storylab.experiments.noise import noise_floor
+from storylab.experiments.noise import noise_floor, noise_of, paired_spreads, seen_by_pairs
+from storylab.experiments.statistics import detectable_difference
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
+from storylab.record.index import RunCache
 from storylab.record.run import Run, load_run
 from storylab.training.train import train
 
@@ -575,6 +579,70 @@ def test_noise_is_printed_with_its_interval(
     assert main(["noise", str(trained / "low-s1")]) == 0
     out = capsys.readouterr().out
     assert "standard deviation" in out and "2 seeds" in out and "5 pairs of seeds could see" in out
+    # Two common seeds are too few for the spread of differences.
+    assert "without pairing: an upper bound" in out
+
+
+def test_what_pairs_could_see_comes_from_the_spread_of_their_differences(
+    runs: Path, low: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders of five seeds of two recipes whose losses move together, against numpy's figures."""
+    base = np.array([3.50, 3.40, 3.60, 3.55, 3.45])
+    arm = base - 0.1 + np.array([0.001, -0.002, 0.0005, 0.001, 0.0])
+    arms = [made(low, list(base), "base"), made(low, list(arm), "arm", learning_rate=0.5)]
+    unlike = made(low, list(base), "unlike", learning_rate=0.5, block_size=8)
+    folders = {}
+    for name, made_arm in (("base", arms[0]), ("arm", arms[1]), ("unlike", unlike)):
+        for run in made_arm.runs:
+            folder = runs / f"{name}-{run.config.seed}"
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+            folders[folder] = dataclasses.replace(run, folder=folder)
+
+    class Known(RunCache):
+        """A cache that holds the runs above, and nothing else."""
+
+        def head(self, folder: Path) -> Any:
+            if folder not in folders:
+                raise UserError("another run")
+            return folders[folder]
+
+        load = head
+
+    ours = [run for folder, run in folders.items() if folder.name.startswith("base")]
+    (spread,) = paired_spreads(ours, Known())
+    assert spread.seeds == 5
+    assert spread.standard_deviation == pytest.approx(np.std(arm - base, ddof=1))
+    assert spread.correlation == pytest.approx(np.corrcoef(arm, base)[0, 1])
+    floor = noise_of(ours)
+    assert floor is not None and paired_spreads(ours[:2], Known()) == []
+    first, *lines = seen_by_pairs(floor, [spread])
+    assert "1 like recipe " in first and "5 common seeds" in first
+    shown = [float(line.split()[-1]) for line in lines]
+    wanted = [detectable_difference(float(np.std(arm - base, ddof=1)), n) for n in (3, 5, 10)]
+    assert shown == pytest.approx(wanted, abs=1e-4)
+    # The seeds' spread without pairing says many times as much.
+    unpaired = [float(line.split(" (")[0].split()[-1]) for line in seen_by_pairs(floor, [])[1:]]
+    assert unpaired[0] > 50 * shown[0]
+
+
+@pytest.mark.parametrize("baselines", [2, 3, 5])
+def test_one_run_against_several_of_its_own_recipe_names_few_winners(
+    low: Run, baselines: int
+) -> None:
+    """The calibration's path, on simulated losses: the run's own pair is part of the noise floor."""
+    rng = np.random.default_rng(3)
+    runs = list(made(low, list(3.5 + rng.normal(0, 0.01, 200))).runs)
+    share = calibration.false_positives_of_one_run(runs, baselines, rng, draws=300)
+    assert share < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_arms_of_equal_recipes_name_few_winners(low: Run, paired: bool) -> None:
+    rng = np.random.default_rng(4)
+    runs = list(made(low, list(3.5 + rng.normal(0, 0.01, 200))).runs)
+    share = calibration.false_positives(runs, 3, paired, rng, draws=300)
+    assert share < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
 def test_list_shows_sorts_and_filters(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,7 @@ def test_a_forward_pass_stays_on_the_card(
     fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, model_config: ModelConfig
 ) -> None:
     attention = Mock(wraps=F.scaled_dot_product_attention)
+    # Its arguments decide which kernel a GPU takes.
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     model = on_the_card(Transformer(model_config, VOCAB))
     tokens = torch.zeros(4, 128, dtype=torch.int64, device=CUDA)
@@ -103,6 +104,7 @@ def test_attention_is_given_one_dtype(
 ) -> None:
     """Autocast on CUDA widens norms, and a windowed attention takes no mixture."""
     attention = Mock(side_effect=lambda query, *others: query)
+    # Fake tensors cannot enter the kernel of windows; its arguments are what is tested.
     monkeypatch.setattr("storylab.model.transformer.causal_attention", attention)
     model = on_the_card(Transformer(model_config, VOCAB))
     with torch.no_grad(), BFLOAT16.autocast():
@@ -151,6 +153,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         monkeypatch.setattr(torch.Tensor, method, refuse)
     with pytest.raises(AssertionError, match="waits"):
         step()  # on a CPU it reads its result
+    # All but the one read that is meant to wait.
     monkeypatch.setattr(DeviceStepMetrics, "read", lambda self: None)
     names = step()
     waits = ("_local_scalar_dense", "nonzero", "masked_select")
@@ -162,7 +165,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.parametrize("model", [MODEL, FAST], ids=["record", "fast"])
 def test_a_block_is_one_graph(model: ModelConfig) -> None:
-    """What --compile compiles has no break, and one graph serves all of the first micro-batches' shape."""
+    """Compiled blocks have no graph break, and one graph serves all micro-batches of one shape."""
     network = Transformer(model, VOCAB)
     graphs: list[torch.fx.GraphModule] = []
 
@@ -170,7 +173,7 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for block in network.blocks:
         block.compile(backend=backend, fullgraph=True)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
@@ -178,12 +181,13 @@ def test_a_block_is_one_graph(model: ModelConfig) -> None:
         network(tokens, tokens).backward()
     # The layers differ in what they are given only where values are handed on.
     assert len(graphs) <= 2
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_a_lone_query_takes_no_mask(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash attention takes none; cuDNN's would build a plan for every length of the history."""
     attention = Mock(side_effect=lambda query, *others, **options: query)
+    # Its arguments decide which kernel a GPU takes.
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     query = torch.empty(1, 4, 1, 64, device=CUDA)
     history = torch.empty(1, 2, 20, 64, device=CUDA)
@@ -193,6 +197,7 @@ def test_a_lone_query_takes_no_mask(fake: FakeTensorMode, monkeypatch: pytest.Mo
 
 def test_cudnn_attention_is_off_where_a_card_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     switched = Mock()
+    # As on a machine with one GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched)
@@ -223,6 +228,7 @@ def test_a_checkpoint_on_a_card_is_written_while_training_goes_on(
     event = SimpleNamespace(
         record=lambda: order.append("queued"), synchronize=lambda: order.append("copied")
     )
+    # Nothing here has events or pinned memory.
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     empty_like = torch.empty_like
     monkeypatch.setattr(

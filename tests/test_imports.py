@@ -14,7 +14,7 @@ SOURCE = Path(storylab.__file__).parents[1]
 
 
 def loaded(script: str) -> set[str]:
-    """The modules that are loaded after ``script``, in an interpreter of its own."""
+    """The modules that are loaded after ``script``, in a separate interpreter."""
     command = [sys.executable, "-c", f"{script}\nimport sys; print(*sys.modules)"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
     return set(answer.stdout.splitlines()[-1].split())

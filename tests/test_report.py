@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,13 +17,18 @@ from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import plan_runs, write_record
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.recording import write_record
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
+from storylab.record.run import Run
+from storylab.record.schema import EvaluationRow
+from storylab.reporting.figures.curves import finals
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.run import spikes
 from storylab.reporting.remarks import read_remarks
 from storylab.reporting.report import write_report
+from storylab.reporting.tables import curve_rows, difference_rows
 
 pytestmark = pytest.mark.slow
 HEAD = """
@@ -224,10 +230,63 @@ def test_observations_are_of_the_experiments_factor(pool: Path) -> None:
     assert "windows by layer 4, 4; receptive field 7 of 16 positions" in told["04-windows"]
     assert "Hypothesis (window:4 @ long): a window of 4 is no worse - " in told["04-windows"]
     assert "Best trade by the criterion" in told["05-sizes"]
+    assert "No other arm is shown to have both" in told["05-sizes"]
+    assert "Over 2 common seeds" in told["05-sizes"]
     assert "another doubling is predicted to bring" in told["06-lengths"]
     assert "epochs were seen" in told["06-lengths"]
+    assert "The same fit to the first half alone predicted" in told["06-lengths"]
+    assert "No closer interval is given: an optimum between the peaks needs 5" in told["07-rates"]
     for text in told.values():
         assert "throughput" in text and "clipped in" in text
+
+
+def shortened(run: Run, evaluations: int) -> Run:
+    """The run as if it had diverged after so many evaluations."""
+    kept, seen = [], 0
+    for row in run.rows:
+        seen += isinstance(row, EvaluationRow)
+        if seen > evaluations:
+            break
+        kept.append(row)
+    return dataclasses.replace(run, state="diverged", rows=kept)
+
+
+def test_a_run_that_diverged_leaves_no_step_in_a_curve(pool: Path) -> None:
+    """Every point of a line is a mean over the same runs, and their number can be read."""
+    outcome = load_outcome(pool / "experiments/06-lengths.json")
+    cells = list(outcome.cells)
+    for index, cell in enumerate(cells):
+        first, second = cell.arm.runs
+        arm = dataclasses.replace(cell.arm, runs=(first, shortened(second, 4)))
+        cells[index] = dataclasses.replace(cell, arm=arm)
+    changed = dataclasses.replace(outcome, cells=tuple(cells))
+    for cell in changed.cells:
+        rows = [row for row in curve_rows(changed) if row["arm"] == cell.arm.name]
+        losses = [e.val_loss for e in cell.arm.runs[0].evaluations]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+        assert {row["seeds"] for row in rows} == {"1 of 2"}
+    assert {row["pairs"] for row in difference_rows(changed)} == {1}
+    # While none has finished, the lines end where the shortest run has.
+    cells = [
+        dataclasses.replace(
+            cell,
+            arm=dataclasses.replace(
+                cell.arm, runs=tuple(shortened(r, 3 + i) for i, r in enumerate(cell.arm.runs))
+            ),
+        )
+        for cell in outcome.cells
+    ]
+    rows = curve_rows(dataclasses.replace(outcome, cells=tuple(cells)))
+    assert {row["seeds"] for row in rows} == {"2 of 2"}
+    ends = [len(cell.arm.runs[0].evaluations) for cell in cells]
+    assert len(rows) == sum(ends)
+
+
+def test_the_band_of_final_losses_is_the_margin(pool: Path) -> None:
+    for name, margin in (("04-windows", 0.5), ("05-sizes", None)):
+        spec = json.dumps(finals(load_outcome(pool / f"experiments/{name}.json")))
+        assert ('"margin:Q"' in spec or '"field": "margin"' in spec) == (margin is not None)
+        assert "noise" not in spec
 
 
 def test_spikes_are_found_where_they_are() -> None:

@@ -1,4 +1,4 @@
-"""Intervals, tests and fits against scipy's own, closed forms and simulation."""
+"""Intervals and tests against scipy's own, closed forms and simulation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from storylab.experiments import statistics
-from storylab.experiments.curves import fit_power_law, parabola_minimum, pareto_front
 from storylab.experiments.statistics import (
     Interval,
     detectable_difference,
+    holm,
     mean_interval,
     noise_interval,
     power,
@@ -65,6 +65,12 @@ def test_shares_are_compared_by_fishers_test_of_the_lady_tasting_tea() -> None:
     assert statistics.shares_p((3, 1), (4, 4)) == pytest.approx(34 / 70)
     low, high = statistics.share_interval(0, 3)
     assert low == 0.0 and high == pytest.approx(1 - 0.025 ** (1 / 3))  # the rule for none of n
+
+
+def test_holm_is_that_of_the_example_in_wikipedia() -> None:
+    """https://en.wikipedia.org/wiki/Holm-Bonferroni_method: 0.01, 0.04, 0.03, 0.005."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
 
 
 def test_one_run_has_no_interval() -> None:
@@ -175,34 +181,6 @@ def test_pairing_by_story_narrows_the_interval(rng: np.random.Generator) -> None
     assert paired is not None
     unpaired = math.sqrt(np.var(arm / tokens) / 2000 + np.var(baseline / tokens) / 2000)
     assert paired.standard_error < unpaired / 10
-
-
-def test_a_power_law_is_recovered_from_its_points(rng: np.random.Generator) -> None:
-    x = np.arange(50, 2000, 50)
-    law = fit_power_law(list(x), list(1.3 + 20 * x**-0.6))
-    assert law is not None
-    assert (law.floor, law.scale, law.exponent) == pytest.approx((1.3, 20, 0.6), rel=1e-3)
-    assert law.doubling_gain(law.plateau) == pytest.approx(0.01)
-    noisy = fit_power_law(list(x), list(1.3 + 20 * x**-0.6 + rng.normal(0, 0.003, len(x))))
-    assert noisy is not None and noisy(4000) == pytest.approx(1.3 + 20 * 4000**-0.6, abs=0.02)
-
-
-def test_a_curve_that_rises_or_is_too_short_carries_no_power_law() -> None:
-    assert fit_power_law([1, 2, 3], [3.0, 2.0, 1.0]) is None
-    assert fit_power_law(list(range(1, 20)), [float(i) for i in range(1, 20)]) is None
-
-
-def test_the_best_learning_rate_lies_at_the_bottom_of_the_parabola() -> None:
-    rates = [1e-4, 1e-3, 1e-2, 1e-1]
-    losses = [(math.log10(rate) + 2.3) ** 2 for rate in rates]
-    assert parabola_minimum(rates, losses) == pytest.approx(10**-2.3)
-    assert parabola_minimum(rates, [1.0, 2.0, 3.0, 4.0]) is None
-    assert parabola_minimum(rates, [2.0, 1.0, math.inf, math.inf]) is None
-
-
-def test_the_pareto_front_has_no_point_that_another_beats() -> None:
-    costs, losses = [1.0, 2.0, 3.0, 3.0, 4.0], [3.0, 2.0, 2.5, 1.0, 1.0]
-    assert pareto_front(costs, losses) == [0, 1, 3]
 
 
 def test_an_interval_reads_the_right_way_round() -> None:

@@ -21,7 +21,7 @@ from storylab.files import exclusive, held, lock_file
 from storylab.record.index import run_folders
 
 # filelock and psutil have a version for each system. They are loaded before the modules are hidden,
-# and stand for their versions on Windows. torch and the standard library find the modules missing.
+# and replace their versions on Windows. torch and the standard library find the modules missing.
 WITHOUT_POSIX = """
 import os, signal, sys, warnings
 import filelock, psutil
@@ -75,9 +75,10 @@ def test_a_model_is_trained_without_posix_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.posix
-def test_a_lock_file_stands_for_a_folder_that_cannot_be_opened(
+def test_a_lock_file_replaces_the_lock_of_a_folder_that_cannot_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As on Windows, which opens no folders.
     monkeypatch.setattr(files, "FOLDERS_OPEN", False)
     folder = tmp_path / "run"
     folder.mkdir()

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 
 from storylab.compiler import missing_for_compiling, processor_flags
 from storylab.config import PRESETS, Backend, Dtype, PresetName, TrainConfig, preset_config
+from storylab.documents.doctor import (
+    CudaDevice,
+    DoctorDocument,
+    Machine,
+    ProductError,
+    ProductSpeed,
+    RecipeCheck,
+    TrainingSpeed,
+)
 from storylab.errors import UserError
 from storylab.precision.backends import resolve_backend
 from storylab.precision.features import device_features
@@ -25,6 +35,28 @@ from storylab.training.precision import choose_device, choose_precision
 RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
 MATRIX = (2048, 768, 2048)
 TEST_LAYER = (2048, 768)
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+
+
+def examination(
+    device_name: str, presets: Sequence[PresetName], precision: bool = False
+) -> DoctorDocument:
+    """Everything that :func:`examine` finds, or :func:`examine_precision` with ``precision``.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    device = choose_device(device_name)
+    machine = describe_machine(device)
+    products = training = recipes = None
+    if precision:
+        recipes = list(recipe_checks(device))
+    else:
+        products = list(product_speeds(device))
+        training = list(training_speeds(device, fastest(products), presets))
+    return DoctorDocument(
+        device=str(device), machine=machine, products=products, training=training, recipes=recipes
+    )
 
 
 def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
@@ -38,69 +70,18 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
         UserError: there is no such device.
     """
     device = choose_device(device_name)
-    yield from _machine_lines(device)
+    yield from _machine_lines(describe_machine(device), device)
     yield ""
     yield f"matrix products on {device} (rows {MATRIX[0]}, {MATRIX[1]} to {MATRIX[2]} columns):"
-    best = yield from _product_lines(device)
+    products = []
+    for product in product_speeds(device):
+        yield _product_line(product)
+        products.append(product)
+    best = fastest(products)
     yield f"fastest: --dtype {best}"
     yield ""
     yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
-    use = CoreUse()
-    for name in presets:
-        use.restart()
-        try:
-            speed = _training_speed(name, device, best)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            yield f"  {name:<5} cannot run: {str(error).splitlines()[0]}"
-            continue
-        whole = format_duration(RECORD_TOKENS / speed)
-        yield (
-            f"  {name:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take {whole}"
-            f"{other_programs(use)}"
-        )
-
-
-def _machine_lines(device: torch.device) -> Iterator[str]:
-    """Versions, CPU, memory, disk, compiler and CUDA devices."""
-    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    yield f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
-    memory = psutil.virtual_memory()
-    yield f"memory: {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
-    yield f"disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB free"
-    missing = missing_for_compiling(device.type)
-    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
-    if not torch.cuda.is_available():
-        yield "CUDA: no device, or a CPU build of torch"
-        return
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        yield (
-            f"cuda:{i}: {card.name}, {card.total_memory / 1e9:.1f} GB, "
-            f"compute capability {card.major}.{card.minor}"
-        )
-
-
-def _product_lines(device: torch.device) -> Generator[str, None, Dtype]:
-    """The speed of matrix products in each dtype; returns the fastest."""
-    use = CoreUse()
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-    rates: dict[Dtype, float] = {}
-    for dtype in dtypes:
-        try:
-            use.restart()
-            rates[dtype] = product_rate(*MATRIX, choose_precision(device, dtype))
-            yield f"  {dtype:<9} {rates[dtype] / 1e9:>9,.0f} GFLOP/s{other_programs(use)}"
-        except (UserError, RuntimeError) as error:
-            yield f"  {dtype:<9} cannot run: {error}"
-    return max(rates, key=lambda dtype: rates[dtype])
-
-
-def other_programs(use: CoreUse) -> str:
-    """A remark on a speed that was measured while other programs ran; empty if none did."""
-    others = use.read().others
-    if others < SOME_CORES:
-        return ""
-    return f"  (other programs used {others:.1f} of {os.cpu_count()} cores: faster without them)"
+    yield from map(_training_line, training_speeds(device, best, presets))
 
 
 def examine_precision(device_name: str) -> Iterator[str]:
@@ -122,29 +103,160 @@ def examine_precision(device_name: str) -> Iterator[str]:
     else:
         yield f"{device}: low precision is emulated here; the hardware of no CPU computes it"
     yield f"{'dtype':<12} {'backend':<9} {'forward':>8} {'dx':>8} {'dW':>8}   relative errors"
+    yield from map(_recipe_line, recipe_checks(device))
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """Versions, CPU, memory, disk and CUDA devices; and what compiling for ``device`` lacks."""
+    memory = psutil.virtual_memory()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+    return Machine(
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        cpu_instructions=torch.backends.cpu.get_cpu_capability(),
+        bfloat16_units=_matrix_units(),
+        memory_bytes=memory.total,
+        free_memory_bytes=memory.available,
+        free_disk_bytes=shutil.disk_usage(".").free,
+        missing_for_compiling=missing_for_compiling(device.type),
+        cuda=[
+            CudaDevice(
+                name=card.name,
+                memory_bytes=card.total_memory,
+                compute_capability=f"{card.major}.{card.minor}",
+            )
+            for card in cards
+        ],
+    )
+
+
+def product_speeds(device: torch.device) -> Iterator[ProductSpeed]:
+    """The speed of matrix products in each dtype."""
+    use = CoreUse()
+    for dtype in DTYPES:
+        speed = others = fault = None
+        try:
+            use.restart()
+            speed = product_rate(*MATRIX, choose_precision(device, dtype))
+            others = use.read().others
+        except (UserError, RuntimeError) as error:
+            fault = str(error)
+        yield ProductSpeed(dtype=dtype, flops_per_second=speed, other_cores=others, fault=fault)
+
+
+def fastest(products: Sequence[ProductSpeed]) -> Dtype:
+    """The dtype with the fastest matrix products."""
+    speeds = {product.dtype: product.flops_per_second or 0.0 for product in products}
+    return max(DTYPES, key=lambda dtype: speeds[dtype])
+
+
+def training_speeds(
+    device: torch.device, dtype: Dtype, presets: Sequence[PresetName]
+) -> Iterator[TrainingSpeed]:
+    """The speed of whole training steps of each preset, optimizer included."""
+    use = CoreUse()
+    for name in presets:
+        speed = others = fault = None
+        use.restart()
+        try:
+            speed = _training_speed(name, device, dtype)
+            others = use.read().others
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            fault = str(error).splitlines()[0]
+        yield TrainingSpeed(
+            preset=name, dtype=dtype, tokens_per_second=speed, other_cores=others, fault=fault
+        )
+
+
+def recipe_checks(device: torch.device) -> Iterator[RecipeCheck]:
+    """The self-test of each recipe with each backend that the device could have."""
     draws = torch.Generator().manual_seed(0)
     weight = torch.randn(TEST_LAYER, generator=draws).mul(0.02).to(device)
     backends: tuple[Backend, ...] = ("emulated", "te", "torchao")
     for name, recipe in RECIPES.items():
         for backend in backends if device.type == "cuda" else backends[:1]:
+            products, fault = [], None
             try:
                 hardware = resolve_backend(device, recipe, backend)
-                checks = list(check_layer(name, weight, recipe, hardware))
+                products = [
+                    ProductError(
+                        product=check.product,
+                        relative_error=_finite(check.error),
+                        fault=check.failure,
+                    )
+                    for check in check_layer(name, weight, recipe, hardware)
+                ]
             except UserError as error:
-                yield f"{name:<12} {backend:<9} {error}"
-                continue
-            faults = [f"{check.product} {check.failure}" for check in checks if check.failure]
-            errors = " ".join(f"{check.error:>8.4f}" for check in checks)
-            yield f"{name:<12} {backend:<9} {errors}   {'; '.join(faults) or 'ok'}"
+                fault = str(error)
+            yield RecipeCheck(dtype=name, backend=backend, products=products, fault=fault)
 
 
-def _matrix_units() -> str:
-    """The bfloat16 units of an x86 CPU; empty where the kernel does not list them."""
+def _machine_lines(machine: Machine, device: torch.device) -> Iterator[str]:
+    yield f"torch {machine.torch}, {machine.threads} threads on {machine.cores} cores"
+    units = machine.bfloat16_units
+    remark = "" if units is None else " (no bfloat16 units: float32 may be faster)"
+    remark = f" with {', '.join(units)}" if units else remark
+    yield f"CPU instructions: {machine.cpu_instructions}{remark}"
+    yield f"memory: {machine.memory_bytes / 1e9:.1f} GB, {machine.free_memory_bytes / 1e9:.1f} GB free"
+    yield f"disk here: {machine.free_disk_bytes / 1e9:.1f} GB free"
+    missing = machine.missing_for_compiling
+    yield f"--compile on {device}: {f'lacks {missing}' if missing else 'has what it needs'}"
+    if not machine.cuda:
+        yield "CUDA: no device, or a CPU build of torch"
+    for i, card in enumerate(machine.cuda):
+        yield (
+            f"cuda:{i}: {card.name}, {card.memory_bytes / 1e9:.1f} GB, "
+            f"compute capability {card.compute_capability}"
+        )
+
+
+def _product_line(product: ProductSpeed) -> str:
+    if product.flops_per_second is None:
+        return f"  {product.dtype:<9} cannot run: {product.fault}"
+    speed = product.flops_per_second / 1e9
+    return f"  {product.dtype:<9} {speed:>9,.0f} GFLOP/s{_other_programs(product.other_cores)}"
+
+
+def _training_line(training: TrainingSpeed) -> str:
+    speed = training.tokens_per_second
+    if speed is None:
+        return f"  {training.preset:<5} cannot run: {training.fault}"
+    return (
+        f"  {training.preset:<5} {speed:>9,.0f} tok/s; the original log's 131M tokens would take "
+        f"{format_duration(RECORD_TOKENS / speed)}{_other_programs(training.other_cores)}"
+    )
+
+
+def _recipe_line(check: RecipeCheck) -> str:
+    if check.fault is not None:
+        return f"{check.dtype:<12} {check.backend:<9} {check.fault}"
+    faults = [f"{each.product} {each.fault}" for each in check.products if each.fault]
+    errors = " ".join(
+        f"{math.nan if each.relative_error is None else each.relative_error:>8.4f}"
+        for each in check.products
+    )
+    return f"{check.dtype:<12} {check.backend:<9} {errors}   {'; '.join(faults) or 'ok'}"
+
+
+def _other_programs(cores: float | None) -> str:
+    """A remark on a speed that was measured while other programs ran; empty if none did."""
+    if cores is None or cores < SOME_CORES:
+        return ""
+    return f"  (other programs used {cores:.1f} of {os.cpu_count()} cores: faster without them)"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _matrix_units() -> list[str] | None:
+    """The bfloat16 units of an x86 CPU; None where the kernel does not list them."""
     flags = processor_flags()
     if not flags:
-        return ""
-    units = [name for name in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if name in flags]
-    return f" with {', '.join(units)}" if units else " (no bfloat16 units: float32 may be faster)"
+        return None
+    return [name for name in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if name in flags]
 
 
 def _training_speed(name: PresetName, device: torch.device, dtype: Dtype) -> float:

@@ -13,6 +13,7 @@ from storylab.files import exists, reading
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 ExperimentFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+AsJson = Annotated[bool, tyro.conf.arg(help="Print one JSON document (docs/guide/json.md).")]
 CheckpointName = Literal["last", "best"]
 DEFAULT_RUNS_DIR = Path("runs")
 

@@ -101,7 +101,7 @@ class Contest:
 
     @property
     def trial(self) -> Trial:
-        """What a judgement needs to know."""
+        """The facts that a judgement needs."""
         differences = {a.config.seed: a.loss - b.loss for a, b in self.pairs} if self.paired else {}
         ended = [
             {run.config.seed for run in side.runs if run.state != "unfinished"}
@@ -161,7 +161,7 @@ def compare_arms(
 
 
 def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
-    """The comparison with its judgement and all measurements beside it."""
+    """The comparison with its judgement and all measurements."""
     arm, baseline, pairs = contest.arm, contest.baseline, contest.pairs
     of_speed = tuple(dict.fromkeys(c for pair in contest.met for c in speed_confounds(*pair)))
     # Without pairs, speeds and memory are still those of like runs: one by one, in order.

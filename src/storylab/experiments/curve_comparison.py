@@ -84,7 +84,7 @@ def reach(pairs: Pairs, with_seconds: bool) -> Reach | None:
 
 
 def _costs(a: Run, b: Run) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """What each run of a pair spent up to the loss at which the worse of them ends."""
+    """Costs of each run of a pair up to the loss at which the worse of them ends."""
     ends = [run.evaluations[-1].val_loss for run in (a, b) if run.evaluations]
     nothing: dict[str, float | None] = dict.fromkeys(("tokens", "seconds", "flops"))
     if len(ends) < 2:

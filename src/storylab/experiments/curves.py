@@ -1,4 +1,4 @@
-"""Formulas for loss curves: power laws over a run, and the best learning rate."""
+"""Power laws fitted to loss curves, and how far they can be trusted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from scipy import optimize
 # A doubling that brings less than this counts as a plateau, in nats.
 PLATEAU_GAIN = 0.01
 LEAST_POINTS = 6
+# A plateau further away than this many times the run is not predicted.
+HORIZON = 20
+# Shares of a curve's points that the fits leave out at its start, as many fits as shares.
+STARTS = (0.0, 1 / 6, 1 / 3, 1 / 2)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class PowerLaw:
 
     @property
     def plateau(self) -> float:
-        """Iteration from which a doubling brings less than 0.01 nats; infinite if none does."""
+        """Iteration from which a doubling brings less than ``PLATEAU_GAIN``; infinite if none does."""
         step = self.scale * (1 - 2**-self.exponent)
         if step <= 0 or self.exponent <= 0:
             return math.inf
@@ -68,24 +72,65 @@ def fit_power_law(iterations: Sequence[int], losses: Sequence[float]) -> PowerLa
     return PowerLaw(floor, scale, exponent)
 
 
-def parabola_minimum(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The learning rate at the lowest point of a parabola over log(rate) through the best of
-    ``losses`` and its two neighbours; None if the best is at an end of the grid."""
-    order = np.argsort(rates)
-    x, y = np.log(np.asarray(rates, float)[order]), np.asarray(losses, float)[order]
-    best = int(np.argmin(y))
-    if not 0 < best < len(x) - 1 or not np.isfinite(y[best - 1 : best + 2]).all():
+@dataclass(frozen=True)
+class Extrapolation:
+    """The future of one run's curve by power laws, and how such a law did on its past."""
+
+    end: int
+    """The last iteration of the curve."""
+    begun: tuple[int, ...]
+    """The first iteration that each fit used."""
+    laws: tuple[PowerLaw | None, ...]
+    """The fit from each of those iterations to the end; None where no law fits."""
+    predicted_gain: float | None
+    """Nats by which a law fitted to the first half lowers the loss in the second half."""
+    measured_gain: float | None
+    """Nats by which the loss fell in the second half."""
+
+    @property
+    def doubling_gains(self) -> tuple[float, ...] | None:
+        """Nats that a doubling is predicted to bring, from each start; None if one has no law."""
+        known = [law for law in self.laws if law]
+        if len(known) < len(self.laws):
+            return None
+        return tuple(law.doubling_gain(self.end) for law in known)
+
+    @property
+    def plateaus(self) -> tuple[float, ...] | None:
+        """Iterations at which the plateau is predicted, from each start; None if a start has no
+        law, or puts the plateau beyond ``HORIZON`` times the run."""
+        found = [law.plateau if law else math.inf for law in self.laws]
+        return tuple(found) if max(found) <= HORIZON * self.end else None
+
+
+def extrapolate(iterations: Sequence[int], losses: Sequence[float]) -> Extrapolation | None:
+    """Fit power laws to a curve from several starts, and to its first half as a check.
+
+    An interval over seeds does not show whether the law holds. The spread over starts does, and so does
+    the error on the second half, which the fit of the first half has not seen.
+
+    Args:
+        iterations: the iterations of the evaluations after the warm-up, rising.
+        losses: validation losses in nats.
+
+    Returns:
+        None if there are too few points.
+    """
+    points = len(iterations)
+    if points < LEAST_POINTS:
         return None
-    a, b, _ = np.polyfit(x[best - 1 : best + 2], y[best - 1 : best + 2], 2)
-    return float(np.exp(-b / (2 * a))) if a > 0 else None
-
-
-def pareto_front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """Indices of the points that no other beats in both cost and loss, cheapest first."""
-    front: list[int] = []
-    lowest = math.inf
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i])):
-        if losses[index] < lowest:
-            front.append(index)
-            lowest = losses[index]
-    return front
+    firsts = sorted({min(int(points * share), points - LEAST_POINTS) for share in STARTS})
+    end = iterations[-1]
+    half = sum(iteration <= end / 2 for iteration in iterations)
+    law = fit_power_law(iterations[:half], losses[:half])
+    predicted = measured = None
+    if law is not None:
+        predicted = law(iterations[half - 1]) - law(end)
+        measured = losses[half - 1] - losses[-1]
+    return Extrapolation(
+        end=end,
+        begun=tuple(iterations[first] for first in firsts),
+        laws=tuple(fit_power_law(iterations[first:], losses[first:]) for first in firsts),
+        predicted_gain=predicted,
+        measured_gain=measured,
+    )

@@ -37,7 +37,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of one arm against its baseline.
+    """The facts known of one arm against its baseline.
 
     Args:
         group: the condition; noise is borrowed within a group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from storylab.documents.list import ListedRun
 from storylab.record.index import RunEntry
 
 LIST_COLUMNS = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
@@ -18,4 +19,19 @@ def list_cells(entry: RunEntry) -> tuple[str, ...]:
         "" if entry.speed is None else f"{entry.speed:,.0f}",
         "" if entry.memory is None else f"{entry.memory / 1e9:.2f}",
         entry.started[:16].replace("T", " "),
+    )
+
+
+def listed(entry: RunEntry) -> ListedRun:
+    """A run as an object of a document."""
+    return ListedRun(
+        name=entry.name,
+        state=entry.state,
+        parameters=entry.parameters,
+        tokens=entry.tokens,
+        validation_loss_nats_per_token=entry.loss,
+        tokens_per_second=entry.speed,
+        peak_memory_bytes=entry.memory,
+        started=entry.started or None,
+        fault=entry.fault or None,
     )

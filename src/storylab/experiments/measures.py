@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storylab.experiments.comparison import Comparison
-from storylab.experiments.curves import fit_power_law
+from storylab.experiments.curves import extrapolate
 from storylab.experiments.statistics import mean_interval
 from storylab.record.run import Run
 
@@ -54,14 +54,24 @@ def _mean(values: Sequence[float | None]) -> Measured:
 
 
 def _plateau(cell: CellResult, outcome: Outcome) -> Measured:
+    """The geometric mean over seeds and fits; unknown if any seed or fit predicts none."""
     plateaus = []
     for run in cell.arm.finished:
-        law = fit_power_law(*curve_after_warmup(run))
-        if law:
-            plateaus.append(law.plateau)
-    if not plateaus or all(map(math.isfinite, plateaus)):
-        return _mean(plateaus)
-    return math.inf, None, None
+        found = extrapolate(*curve_after_warmup(run))
+        if found is None or found.plateaus is None:
+            return _UNKNOWN
+        plateaus.append(found.plateaus)
+    if not plateaus or len({len(of_seed) for of_seed in plateaus}) > 1:
+        return _UNKNOWN
+    logs = np.log(plateaus)
+    value = math.exp(float(logs.mean()))
+    intervals = [mean_interval(list(of_start)) for of_start in logs.T]
+    known = [interval for interval in intervals if interval]
+    if not known:
+        return value, None, None
+    # As wide as the starts of the fits disagree, and the seeds within each.
+    low, high = min(i.low for i in known), max(i.high for i in known)
+    return value, math.exp(low), math.exp(high)
 
 
 def curve_after_warmup(run: Run) -> tuple[list[int], list[float]]:

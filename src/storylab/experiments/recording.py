@@ -59,7 +59,7 @@ def write_record(
         dataset: prepared data.
         planned: the runs to train.
         runs: the folder for the run folders.
-        fresh: whether all of them are to be trained again.
+        fresh: whether to train all of them again.
 
     Raises:
         UserError: an earlier record may be whole but cannot be read, or the file cannot be written.

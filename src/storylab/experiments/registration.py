@@ -1,4 +1,4 @@
-"""What an experiment planned before its first run, every change since, and both in words."""
+"""The plan of an experiment before its first run, every change since, and both in words."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def _change_words(change: Amendment) -> str:
     if what == "record":
         return f"the record was begun again ({before})"
     if what == "runs":
-        return "all runs were to be trained again (--fresh)"
+        return "all runs were trained again (--fresh)"
     if what == "code":
         return f"code {str(before)[:8]} -> {str(after)[:8]}"
     if what == "arms":
@@ -282,7 +282,7 @@ def registered_values(
         plan: as the file has it now.
         progress: of the runs of ``before`` and of the plan.
         damage: why an earlier record could not be read, if there was one.
-        fresh: whether all runs are to be trained again.
+        fresh: whether to train all runs again.
     """
     changes = list(before.amendments) if before else []
     registered = before.registered if before else None

@@ -155,6 +155,18 @@ def shares_p(counts: tuple[int, int], sizes: tuple[int, int]) -> float:
     return float(stats.fisher_exact(table).pvalue)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number so that one wrong finding among all stays below alpha
+    (Holm 1979, Scandinavian Journal of Statistics 6, 65-70)."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def power(
     difference: float, spread: float, n: int, alpha: float = ALPHA, df: float | None = None
 ) -> float:

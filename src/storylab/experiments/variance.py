@@ -29,7 +29,7 @@ UNLIKE = 0.1
 
 @dataclass(frozen=True)
 class Prior:
-    """What the arms together say of a variance: its value, worth ``df`` degrees of freedom."""
+    """The variance that the arms together suggest, worth ``df`` degrees of freedom."""
 
     variance: float
     df: float

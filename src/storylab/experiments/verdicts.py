@@ -110,7 +110,7 @@ def _why_nothing(c: Comparison) -> str:
 
 
 def _closing(c: Comparison) -> Iterator[str]:
-    """What the verdict rests on, and what comes next."""
+    """The seeds that the verdict rests on, and the next look."""
     j = c.judgement
     if c.recipes is not None and c.verdict != DIVERGED:
         if c.recipes.n == 1:

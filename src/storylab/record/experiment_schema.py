@@ -68,7 +68,7 @@ class LookTaken(Struct, frozen=True, kw_only=True):
     seeds: Count
     """Seeds that every arm not yet settled had by then."""
     settled: list[str]
-    """Arms, with their condition, whose verdict stands from this look on."""
+    """Arms, with their condition, settled at this look."""
 
 
 class Opening(Struct, frozen=True, kw_only=True):

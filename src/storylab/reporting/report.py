@@ -92,7 +92,8 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
         ("Final loss against peak learning rate", curves.learning_rates(outcome)),
         ("Final loss against training time and size", curves.pareto(outcome)),
         (
-            "Final loss against the baseline: 95 % intervals over the band of seed noise",
+            "Final loss against the baseline: 95 % intervals"
+            + (" over the band of the margin" if outcome.record.margin is not None else ""),
             curves.finals(outcome),
         ),
         ("Validation loss: mean and range over seeds", curves.curves(outcome)),

@@ -10,7 +10,7 @@ import numpy as np
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat
 from storylab.experiments.comparison import Arm
-from storylab.experiments.curves import pareto_front
+from storylab.experiments.order import common_values, front_of
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.statistics import mean_interval
 from storylab.precision.edit import find_recipe
@@ -31,23 +31,30 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.{DIGITS}g}")
 
 
-def time_and_loss_front(outcome: Outcome) -> list[tuple[CellResult, float, float]]:
-    """The arms that no other beats in both training seconds and final loss, cheapest first, with the
-    means of both."""
-    points = [
-        (cell, mean_of(cell.arm, training_seconds) or 0.0, float(np.mean(cell.arm.losses)))
-        for cell in outcome.cells
-        if cell.arm.finished
+def time_and_loss_front(outcome: Outcome) -> list[list[tuple[CellResult, float, float]]]:
+    """The arms that none is shown to beat in both training seconds and final loss, cheapest first,
+    with the means of both over the seeds that all arms have; arms that are not distinguished are one
+    group. Empty if the arms have no seed in common."""
+    cells = [cell for cell in outcome.cells if cell.arm.finished]
+    arms = [cell.arm for cell in cells]
+    seconds, losses = common_values(arms, training_seconds), common_values(arms, final_loss)
+    if not losses.size:
+        return []
+    return [
+        [(cells[i], float(seconds[i].mean()), float(losses[i].mean())) for i in group]
+        for group in front_of(seconds, losses)
     ]
-    front = pareto_front([seconds for _, seconds, _ in points], [loss for *_, loss in points])
-    return [points[i] for i in front]
 
 
 def curve_rows(outcome: Outcome) -> list[Row]:
-    """Validation loss of every arm along its run: the mean over seeds and their range."""
+    """Validation loss of every arm along its run: the mean over seeds and their range.
+
+    Every point of an arm is a mean over the same runs: over those that finished, or while none has,
+    over all of them up to where the shortest has come. So a run that diverged leaves no step.
+    """
     rows = []
     for cell in outcome.cells:
-        for evaluations in _by_iteration(cell.arm.runs):
+        for evaluations in _by_iteration(cell.arm):
             losses = [e.val_loss for e in evaluations]
             energies = [e.energy_joules for e in evaluations]
             rows.append(
@@ -61,7 +68,7 @@ def curve_rows(outcome: Outcome) -> list[Row]:
                     "loss": rounded(float(np.mean(losses))),
                     "low": rounded(min(losses)),
                     "high": rounded(max(losses)),
-                    "seeds": len(losses),
+                    "seeds": f"{len(losses)} of {cell.planned}",
                 }
             )
     return rows
@@ -74,7 +81,10 @@ def _mean_energy(joules: Sequence[float | None]) -> float | None:
 
 
 def difference_rows(outcome: Outcome) -> list[Row]:
-    """Arm minus baseline along the run, paired by seed, with the 95 % interval over seeds."""
+    """Arm minus baseline along the run, paired by seed, with the 95 % interval over seeds.
+
+    Every point of an arm is a mean over the same pairs: see ``curve_rows``.
+    """
     rows = []
     for condition in outcome.conditions:
         baseline = {r.seeds: r for r in outcome.baseline_of(condition).arm.runs}
@@ -82,31 +92,32 @@ def difference_rows(outcome: Outcome) -> list[Row]:
             if cell.arm.name == outcome.baseline:
                 continue
             pairs = [(run, baseline[run.seeds]) for run in cell.arm.runs if run.seeds in baseline]
+            finished = [(a, b) for a, b in pairs if a.finished and b.finished]
             rows += [
-                {"condition": condition, "arm": cell.arm.name, **row} for row in _differences(pairs)
+                {"condition": condition, "arm": cell.arm.name, **row}
+                for row in _differences(finished or pairs)
             ]
     return rows
 
 
 def _differences(pairs: Sequence[tuple[Run, Run]]) -> Iterable[Row]:
-    found: dict[int, list[float]] = {}
-    for a, b in pairs:
-        theirs = {e.iteration: e.val_loss for e in b.evaluations}
-        for e in a.evaluations:
-            if e.iteration in theirs:
-                found.setdefault(e.iteration, []).append(e.val_loss - theirs[e.iteration])
-    for iteration, values in sorted(found.items()):
+    curves = [{e.iteration: e.val_loss for e in run.evaluations} for pair in pairs for run in pair]
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    for iteration in sorted(common):
+        losses = [curve[iteration] for curve in curves]
+        values = [ours - base for ours, base in zip(losses[::2], losses[1::2], strict=True)]
         interval = mean_interval(values)
         yield {
             "iterations": iteration,
             "difference": rounded(float(np.mean(values))),
             "low": rounded(interval.low) if interval else None,
             "high": rounded(interval.high) if interval else None,
+            "pairs": len(values),
         }
 
 
 def final_rows(outcome: Outcome) -> list[Row]:
-    """Final loss of every arm minus the baseline's, with its interval and the seeds' noise."""
+    """Final loss of every arm minus the baseline's, with its interval and the margin, if there is one."""
     rows = []
     for c in outcome.comparisons:
         if c.recipes is None or c.ends is None:
@@ -118,7 +129,7 @@ def final_rows(outcome: Outcome) -> list[Row]:
                 "difference": rounded(c.recipes.estimate),
                 "low": rounded(c.ends[0]),
                 "high": rounded(c.ends[1]),
-                "noise": rounded(c.noise.standard_deviation) if c.noise else None,
+                "margin": rounded(c.judgement.margin),
                 "verdict": c.verdict,
             }
         )
@@ -232,14 +243,12 @@ def low_precision_share(cell: CellResult) -> float | None:
     return quantized_flops_fraction(recipe, config.model, vocab_size, config.block_size)
 
 
-def _by_iteration(runs: Sequence[Run]) -> Iterable[list[CurvePoint]]:
-    """Evaluations of the same iteration, over the runs that came as far."""
-    found: dict[int, list[CurvePoint]] = {}
-    for run in runs:
-        for evaluation in run.evaluations:
-            found.setdefault(evaluation.iteration, []).append(evaluation)
-    for iteration in sorted(found):
-        yield found[iteration]
+def _by_iteration(arm: Arm) -> Iterable[list[CurvePoint]]:
+    """Evaluations of the same iteration, of every finished run, or of every run if none finished."""
+    curves = [{e.iteration: e for e in run.evaluations} for run in arm.finished or arm.runs]
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    for iteration in sorted(common):
+        yield [curve[iteration] for curve in curves]
 
 
 def mean_of(arm: Arm, number: Callable[[Run], float | None]) -> float | None:
@@ -247,6 +256,11 @@ def mean_of(arm: Arm, number: Callable[[Run], float | None]) -> float | None:
     values = [number(run) for run in arm.finished]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def final_loss(run: Run) -> float:
+    """Final validation loss of a run, in nats."""
+    return float(run.loss)
 
 
 def training_seconds(run: Run) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storylab.cli.arguments import AsJson
+from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
 from storylab.config import PresetName
 
@@ -21,15 +23,19 @@ class DoctorCommand:
     """Models to time, for a few micro-batches each."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Print the machine's devices and speeds as they become known."""
     command = call.parse(DoctorCommand)
-    from storylab.doctor import examine, examine_precision
+    from storylab.doctor import examination, examine, examine_precision
 
-    device = command.device
-    lines = examine_precision(device) if command.precision else examine(device, command.presets)
+    device, presets = command.device, command.presets
+    if command.json:
+        print_document(lambda: examination(device, presets, command.precision))
+        return 0
+    lines = examine_precision(device) if command.precision else examine(device, presets)
     for line in lines:
         print(line, flush=True)
     return 0

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from storylab.cli.arguments import CheckpointName, RunFolder
+from storylab.cli.arguments import AsJson, CheckpointName, RunFolder
+from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
+from storylab.documents.eval import EvalDocument
+
+if TYPE_CHECKING:
+    from storylab.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,32 @@ class EvalCommand:
     """New place of the run's data set, if it has moved."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Evaluate a run's model on a split."""
     command = call.parse(EvalCommand)
-    from storylab.cli.console import ConsoleReporter
-    from storylab.training.evaluation import evaluate_run
+    if command.json:
+        print_document(lambda: _document(command, _evaluated(command)))
+        return 0
     from storylab.training.log_format import windows_words
 
+    result = _evaluated(command)
+    print(f"read in        {windows_words(result.block_size, command.aligned)}")
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
+    print(f"perplexity     {result.perplexity:,.2f}")
+    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    return 0
+
+
+def _evaluated(command: EvalCommand) -> Evaluation:
+    from storylab.cli.console import ConsoleReporter
+    from storylab.training.evaluation import evaluate_run
+
     with ConsoleReporter() as reporter:
-        result = evaluate_run(
+        return evaluate_run(
             command.run,
             command.checkpoint,
             command.split,
@@ -55,12 +75,23 @@ def run(call: Call) -> int:
             command.block_size,
             command.aligned,
         )
-    print(f"read in        {windows_words(result.block_size, command.aligned)}")
-    print(f"loss           {result.loss:.4f} nats per token")
-    print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
-    print(f"perplexity     {result.perplexity:,.2f}")
-    print(f"bits per byte  {result.bits_per_byte:.4f}")
-    return 0
+
+
+def _document(command: EvalCommand, result: Evaluation) -> EvalDocument:
+    return EvalDocument(
+        run=str(command.run),
+        checkpoint=command.checkpoint,
+        split=command.split,
+        block_size=result.block_size,
+        aligned=command.aligned,
+        loss_nats_per_token=result.loss,
+        standard_error_nats_per_token=result.standard_error,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        stories=len(result.story_losses),
+        tokens=int(result.story_tokens.sum()),
+        text_bytes=result.text_bytes,
+    )
 
 
 VERB = Verb(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, require_runs_folder
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, require_runs_folder
+from storylab.cli.documents import print_document
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
+from storylab.documents.list import ListDocument
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,14 @@ class ListCommand:
     """Only runs whose name contains this text."""
     sort: Literal["name", "loss", "speed", "started"] = "name"
     """Order of the table."""
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Print a table of runs."""
     command = call.parse(ListCommand)
     from storylab.cli.console import print_table
-    from storylab.experiments.listing import LIST_COLUMNS, list_cells
+    from storylab.experiments.listing import LIST_COLUMNS, list_cells, listed
     from storylab.record.index import list_runs
 
     require_runs_folder(command.runs)
@@ -47,6 +50,10 @@ def run(call: Call) -> int:
         "started": lambda row: row.started,
     }
     rows.sort(key=keys[command.sort])
+    if command.json:
+        document = ListDocument(folder=str(command.runs), runs=list(map(listed, rows)))
+        print_document(lambda: document)
+        return 0
     print_table(f"{len(rows)} runs in {command.runs}", LIST_COLUMNS, list(map(list_cells, rows)))
     for row in rows:
         if row.fault:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson
+from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
+from storylab.documents.noise import Detectable, NoiseDocument, NoiseFloor
 from storylab.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseCommand:
-    """Measure how much the final loss changes with the seed alone. A smaller difference proves nothing.
+    """Measure how much the final loss changes with the seed alone, and what pairs of seeds could see.
 
     Given a run, this noise floor comes from runs of the same recipe with other seeds in the same
-    folder. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
+    folder, and the spread of differences paired by seed from recipes of that folder that differ in one
+    factor. Given an experiment file, its baseline is trained with --seeds seeds first. `storylab
     compare` finds the floor by itself.
 
     Examples: storylab noise runs/nano-7df279b362-s1337 | storylab noise mine.toml --seeds 8
@@ -39,19 +43,33 @@ class NoiseCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
+    if command.json:
+        print_document(
+            lambda: NoiseDocument(floors=[floor for floor, _ in _floors(command, call.executor)])
+        )
+        return 0
+    for floor, sight in _floors(command, call.executor):
+        _print_floor(floor)
+        print("\n".join(sight))
+    return 0
+
+
+def _floors(command: NoiseCommand, executor: Executor) -> Iterator[tuple[NoiseFloor, list[str]]]:
+    """The seed noise of the run, or of the baseline under every condition of the file; see
+    :func:`_measured`."""
     from storylab.record.run import load_run
 
     if command.target.suffix != ".toml":
-        _print_noise("", load_run(command.target))
-        return 0
-    for run in _trained_baseline(command, call.executor):
-        _print_noise(run.cell.condition, load_run(run.folder))
-    return 0
+        yield _measured("", load_run(command.target))
+        return
+    for run in _trained_baseline(command, executor):
+        yield _measured(run.cell.condition, load_run(run.folder))
 
 
 def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[PlannedRun]:
@@ -67,36 +85,65 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
     return list({run.cell.condition: run for run in planned}.values())
 
 
-def _print_noise(condition: str, result: Run) -> None:
-    """Print the standard deviation over the seeds of a run's config, and the smallest detectable
-    differences.
+def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
+    """The standard deviation over the seeds of a run's config with the smallest detectable differences, and
+    lines on the latter.
 
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.noise import noise_of, other_seeds
-    from storylab.experiments.statistics import detectable_difference, deviation_interval
+    from storylab.experiments.noise import (
+        PLANNED_PAIRS,
+        noise_of,
+        other_seeds,
+        paired_spreads,
+        seen_by_pairs,
+        typical_spread,
+    )
+    from storylab.experiments.statistics import LEVEL, detectable_difference, deviation_interval
 
     runs, problems = other_seeds(result)
-    for problem in problems:
-        print(f"left out: {problem}")
     floor = noise_of(runs)
     if floor is None:
+        for problem in problems:
+            print(f"left out: {problem}")
         raise UserError(
             f"{result.folder} has no finished runs with other seeds in its folder: train some with "
             "`storylab noise FILE --seeds 5`"
         )
     low, high = deviation_interval(floor.standard_deviation, floor.seeds)
-    tokens = result.config.total_tokens
-    print(
-        f"{condition + ': ' if condition else ''}seed noise of {result.config.preset}, "
-        f"{tokens:,} tokens: standard deviation "
-        f"{floor.standard_deviation:.4f} nats (95 % CI {low:.4f} to {high:.4f}; "
-        f"{floor.seeds} seeds)"
+    spreads = paired_spreads(runs)
+    spread = typical_spread(floor, spreads)
+    document = NoiseFloor(
+        condition=condition or None,
+        run=str(result.folder),
+        preset=result.config.preset,
+        tokens=result.config.total_tokens,
+        seeds=floor.seeds,
+        standard_deviation_nats_per_token=floor.standard_deviation,
+        low_nats_per_token=low,
+        high_nats_per_token=high,
+        level=LEVEL,
+        like_recipes=len(spreads),
+        paired_standard_deviation_nats_per_token=spread,
+        detectable=[
+            Detectable(pairs=pairs, difference_nats_per_token=detectable_difference(spread, pairs))
+            for pairs in PLANNED_PAIRS
+        ],
+        left_out=problems,
     )
-    spread = 2**0.5 * floor.standard_deviation
-    for pairs in (3, 5, 10):
-        print(f"  {pairs} pairs of seeds could see {detectable_difference(spread, pairs):.4f}")
+    return document, seen_by_pairs(floor, spreads)
+
+
+def _print_floor(floor: NoiseFloor) -> None:
+    for problem in floor.left_out:
+        print(f"left out: {problem}")
+    print(
+        f"{floor.condition + ': ' if floor.condition else ''}seed noise of {floor.preset}, "
+        f"{floor.tokens:,} tokens: standard deviation "
+        f"{floor.standard_deviation_nats_per_token:.4f} nats ({100 * floor.level:g} % CI "
+        f"{floor.low_nats_per_token:.4f} to {floor.high_nats_per_token:.4f}; {floor.seeds} seeds)"
+    )
 
 
 VERB = Verb(

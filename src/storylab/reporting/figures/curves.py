@@ -35,6 +35,7 @@ def curves(outcome: Outcome) -> Spec | None:
     )
     band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q"), y2="high:Q")
     tooltip = ["arm:N", "iterations:Q", "tokens:Q", "seconds:Q", "loss:Q", "low:Q", "high:Q"]
+    tooltip.append("seeds:N")
     lines = base.mark_line(strokeWidth=2)
     points = base.mark_point(filled=True, size=30, opacity=0.9).encode(tooltip=tooltip)
     return done(band + zoomed(lines) + points)
@@ -48,7 +49,7 @@ def differences(outcome: Outcome) -> Spec | None:
     title = f"validation loss minus {outcome.baseline} (nats)"
     base = along(outcome, rows, axis=False).encode(y=alt.Y("difference:Q", title=title))
     band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q"), y2="high:Q")
-    tooltip = ["arm:N", "iterations:Q", "difference:Q", "low:Q", "high:Q"]
+    tooltip = ["arm:N", "iterations:Q", "difference:Q", "low:Q", "high:Q", "pairs:Q"]
     lines = base.mark_line(strokeWidth=2, point={"size": 30}).encode(tooltip=tooltip)
     zero = (
         alt.Chart(alt.Data(values=[{"zero": 0}]))
@@ -59,28 +60,34 @@ def differences(outcome: Outcome) -> Spec | None:
 
 
 def finals(outcome: Outcome) -> Spec | None:
-    """Final losses minus the baseline's: dots with 95 % intervals over a band of seed noise."""
+    """Final losses minus the baseline's: dots with 95 % intervals, over a band of the margin if the
+    experiment has one."""
     rows = final_rows(outcome)
     if not rows:
         return None
     names = [where(row) for row in rows]
     for row, name in zip(rows, names, strict=True):
-        noise = row.pop("noise")
-        row |= {"name": name, "quiet": noise, "negative": None if noise is None else -noise}
+        margin = row.pop("margin")
+        row |= {"name": name, "margin": margin, "negative": None if margin is None else -margin}
     title = f"final validation loss minus {outcome.baseline} (nats)"
     base = alt.Chart(alt.Data(values=rows)).encode(
         y=alt.Y("name:N", title=None, sort=names, axis=alt.Axis(labelLimit=260)),
     )
-    noise_band = base.mark_bar(opacity=0.25, color="#888", height={"band": 0.8}).encode(
-        x=alt.X("negative:Q", title=title), x2="quiet:Q"
+    margins = base.mark_bar(opacity=0.25, color="#888", height={"band": 0.8}).encode(
+        x="negative:Q", x2="margin:Q"
     )
-    intervals = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q", color=color(outcome))
+    intervals = base.mark_rule(strokeWidth=2).encode(
+        x=alt.X("low:Q", title=title), x2="high:Q", color=color(outcome)
+    )
     tooltip = ["name:N", "difference:Q", "low:Q", "high:Q", "verdict:N"]
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
         x="difference:Q", color=color(outcome), tooltip=tooltip
     )
     zero = base.mark_rule(strokeDash=[4, 4], color="#888").encode(x=alt.datum(0))
-    return done(noise_band + zero + intervals + dots, height=max(60, 34 * len(rows)))
+    chart = zero + intervals + dots
+    if any(row["margin"] is not None for row in rows):
+        chart = margins + chart
+    return done(chart, height=max(60, 34 * len(rows)))
 
 
 def steps(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
@@ -104,13 +111,14 @@ def _steps(outcome: Outcome, rows: Sequence[Row], name: str) -> Spec:
 
 def pareto(outcome: Outcome) -> Spec | None:
     """Final loss against training time, a point a run, its area the size of the model; the line
-    joins the arms that none beats in both."""
+    joins those that are shown to have a lower loss than every cheaper arm."""
     rows = [row for row in run_rows(outcome) if row["loss"] is not None and row["seconds"]]
     if outcome.factor != "size" or not rows:
         return None
     rows = [row | {"million": row["parameters"] / 1e6} for row in rows]
     front = [
-        {"seconds": seconds, "loss": loss} for _, seconds, loss in time_and_loss_front(outcome)
+        {"seconds": seconds, "loss": loss}
+        for (_, seconds, loss), *_ in time_and_loss_front(outcome)
     ]
     x = alt.X("seconds:Q", title="training seconds (measured)", scale=alt.Scale(type="log"))
     y = alt.Y("loss:Q", title="final validation loss (nats)", scale=alt.Scale(zero=False))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
+from storylab.experiments.curves import HORIZON
 from storylab.experiments.experiment import METRICS
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Checked
+
+# Why a number is missing, where it is no measurement.
+NOT_KNOWN = {"plateau_iteration": f"not predicted, or beyond {HORIZON} times the run"}
 
 
 def expectation_text(check: Checked) -> str:
@@ -14,11 +16,10 @@ def expectation_text(check: Checked) -> str:
     e = check.expectation
     title = f"Hypothesis ({under(e.arm, check.condition)}): {e.text}"
     if check.value is None:
-        return f"{title} - not measured."
+        return f"{title} - {NOT_KNOWN.get(e.metric, 'not measured')}."
     span = ""
     if check.low is not None and check.high is not None:
         span = f" (95 % CI {check.low:.4g} to {check.high:.4g})"
-    value = f"{check.value:.4g}" if math.isfinite(check.value) else "none is seen coming"
     bounds = [
         f"{sign} {bound:g}"
         for sign, bound in (("at least", e.at_least), ("at most", e.at_most))
@@ -30,9 +31,7 @@ def expectation_text(check: Checked) -> str:
         answer, by = "can't tell, the bound is within the interval", ""
     else:
         answer = "met" if check.met else "not met"
-    if not math.isfinite(check.value):
-        by = ""
     return (
-        f"{title} - {answer}: {METRICS[e.metric]}: {value}{span}, expected "
+        f"{title} - {answer}: {METRICS[e.metric]}: {check.value:.4g}{span}, expected "
         f"{' and '.join(bounds)}{by}."
     )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
-from storylab.experiments.comparison import EQUIVALENT
+from storylab.experiments.comparison import EQUIVALENT, Arm
 from storylab.experiments.factors import under
+from storylab.experiments.order import common_values, order_of
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats
 from storylab.planning.gpus import GPUS
-from storylab.planning.plan_text import can_run
+from storylab.planning.predict import can_run
 from storylab.planning.roofline import gains
 from storylab.planning.software import SOFTWARE
 from storylab.precision.edit import find_recipe
-from storylab.reporting.tables import low_precision_share, quantization_rows
+from storylab.reporting.tables import final_loss, low_precision_share, quantization_rows
 
 # The GPU of the original log.
 PLANNED_GPU = GPUS["rtx5090"]
@@ -43,7 +44,8 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
         return
     known.sort(key=lambda entry: -entry[1].estimate)
     told = "; ".join(f"{c.arm} {nats(r.estimate)} ({c.verdict})" for c, r in known)
-    yield f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
+    text = f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
+    yield text + unresolved_neighbors([cells[condition, c.arm].arm for c, _ in known])
     margin = known[0][0].judgement.margin
     if margin is None:
         return
@@ -60,6 +62,21 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
         )
     else:
         yield f"No arm is shown to be equivalent within {margin:g} nats{under('', condition)}."
+
+
+def unresolved_neighbors(arms: Sequence[Arm]) -> str:
+    """Which neighbors in the order of harm the common seeds do not tell apart."""
+    losses = common_values(arms, final_loss)
+    if len(arms) < 2:
+        return ""
+    if not losses.size:
+        return " The order is not resolved: these arms have no finished seed in common."
+    # Most harm first, as in the order that is printed.
+    groups = [[arms[i].name for i in reversed(group)] for group in order_of(losses).unresolved]
+    if not groups:
+        return " Each is resolved from the next."
+    told = "; ".join(" and ".join(names) for names in reversed(groups))
+    return f" Order not resolved between {told}."
 
 
 def _predicted_gains(outcome: Outcome) -> Iterable[str]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from storylab.experiments.curves import parabola_minimum
+from storylab.data.tally import plural
 from storylab.experiments.factors import under
+from storylab.experiments.optimum import bracket, fit_optimum
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.statistics import mean_interval
 from storylab.record.run import ENDED
 
 
@@ -40,38 +40,48 @@ def _of_grid(grid: Sequence[CellResult], where: str) -> Iterable[str]:
     if not seeds:
         return
     rates = [cell.config.learning_rate for cell in grid]
-    by_seed = [[_ended(cell)[seed] for cell in grid] for seed in seeds]
-    losses = [float(np.mean(column)) for column in zip(*by_seed, strict=True)]
-    finite = [rate for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
+    losses = np.array([[_ended(cell)[seed] for cell in grid] for seed in seeds])
+    means = losses.mean(axis=0)
+    finite = [rate for rate, loss in zip(rates, means, strict=True) if math.isfinite(loss)]
     if not finite:
         yield f"Every peak tried diverged{where}."
         return
-    best = int(np.argmin(losses))
-    text = (
-        f"Of the peaks tried{where}, {rates[best]:g} has the lowest loss ({losses[best]:.3f}, mean of "
-        f"{len(seeds)} seeds)"
-    )
-    optima = [parabola_minimum(rates, of_seed) for of_seed in by_seed]
-    found = [math.log(optimum) for optimum in optima if optimum]
-    if len(found) == len(optima):
-        interval = mean_interval(found)
-        span = ""
-        if interval:
-            span = f" (95 % CI {math.exp(interval.low):.2g} to {math.exp(interval.high):.2g})"
-        text += (
-            "; a parabola through each seed's best and its neighbours puts the optimum at "
-            f"{math.exp(float(np.mean(found))):.2g}{span}"
-        )
-    else:
-        text += (
-            "; it is at an end of the grid or next to a diverged run, so the optimum may be outside"
-        )
-    yield text + "."
-    gone = [rate for rate, loss in zip(rates, losses, strict=True) if not math.isfinite(loss)]
+    yield _best(rates, losses, where)
+    gone = sorted({rate for rate in rates if rate not in finite})
     if gone:
         yield (
-            f"Diverged{where} at a peak of {min(gone):g}; the highest that trained to its end is "
+            f"Diverged{where} at a peak of {gone[0]:g}; the highest that trained to its end is "
             f"{max(finite):g}."
         )
     else:
         yield f"No peak up to {max(rates):g} made the loss non-finite{where}."
+
+
+def _best(rates: Sequence[float], losses: np.ndarray, where: str) -> str:
+    """The rate with the lowest loss, and where the optimum is, as far as the seeds show it."""
+    found = bracket(rates, losses)
+    seeds = len(losses)
+    text = (
+        f"Of the peaks tried{where}, {found.best:g} has the lowest loss "
+        f"({losses.mean(axis=0).min():.3f}, mean of {plural(seeds, 'seed')})"
+    )
+    if found.level:
+        told = ", ".join(f"{rate:g}" for rate in found.level)
+        text += f", not resolved from {told}"
+    low = "below the grid" if found.low is None else f"{found.low:g}"
+    high = "above the grid" if found.high is None else f"{found.high:g}"
+    if found.low is None and found.high is None:
+        text += ". No peak tried is shown to be worse, so the optimum may be on either side of them"
+    elif found.low is None or found.high is None:
+        side = f"below {high}" if found.low is None else f"above {low}"
+        text += f". The optimum is {side}; it may be outside the peaks tried"
+    else:
+        text += f". The optimum is between {low} and {high}"
+    text += ", if the loss has one valley (95 %, paired by seed). " if seeds > 1 else ". "
+    fitted = fit_optimum(rates, losses)
+    if isinstance(fitted, str):
+        return f"{text}No closer interval is given: {fitted}."
+    return (
+        f"{text}A parabola over log(rate) has its lowest point at {fitted.rate:.3g} "
+        f"(95 % CI {fitted.low:.3g} to {fitted.high:.3g}, if the valley is smooth)."
+    )
