@@ -126,8 +126,8 @@ def plan_lines(
         )
     yield (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
-        f"{len(planned)} runs, about {format_duration(sum(left.values()))} to go (as a like run took before, "
-        "or predicted by a calibration of seconds)"
+        f"{len(planned)} runs, about {format_duration(sum(left.values()))} to go (as a like run took "
+        "before, or predicted by a calibration of seconds)"
     )
     yield from rows
     if others >= SOME_CORES:
