@@ -263,7 +263,7 @@ def test_training_everything_again_is_said(lab: Lab) -> None:
     lab.record(train=True)
     record = lab.record(fresh=True)
     assert registration_lines(record)[1] == (
-        "all runs were to be trained again (--fresh) after 4 of 4 runs"
+        "all runs were trained again (--fresh) after 4 of 4 runs"
     )
 
 

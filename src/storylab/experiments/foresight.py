@@ -1,5 +1,4 @@
-"""Foresee what a plan can see: the true difference that each planned look finds with a chance of 80 %, before any
-run of it, from the spread of like runs."""
+"""Foresee the true difference that each planned look finds with a chance of 80 %, from like runs."""
 
 from __future__ import annotations
 
