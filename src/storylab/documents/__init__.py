@@ -8,6 +8,7 @@ nor torch.
 
 from __future__ import annotations
 
+from storylab.documents.compare import CompareDocument
 from storylab.documents.doctor import DoctorDocument
 from storylab.documents.eval import EvalDocument
 from storylab.documents.info import InfoDocument
@@ -16,7 +17,13 @@ from storylab.documents.noise import NoiseDocument
 from storylab.documents.plan import PlanDocument
 
 Document = (
-    DoctorDocument | EvalDocument | InfoDocument | ListDocument | NoiseDocument | PlanDocument
+    CompareDocument
+    | DoctorDocument
+    | EvalDocument
+    | InfoDocument
+    | ListDocument
+    | NoiseDocument
+    | PlanDocument
 )
 
 # The document of every verb that has --json.
@@ -27,4 +34,5 @@ DOCUMENTS = {
     "info": InfoDocument,
     "doctor": DoctorDocument,
     "noise": NoiseDocument,
+    "compare": CompareDocument,
 }

@@ -166,6 +166,11 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
     of_speed = tuple(dict.fromkeys(c for pair in contest.met for c in speed_confounds(*pair)))
     # Without pairs, speeds and memory are still those of like runs: one by one, in order.
     both = pairs if contest.paired else list(zip(arm.finished, baseline.finished, strict=False))
+    met = (
+        ([a for a, _ in pairs], [b for _, b in pairs])
+        if contest.paired
+        else (arm.finished, baseline.finished)
+    )
     return Comparison(
         arm=arm.name,
         baseline=baseline.name,
@@ -189,6 +194,8 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
         failures=tuple(_failures(arm, baseline)),
         diverged=(arm.diverged, baseline.diverged),
         ended=(arm.ended, baseline.ended),
+        seeds=tuple(run.config.seed for run in met[0]),
+        baseline_seeds=tuple(run.config.seed for run in met[1]),
     )
 
 
