@@ -232,17 +232,24 @@ def group_runs(results: Iterable[Run]) -> list[Arm]:
     return [Arm(_arm_name(group, groups[0]), tuple(group)) for group in groups]
 
 
-def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Comparison]:
+def compare_runs(
+    results: Sequence[Run], margin: float | None = None, cache: RunCache | None = None
+) -> list[Comparison]:
     """Group ``results`` into arms and compare each with the first; a seed counts once.
 
     The difference between two arms is the factor if one factor covers it; else they are confounded.
+
+    Args:
+        results: the runs.
+        margin: the largest difference in nats that counts as none; None for no test of equivalence.
+        cache: runs that have been read already.
     """
     baseline, *arms = group_runs(results)
     contests = []
     for arm in arms:
         changed = set(changed_fields(baseline.runs[0].config, arm.runs[0].config))
         allowed = frozenset(changed) if infer_factor(changed) else frozenset()
-        contests.append(Contest(arm, baseline, allowed))
+        contests.append(Contest(arm, baseline, allowed, cache=cache))
     return compare_contests(contests, Rules(margin=margin))
 
 

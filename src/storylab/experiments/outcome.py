@@ -19,6 +19,7 @@ from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.family import Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
+from storylab.experiments.registration import exploratory_reasons
 from storylab.files import exists, read_record, reading
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
@@ -193,8 +194,12 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
-    comparisons = compare_contests(_contests(outcome, fields, cache), rules_of(record))
-    outcome = dataclasses.replace(outcome, comparisons=tuple(comparisons))
+    reasons = tuple(exploratory_reasons(record))
+    comparisons = tuple(
+        dataclasses.replace(comparison, exploratory=reasons)
+        for comparison in compare_contests(_contests(outcome, fields, cache), rules_of(record))
+    )
+    outcome = dataclasses.replace(outcome, comparisons=comparisons)
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
