@@ -38,7 +38,5 @@ class CompareDocument(
     ]
     comparisons: Annotated[list[ComparedArm], about("one for every arm but the baseline")]
     exit_code: Annotated[int, about("code of all verdicts with `--exit_code`")]
-    neighbors: Annotated[
-        list[ArmNeighbors], about("arms of which other runs were found; empty for an experiment")
-    ]
+    neighbors: Annotated[list[ArmNeighbors], about("arms of which other runs were found")]
     left_out: Annotated[list[str], about("faults of runs that could not be read, one line each")]

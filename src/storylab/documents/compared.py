@@ -1,4 +1,4 @@
-"""An arm compared with its baseline, as ``storylab compare --json`` and ``experiment run --json`` print it."""
+"""An arm compared with its baseline, as ``compare --json`` and ``experiment run --json`` print it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class EqualLossRatios(Struct, frozen=True, kw_only=True):
 
 
 class ComparedArm(Struct, frozen=True, kw_only=True):
-    """An arm compared with its baseline. A difference is arm minus baseline: below zero, the arm is better."""
+    """An arm compared with its baseline: a difference below zero says that the arm is better."""
 
     arm: Annotated[str, about("name of the arm")]
     baseline: Annotated[str, about("name of the arm that it is compared with")]

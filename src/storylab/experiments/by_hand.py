@@ -11,7 +11,8 @@ from pathlib import Path
 
 from storylab.errors import UserError
 from storylab.experiments.compare import compare_runs, group_runs
-from storylab.experiments.comparison import Comparison
+from storylab.experiments.comparison import Arm, Comparison
+from storylab.experiments.factors import under
 from storylab.experiments.neighbors import Neighbors, find_neighbors
 from storylab.experiments.outcome import experiment_records, load_outcome, read_experiment
 from storylab.files import exists
@@ -30,7 +31,7 @@ class GivenRuns:
     Attributes:
         comparisons: one for every arm but the baseline.
         experiment: name of the experiment whose plan judged them; empty without one.
-        neighbors: for every arm, runs of its recipe that were not given; empty with an experiment.
+        neighbors: for every arm, runs of its recipe that were not given.
         problems: runs of the experiment that are missing or damaged.
     """
 
@@ -56,12 +57,14 @@ def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) ->
         reasons = list(_departures(record, path.stem, runs[0], margin))
         if not reasons:
             outcome = load_outcome(path, cache)
-            return GivenRuns(outcome.comparisons, outcome.label, problems=outcome.problems)
-    neighbors = find_neighbors(group_runs(runs), cache)
-    return GivenRuns(
-        tuple(_explored(c, reasons, neighbors) for c in compare_runs(runs, margin, cache)),
-        neighbors=tuple(neighbors),
-    )
+            arms = [Arm(cell.name, cell.arm.runs) for cell in outcome.cells if cell.arm.runs]
+            near = find_neighbors(arms, cache)
+            noted = tuple(_noted(comparison, near) for comparison in outcome.comparisons)
+            return GivenRuns(noted, outcome.label, tuple(near), outcome.problems)
+    near = find_neighbors(group_runs(runs), cache)
+    compared = (_noted(comparison, near) for comparison in compare_runs(runs, margin, cache))
+    explored = tuple(_explored(comparison, reasons, near) for comparison in compared)
+    return GivenRuns(explored, neighbors=tuple(near))
 
 
 def _experiments_of(runs: Sequence[Run]) -> Iterator[tuple[Path, ExperimentRecord]]:
@@ -93,14 +96,23 @@ def _departures(
         yield f"{name} was registered with another margin"
 
 
+def _noted(comparison: Comparison, neighbors: Sequence[Neighbors]) -> Comparison:
+    """The comparison with notes on the runs that were not given."""
+    lines = (line for near in _of_both(comparison, neighbors) for line in near.lines)
+    return dataclasses.replace(comparison, notes=(*comparison.notes, *lines))
+
+
 def _explored(
     comparison: Comparison, reasons: Sequence[str], neighbors: Sequence[Neighbors]
 ) -> Comparison:
-    """The comparison, marked as exploratory, with the runs that were not given."""
-    sides = [n for n in neighbors if n.arm in (comparison.arm, comparison.baseline)]
-    chosen = (n.reason for n in sides)
+    """The comparison, marked as exploratory."""
+    chosen = (near.reason for near in _of_both(comparison, neighbors))
     return dataclasses.replace(
-        comparison,
-        exploratory=(*reasons, *(reason for reason in chosen if reason)),
-        notes=(*comparison.notes, *(line for n in sides for line in n.lines)),
+        comparison, exploratory=(*reasons, *(reason for reason in chosen if reason))
     )
+
+
+def _of_both(comparison: Comparison, neighbors: Sequence[Neighbors]) -> list[Neighbors]:
+    """Those of the arm and of the baseline."""
+    names = {under(side, comparison.condition) for side in (comparison.arm, comparison.baseline)}
+    return [near for near in neighbors if near.arm in names]

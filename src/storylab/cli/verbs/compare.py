@@ -74,7 +74,8 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
     found = compare_given(results, command.margin, cache)
     if not found.comparisons:
         raise UserError(
-            "these runs differ in their seeds alone: that is noise, not a comparison; see "
+            "; ".join(faults)
+            or "these runs differ in their seeds alone: that is noise, not a comparison; see "
             f"`storylab noise {command.runs[0]}`"
         )
     return found, faults
