@@ -78,7 +78,7 @@ class ExperimentDocument(
     seeds: Annotated[list[int], about("seeds of the plan")]
     looks: Annotated[list[int], about("seeds at the planned looks; empty in older records")]
     variance: Annotated[
-        str, about("how the noise is to be estimated: `moderated`, `own` or `pooled`")
+        str, about("how the plan estimates noise: `moderated`, `own` or `pooled`")
     ]
     margin_nats_per_token: Annotated[
         float | None,
