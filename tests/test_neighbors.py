@@ -194,6 +194,7 @@ def test_runs_of_a_registered_plan_are_judged_by_it(
         ("other baseline", "rates was registered with another baseline"),
         ("other margin", "rates was registered with another margin"),
         ("not registered", NO_PLAN),
+        ("confirmation", "rates is judged on the test split"),
     ],
 )
 def test_any_other_choice_is_exploratory(runs: Path, change_of_choice: str, reason: str) -> None:
@@ -204,12 +205,14 @@ def test_any_other_choice_is_exploratory(runs: Path, change_of_choice: str, reas
         given = all_runs(runs, "high")
     elif change_of_choice == "other margin":
         margin = 0.5
+    elif change_of_choice == "confirmation":
+        change(runs / "experiments/rates.json", stage="confirm")
     else:
         change(runs / "experiments/rates.json", registered=None)
     found = compare_given([load_run(folder) for folder in given], margin, RunCache())
     assert found.experiment == ""
     (only,) = found.comparisons
-    assert only.exploratory[0] == reason
+    assert only.exploratory[0].startswith(reason)
     chosen = [why for why in only.exploratory if why.startswith("chosen by hand: 1 of 2 seeds")]
     assert len(chosen) == 2 * (change_of_choice == "one seed")
 

@@ -77,9 +77,7 @@ class ExperimentDocument(
     conditions: Annotated[list[str], about("names of the conditions; empty without any")]
     seeds: Annotated[list[int], about("seeds of the plan")]
     looks: Annotated[list[int], about("seeds at the planned looks; empty in older records")]
-    variance: Annotated[
-        str, about("how the plan estimates noise: `moderated`, `own` or `pooled`")
-    ]
+    variance: Annotated[str, about("how the plan estimates noise: `moderated`, `own` or `pooled`")]
     margin_nats_per_token: Annotated[
         float | None,
         about("largest difference that counts as none; null: none is set", "nats per token"),

@@ -94,6 +94,8 @@ def _departures(
         yield f"{name} was registered with another baseline"
     if margin is not None and margin != record.margin:
         yield f"{name} was registered with another margin"
+    if record.stage == "confirm":
+        yield f"{name} is judged on the test split, which is opened by `storylab experiment confirm` alone"
 
 
 def _noted(comparison: Comparison, neighbors: Sequence[Neighbors]) -> Comparison:
