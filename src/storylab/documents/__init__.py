@@ -11,6 +11,7 @@ from __future__ import annotations
 from storylab.documents.compare import CompareDocument
 from storylab.documents.doctor import DoctorDocument
 from storylab.documents.eval import EvalDocument
+from storylab.documents.experiment import ExperimentDocument
 from storylab.documents.info import InfoDocument
 from storylab.documents.list import ListDocument
 from storylab.documents.noise import NoiseDocument
@@ -35,4 +36,6 @@ DOCUMENTS = {
     "doctor": DoctorDocument,
     "noise": NoiseDocument,
     "compare": CompareDocument,
+    "experiment run": ExperimentDocument,
+    "experiment confirm": ExperimentDocument,
 }

@@ -1,4 +1,4 @@
-"""The document of ``storylab experiment run --json``."""
+"""The document of ``storylab experiment run --json``, and of ``experiment confirm``."""
 
 from __future__ import annotations
 
