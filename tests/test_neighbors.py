@@ -29,46 +29,9 @@ from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.index import RunCache
 from storylab.record.run import load_run
+from test_registration import TEXT, Quiet
 
 GUIDE = Path(__file__).parents[1] / "docs/guide"
-TEXT = """
-title = "Two rates"
-purpose = "Which is better?"
-factor = "learning_rate"
-baseline = "low"
-seeds = [1, 2]
-looks = [2, 3]
-margin = 0.02
-[config]
-preset = "nano"
-n_layer = 1
-n_head = 1
-n_kv_head = 1
-n_embd = 16
-n_hidden = 16
-dtype = "float32"
-max_iters = 3
-batch_size = 4
-gradient_accumulation_steps = 1
-block_size = 16
-warmup_iters = 2
-eval_interval = 3
-eval_iters = 1
-device = "cpu"
-[arms]
-low = { learning_rate = 1e-3 }
-high = { learning_rate = 1e-2 }
-"""
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def overall(self, name: str, done: float, total: float) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ Document = (
     CompareDocument
     | DoctorDocument
     | EvalDocument
+    | ExperimentDocument
     | InfoDocument
     | ListDocument
     | NoiseDocument

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from storylab.data.tally import plural
 from storylab.errors import UserError
+from storylab.experiments.attempts import SET_ASIDE
 from storylab.experiments.comparison import Arm
 from storylab.experiments.noise import same_recipe
 from storylab.files import exists
@@ -21,7 +21,6 @@ from storylab.record.run import RunHead
 
 # Folders that are named in a line before "and N more".
 MOST_NAMED = 4
-SET_ASIDE = re.compile(r"\.old\d+$", re.ASCII)
 
 
 @dataclass
@@ -64,15 +63,16 @@ class Neighbors:
             (self.other_code, "other versions of the code, not counted"),
         )
         return [
-            f"not given, of the recipe of {self.arm}: {_named(folders)} ({kind})"
+            f"not given, of the recipe of {self.arm}: {named(list(map(str, folders)))} ({kind})"
             for folders, kind in kinds
             if folders
         ]
 
 
-def _named(folders: Sequence[Path]) -> str:
+def named(folders: Sequence[str]) -> str:
+    """The first few folders, and the number of the rest."""
     more = len(folders) - MOST_NAMED
-    names = ", ".join(map(str, folders[:MOST_NAMED]))
+    names = ", ".join(folders[:MOST_NAMED])
     return f"{names} and {more} more" if more > 0 else names
 
 
