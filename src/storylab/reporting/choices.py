@@ -1,4 +1,4 @@
-"""The choices behind an experiment: the arms that were tried on its data, and runs that were rolled again."""
+"""The choices behind an experiment: arms that were tried on its data, and runs that were rolled again."""
 
 from __future__ import annotations
 
