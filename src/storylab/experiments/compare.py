@@ -117,7 +117,7 @@ class Contest:
 
     @property
     def _void(self) -> frozenset[int]:
-        """Seeds that forbid a comparison of losses: confounded ones, and those with which a run diverged."""
+        """Seeds whose losses may not be compared: they are confounded, or a run diverged."""
         found = {
             run.config.seed
             for side in (self.arm, self.baseline)
