@@ -19,6 +19,7 @@ from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.family import Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
+from storylab.experiments.registration import exploratory_reasons
 from storylab.files import exists, read_record, reading
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
@@ -186,6 +187,8 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     runs = path.parent.parent
     try:
         cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
+        if record.stage == "confirm":
+            cells = tuple(_on_test(cell, problems) for cell in cells)
         fields = {
             condition: allowed_fields(record.factor, condition in record.matched)
             for condition in record.conditions
@@ -194,6 +197,8 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
     comparisons = compare_contests(_contests(outcome, fields, cache), rules_of(record))
+    reasons = tuple(exploratory_reasons(record))
+    comparisons = [dataclasses.replace(c, exploratory=reasons) for c in comparisons]
     outcome = dataclasses.replace(outcome, comparisons=tuple(comparisons))
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
@@ -249,6 +254,21 @@ def _read_cell(
             problems.append(f"{where}, seed {seed}: {why}")
     arm, config = Arm(cell.arm, tuple(found)), from_dict(cell.config)
     return CellResult(cell.condition, arm, config, len(cell.runs))
+
+
+def _on_test(cell: CellResult, problems: list[str]) -> CellResult:
+    """A cell whose final losses are those on the test split; runs without them are named in
+    ``problems`` and left out."""
+    found = []
+    for run in cell.arm.runs:
+        if not run.finished:
+            found.append(run)
+        elif run.results.test is not None:
+            summary = structs.replace(run.results, validation=run.results.test)
+            found.append(dataclasses.replace(run, summary=summary, story_losses=run.test_losses))
+        else:
+            problems.append(f"{cell.name}, seed {run.config.seed}: no losses on a test split")
+    return dataclasses.replace(cell, arm=Arm(cell.arm.name, tuple(found)))
 
 
 def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:

@@ -44,9 +44,9 @@ def recompute_block(forward: Forward) -> Forward:
     """
 
     @wraps(forward)
-    def checkpointed(block: Any, x: Tensor, *others: Any) -> Any:
+    def checkpointed(block: Any, x: Tensor, *others: Any, **named: Any) -> Any:
         if not (torch.compiler.is_compiling() and recomputes_activations(x)):
-            return forward(block, x, *others)
+            return forward(block, x, *others, **named)
         return checkpoint(
             partial(forward, block),
             x,
@@ -54,6 +54,7 @@ def recompute_block(forward: Forward) -> Forward:
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=partial(_save_matmul_outputs, block.feed_forward.down.in_features),
+            **named,
         )
 
     return cast(Forward, checkpointed)
