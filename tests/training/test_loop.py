@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from finished_runs import InterruptAt, found, metrics, weights
+from finished_runs import CPU, InterruptAt, found, metrics, weights
 from samples import MakeConfig
 from storylab.errors import Diverged, Interrupted
 from storylab.record.folder import open_run
@@ -20,8 +21,8 @@ from storylab.record.schema import IterationRow
 from storylab.training import run_progress
 from storylab.training.evaluation import Evaluation, evaluate_run
 from storylab.training.resume import resume
-from storylab.training.run_progress import StopRequested
-from storylab.training.step import NonFiniteError, training_step
+from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested
+from storylab.training.step import DeviceStepMetrics, NonFiniteError, training_step
 from storylab.training.train import train
 
 
@@ -54,6 +55,26 @@ def test_a_host_that_runs_ahead_writes_the_same_run(
         train(tiny_config(out_dir=tmp_path / "stopped", **config), InterruptAt(5, signal.SIGTERM))
     resumed = resume(tmp_path / "stopped")
     assert metrics(resumed) == metrics(at_once) and weights(resumed) == weights(at_once)
+
+
+def test_steps_in_flight_are_read_by_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[torch.Size] = []
+    cpu = torch.Tensor.cpu
+    # Nothing here has another device to copy from.
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or cpu(tensor)
+    )
+    flight = StepsInFlight(CPU)
+    for i in range(5):
+        loss, norm = torch.tensor(i / 7), torch.tensor(i / 3, dtype=torch.float64)
+        result = DeviceStepMetrics(loss, norm if i != 3 else norm * math.nan, max_norm=0.5)
+        flight.add(InFlightStep(i, result, 0.0), started=2.0 + i)
+    done, since, fault = flight.read()
+    assert copies == [(10,)] and since == 2.0 and "nan" in str(fault)
+    assert [(step.iteration, step.result.read()) for step, _ in done] == [
+        (i, metrics) for i, (_, metrics) in enumerate(done)
+    ]
+    assert len(done) == 3 and flight.read() == ([], 2.0, None)
 
 
 def test_a_divergence_found_late_names_the_iteration_where_it_was(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -104,9 +106,21 @@ class StepsInFlight:
         and that fault. Steps after a fault are of no use."""
         steps, self._steps = self._steps, []
         done: list[tuple[InFlightStep, StepMetrics]] = []
-        for step in steps:
+        for step, result in zip(steps, on_host([step.result for step in steps]), strict=True):
             try:
-                done.append((step, step.result.read()))
+                done.append((step, result.read()))
             except NonFiniteError as error:
                 return done, self._since, error
         return done, self._since, None
+
+
+def on_host(results: Sequence[DeviceStepMetrics]) -> list[DeviceStepMetrics]:
+    """The results with their numbers on the host, by one copy for all, as a GPU idles for each copy."""
+    if not results:
+        return []
+    numbers = [x for each in results for x in (each.loss, each.grad_norm.to(each.loss))]
+    pairs = torch.stack(numbers).cpu().view(-1, 2)
+    return [
+        dataclasses.replace(each, loss=loss, grad_norm=norm)
+        for each, (loss, norm) in zip(results, pairs, strict=True)
+    ]
