@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 from conformance import generator
 from quantized_layers import layer
 from storylab.model.recompute import recompute
 from storylab.precision.edit import find_recipe
 from storylab.precision.formats import E4M3
-from storylab.precision.linear import QuantizedLinear, product
+from storylab.precision.linear import LayerContext, QuantizedLinear, product
 from storylab.precision.quantize import (
     mxfp8,
     nvfp4,
@@ -24,6 +26,7 @@ from storylab.precision.quantize import (
 from storylab.precision.recipes import (
     RECIPES,
 )
+from storylab.precision.state import QuantizationState
 
 
 def test_products_are_those_of_float64() -> None:
@@ -33,6 +36,35 @@ def test_products_are_those_of_float64() -> None:
         error = (product(a, b).double() - exact).abs().max() / exact.abs().max()
         assert error < 1e-6
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_host_reads_no_tensor_of_the_device(name: str) -> None:
+    """Tensors of the device "meta" have no values, so that a read of one raises."""
+    nowhere = torch.device("meta")
+    recipe, state = RECIPES[name], QuantizationState(0, max_iters=10)
+    quantized = QuantizedLinear(nn.Linear(64, 96, False, nowhere), recipe, state, "layer")
+    rows, gradient = torch.empty(128, 64, device=nowhere), torch.empty(128, 96, device=nowhere)
+    assert quantized.product(rows).shape == (128, 96)
+    input_gradient, weight_gradient = quantized.gradients(rows, gradient)
+    assert input_gradient.shape == rows.shape and weight_gradient.shape == (96, 64)
+    with pytest.raises(RuntimeError):
+        int(input_gradient.sum())
+
+
+def test_random_bits_are_made_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = LayerContext(layer(RECIPES["nvfp4"]), "gradient", "input_gradient")
+    on_device = Mock()
+    # Nothing here has a GPU, which would wait for draws on the CPU.
+    monkeypatch.setattr("storylab.precision.linear.hashed_bytes", on_device)
+    monkeypatch.delattr("storylab.precision.linear.random_bytes")
+    seeds = set()
+    for _ in range(2):
+        context.random_bytes(torch.Size((30, 7)), torch.device("cuda"))
+        shape, seed, device = on_device.call_args.args
+        assert shape == (30, 7) and device.type == "cuda"
+        seeds.add(seed)
+    assert len(seeds) == 2  # a new draw at every call
 
 
 @pytest.mark.parametrize("name", ["fp8-current", "fp8-rowwise", "mxfp8", "nvfp4"])

@@ -18,6 +18,7 @@ from conformance import generator
 from storylab.precision.formats import E4M3
 from storylab.precision.quantize import (
     hadamard,
+    hashed_bytes,
     mxfp8,
     nvfp4,
     per_tensor,
@@ -38,8 +39,33 @@ def test_every_value_is_that_of_an_independent_implementation(case: str) -> None
 
 
 def test_random_bytes_are_uniform_and_reproducible() -> None:
-    drawn = random_bytes(torch.Size((256, 1001)), generator(3))
-    assert torch.equal(drawn, random_bytes(torch.Size((256, 1001)), generator(3)))
+    shape = torch.Size((256, 1001))
+    draws: list[Callable[[int], torch.Tensor]] = [
+        lambda seed: random_bytes(shape, generator(seed)),
+        lambda seed: hashed_bytes(shape, seed, torch.device("cpu")),
+    ]
+    for draw in draws:
+        assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+        assert_uniform(draw(3))
+        # Neighbours, a seed's and a place's, say nothing of each other.
+        assert_uniform(draw(3) - draw(4))
+        assert_uniform(draw(3)[:, 1:] - draw(3)[:, :-1])
+
+
+def test_hashed_bytes_are_those_of_splitmix64() -> None:
+    """The generator in Python's own integers, as its authors define it."""
+    seed, count, word = 2**55 + 12345, 1003, 2**64 - 1
+    expected = b""
+    for place in range(1, -(-count // 8) + 1):
+        x = (seed + place * 0x9E3779B97F4A7C15) & word
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        expected += (x ^ (x >> 31)).to_bytes(8, "little")
+    drawn = hashed_bytes(torch.Size((17, 59)), seed, torch.device("cpu"))
+    assert drawn.flatten().tolist() == list(expected[:count])
+
+
+def assert_uniform(drawn: torch.Tensor) -> None:
     counts = torch.bincount(drawn.flatten(), minlength=256).double()
     expected = drawn.numel() / 256
     assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * math.sqrt(2 * 255)

@@ -20,6 +20,7 @@ from storylab.precision.quantize import (
     HADAMARD_SIZE,
     Quantized,
     hadamard,
+    hashed_bytes,
     padded,
     random_bytes,
     tensor_amax,
@@ -64,10 +65,12 @@ class LayerContext:
         return self.layer.delayed_amax(values, self.kind)
 
     def random_bytes(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Uniform uint8, drawn on the CPU so that every device has the same."""
-        state = self.layer.state
-        generator = state.generator(f"{self.layer.name} {self.kind} {self.use}")
-        return random_bytes(shape, generator).to(device)
+        """Uniform uint8, made on a CUDA device where it is read there: a CPU takes longer to draw and
+        copy the bytes of a gradient than the GPU takes to compute it."""
+        seed = self.layer.state.draw_seed(f"{self.layer.name} {self.kind} {self.use}")
+        if device.type == "cuda":
+            return hashed_bytes(shape, seed, device)
+        return random_bytes(shape, torch.Generator().manual_seed(seed)).to(device)
 
 
 class QuantizedLinear(nn.Module):
@@ -93,9 +96,8 @@ class QuantizedLinear(nn.Module):
             # the other buffer names, which may be half done in a checkpoint; earlier ones follow.
             device = layer.weight.device
             self.register_buffer("amax_history", torch.zeros(3, recipe.history + 1, device=device))
-            self.register_buffer(
-                "amax_iteration", torch.zeros((), dtype=torch.int64, device=device)
-            )
+            # On the host, which reads it for every tensor and would wait for a GPU each time.
+            self.register_buffer("amax_iteration", torch.zeros((), dtype=torch.int64))
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.state.enabled:

@@ -215,19 +215,21 @@ def _nvfp4_elements(
 def hadamard(values: Tensor) -> Tensor:
     """The 16-point random Hadamard transform of the last axis of ``values``, rounded to bfloat16 as in
     hardware. The transform is orthogonal: applied to both operands of a product it cancels."""
-    matrix = _hadamard_matrix().to(values.device)
+    matrix = _hadamard_matrix(values.device)
     # Sums of 16 bfloat16 numbers over 4, made in float32 and rounded once.
     turned = values.bfloat16().view(-1, HADAMARD_SIZE) @ matrix
     return turned.view(values.shape)
 
 
 @cache
-def _hadamard_matrix() -> Tensor:
-    """diag(signs) H_16 / 4, ``[16, 16]`` bfloat16; Sylvester's construction."""
+def _hadamard_matrix(device: torch.device) -> Tensor:
+    """diag(signs) H_16 / 4, ``[16, 16]`` bfloat16; Sylvester's construction. A GPU gets it once, as the
+    host waits for the copy."""
     matrix = torch.ones(1, 1)
     while len(matrix) < HADAMARD_SIZE:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(HADAMARD_SIZE)).bfloat16()
+    signed = torch.tensor(HADAMARD_SIGNS)[:, None] * matrix / math.sqrt(HADAMARD_SIZE)
+    return signed.bfloat16().to(device)
 
 
 def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -237,6 +239,21 @@ def random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
         -(2**31), 2**31, (-(-count // 4),), dtype=torch.int32, generator=generator
     )
     return words.view(torch.uint8)[:count].view(shape)
+
+
+def hashed_bytes(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """Uniform uint8 for :func:`stochastic_round`, made on ``device``: a hash of the seed and of each
+    place (the SplitMix64 generator of Steele, Lea & Flood 2014).
+
+    Equal on all devices, but not to :func:`random_bytes`, whose draws take less time on a CPU.
+    """
+    count = shape.numel()
+    # Sums and products of int64 wrap; a shift of it brings in copies of the sign, which are masked.
+    x = torch.arange(1, -(-count // 8) + 1, device=device) * (0x9E3779B97F4A7C15 - 2**64) + seed
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    x ^= (x >> 31) & (2**33 - 1)
+    return x.view(torch.uint8)[:count].view(shape)
 
 
 def padded(values: Tensor, columns: int, rows: int = 1) -> Tensor:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from storylab.precision.quantize import Quantized
@@ -80,9 +79,9 @@ class QuantizationState:
         finally:
             self.on_quantize = None
 
-    def generator(self, name: str) -> torch.Generator:
-        """A generator for the next draw called ``name`` in this iteration."""
+    def draw_seed(self, name: str) -> int:
+        """Seed of the next draw called ``name`` in this iteration, below 2^56."""
         count = self.draws[name] = self.draws.get(name, -1) + 1
         text = f"{self.seed} {self.iteration} {name} {count}"
         digest = hashlib.sha256(text.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return int.from_bytes(digest[:7], "little")
