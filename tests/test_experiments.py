@@ -530,6 +530,26 @@ def test_an_experiment_runs_once_in_processes_of_its_own(
     assert {run.folder: (run.folder / "metrics.jsonl").read_bytes() for run in planned} == before
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", None), ("cuda", False)])
+def test_arms_are_compiled_together_or_not_at_all(
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    expected: bool | None,
+) -> None:
+    """One arm is too short for a GPU to compile it, and long enough for a CPU."""
+    config = f'dtype = "bfloat16"\ndevice = "{device}"\n'
+    text = TEN_LINES.format(config=config).replace('"learning_rate"', '"max_iters"')
+    for rate, length in (("1e-3", 20), ("1e-2", 200)):
+        text = text.replace(f"learning_rate = {rate}", f"max_iters = {length}")
+    experiment = load_experiment(write(tmp_path / "lengths.toml", text))
+    # Nothing here has a GPU.
+    monkeypatch.setattr("storylab.experiments.plan.resolve_device", lambda config: (config, None))
+    planned = plan_runs(experiment, dataset, tmp_path / "runs", seeds=(1,))
+    assert [run.cell.config.compile for run in planned] == [expected] * 2
+
+
 def test_arms_share_initial_weights_and_data_order(planned: list[PlannedRun]) -> None:
     run_experiment(planned, InProcess(), Watcher())
     a, b = (RunFolder(run.folder).read_environment() for run in planned)

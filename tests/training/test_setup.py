@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import storylab
 from finished_runs import CPU, InterruptAt, found
@@ -22,9 +23,7 @@ from storylab.files import exclusive
 from storylab.record import checkpoint
 from storylab.record.folder import open_run
 from storylab.record.schema import IterationRow
-from storylab.training.precision import (
-    choose_precision,
-)
+from storylab.training.precision import ComputePolicy, choose_precision
 from storylab.training.resume import resume
 from storylab.training.setup import resolve_compile
 from storylab.training.train import train
@@ -50,6 +49,18 @@ def test_long_runs_are_compiled_where_they_can_be(
     config = TrainConfig(device="cpu", **changes)
     precision = choose_precision(CPU, config.dtype)
     assert resolve_compile(config, precision) is expected
+
+
+@pytest.mark.parametrize(("max_iters", "expected"), [(20, [True, False]), (200, [True, True])])
+def test_a_gpu_compiles_longer_runs_than_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, max_iters: int, expected: list[bool]
+) -> None:
+    """Twenty iterations of 113M parameters are minutes on a CPU and seconds on a GPU."""
+    # A machine that can compile for both.
+    monkeypatch.setattr("storylab.training.setup.missing_for_compiling", lambda device: None)
+    config = TrainConfig(max_iters=max_iters)
+    policies = [ComputePolicy(torch.device(name), torch.bfloat16) for name in ("cpu", "cuda")]
+    assert [resolve_compile(config, policy) for policy in policies] == expected
 
 
 def test_a_run_killed_before_it_had_a_config_can_be_started_again(

@@ -31,11 +31,11 @@ def matched_cells(experiment: Experiment) -> Iterable[Cell]:
         yield dataclasses.replace(cell, config=config)
 
 
-def equally_compiled(experiment: Experiment) -> Iterable[Cell]:
+def equally_compiled(experiment: Experiment, device: str = "cpu") -> Iterable[Cell]:
     """The cells with the same choice of compiling, as arms must not differ in it. Unless the file
-    decides, all are uncompiled if one cannot be compiled or is too short for it."""
+    decides, all are uncompiled if one cannot be compiled or is too short for it on this type of device."""
     short = any(
-        cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config)
+        cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config, device)
         for cell in experiment.cells
     )
     for cell in experiment.cells:

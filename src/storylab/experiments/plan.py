@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from storylab.config import TrainConfig, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import under
+from storylab.experiments.matching import equally_compiled
 from storylab.record.index import RunCache
 from storylab.record.provenance import code_sha256, representative
 from storylab.training.setup import resolve_device
@@ -102,7 +105,7 @@ def resolved_cells(
     """
     require_runnable(experiment)
     cells = []
-    for cell in experiment.cells:
+    for cell in _equally_compiled_here(experiment):
         dataset.require_window(cell.config.block_size)
         config, runnable = dataclasses.replace(cell.config, data_dir=dataset.folder), True
         try:
@@ -116,6 +119,16 @@ def resolved_cells(
         config = dataclasses.replace(config, compile=cell.config.compile)
         cells.append(ResolvedCell(dataclasses.replace(cell, config=config), name, runnable))
     return cells
+
+
+def _equally_compiled_here(experiment: Experiment) -> Iterable[Cell]:
+    """The cells, all of them uncompiled if one is too short to be compiled on a CUDA device that they
+    use."""
+    names = {cell.config.device for cell in experiment.cells}
+    cuda = "auto" in names and torch.cuda.is_available()
+    if cuda or any(name.startswith("cuda") for name in names):
+        return equally_compiled(experiment, "cuda")
+    return experiment.cells
 
 
 def plan_runs(

@@ -84,7 +84,7 @@ def resolve_compile(config: TrainConfig, precision: ComputePolicy) -> bool:
             )
     if config.compile is not None:
         return config.compile
-    return precision.recipe is None and missing is None and worth_compiling(config)
+    return precision.recipe is None and missing is None and worth_compiling(config, device)
 
 
 class TrainingSetup:
