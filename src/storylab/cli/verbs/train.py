@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from storylab.cli.registry import Call, Verb
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig
 from storylab.errors import UserError
-from storylab.flags import default_for
+from storylab.flags import default_for, given_flags
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,9 @@ class TrainCommand:
     """Train a model. The defaults are those of the original log: 113M parameters, 131,072 tokens an
     iteration.
 
-    Without --data_dir, the TinyStories data set is downloaded and prepared first.
+    Without --data_dir, the TinyStories data set is downloaded and prepared first. On a GPU, without
+    --batch_size and --gradient_accumulation_steps, micro-batches are as long as its free memory allows; an
+    iteration has the same tokens.
 
     Examples: storylab train --dtype bfloat16 --max_iters 1000
     | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
@@ -31,19 +33,32 @@ def run(call: Call) -> int:
     """Train a run, or continue it with --resume."""
     command = call.parse(TrainCommand, TrainCommand(default_for(call.args)))
     config = command.config
+    split_is_free = not {"batch_size", "gradient_accumulation_steps"} & {*given_flags(call.args)}
     from storylab.cli.training import show_training
+    from storylab.planning.micro_batch import fitted_here, split_as
 
     if command.resume:
         if config.out_dir is None:
             raise UserError("--resume needs --out_dir RUN: the run folder to continue")
+        from storylab.record.folder import open_run
         from storylab.training.resume import resume
 
         folder = config.out_dir
+        if split_is_free:
+            config = split_as(open_run(folder).read_config(), config)
         return show_training(lambda reporter: resume(folder, config, reporter))
     if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
         _prepare_default_data(config)
+    from storylab.training.precision import choose_device
     from storylab.training.train import train
 
+    if split_is_free:
+        chosen = fitted_here(config, choose_device(config.device))
+        if chosen != config:
+            print(
+                f"micro-batches of {chosen.batch_size} sequences, which fit into the GPU's memory"
+            )
+        config = chosen
     return show_training(lambda reporter: train(config, reporter))
 
 
