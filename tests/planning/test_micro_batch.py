@@ -66,11 +66,11 @@ def test_a_run_resumes_with_its_own_micro_batches(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU that chose them: the same command without flags for them, and --resume."""
-    config = tiny_config(batch_size=2, gradient_accumulation_steps=32 * 16)
+    config = tiny_config(batch_size=512, gradient_accumulation_steps=2)
     resumed = Mock(return_value=Mock(folder=config.out_dir))
     monkeypatch.setattr("storylab.training.resume.resume", resumed)
     train(dataclasses.replace(config, max_iters=0))
-    for flags, expected in (("", (2, 512)), ("--batch_size 64", (64, 16))):
+    for flags, expected in (("", (512, 2)), ("--batch_size 64", (64, 16))):
         assert main(["train", "--resume", "--out_dir", str(config.out_dir), *flags.split()]) == 0
         wanted = resumed.call_args.args[1]
         assert (wanted.batch_size, wanted.gradient_accumulation_steps) == expected
