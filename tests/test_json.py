@@ -29,7 +29,9 @@ from storylab.cli.documents import print_document
 from storylab.cli.registry import all_verbs
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
+from storylab.doctor import fastest
 from storylab.documents import DOCUMENTS
+from storylab.documents.doctor import ProductSpeed
 from storylab.documents.fields import about, describe
 from storylab.documents.list import ListDocument
 from storylab.documents.noise import NoiseDocument
@@ -276,6 +278,19 @@ def test_doctor_reports_speeds_and_faults(
     text = capsys.readouterr().out
     assert "3 GFLOP/s" in text and "float16   cannot run: no float16 here" in text
     assert "1,000 tok/s" in text and "113m  cannot run: out of memory" in text
+
+
+@pytest.mark.parametrize(
+    ("device", "gain", "expected"),
+    [("cuda", 1.05, "bfloat16"), ("cuda", 1.2, "float16"), ("cpu", 1.05, "float16")],
+)
+def test_doctor_prefers_bfloat16_on_a_gpu(device: str, gain: float, expected: str) -> None:
+    speeds = {"float32": 1e9, "bfloat16": 8e9, "float16": gain * 8e9}
+    products = [
+        ProductSpeed(dtype=dtype, flops_per_second=speed, other_cores=None, fault=None)
+        for dtype, speed in speeds.items()
+    ]
+    assert fastest(products, torch.device(device)) == expected
 
 
 @pytest.mark.slow

@@ -34,6 +34,12 @@ from storylab.training.precision import choose_device, choose_precision
 
 RECORD_TOKENS = 1001 * TrainConfig().tokens_per_iteration
 MATRIX = (2048, 768, 2048)
+# So large that a GPU is not done before the host has started the next product.
+CUDA_MATRIX = (8192, 8192, 8192)
+# On a GPU 16-bit products are about as fast as each other, and bfloat16 needs no loss scale.
+PREFERENCE_ON_CUDA = 1.1
+# Seconds of steps on a GPU, for its clock to settle; on a CPU two steps take that long.
+CUDA_SECONDS = 1.0
 TEST_LAYER = (2048, 768)
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 
@@ -53,7 +59,7 @@ def examination(
         recipes = list(recipe_checks(device))
     else:
         products = list(product_speeds(device))
-        training = list(training_speeds(device, fastest(products), presets))
+        training = list(training_speeds(device, fastest(products, device), presets))
     return DoctorDocument(
         device=str(device), machine=machine, products=products, training=training, recipes=recipes
     )
@@ -72,12 +78,13 @@ def examine(device_name: str, presets: Sequence[PresetName]) -> Iterator[str]:
     device = choose_device(device_name)
     yield from _machine_lines(describe_machine(device), device)
     yield ""
-    yield f"matrix products on {device} (rows {MATRIX[0]}, {MATRIX[1]} to {MATRIX[2]} columns):"
+    rows, inner, columns = matrix_for(device)
+    yield f"matrix products on {device} (rows {rows}, {inner} to {columns} columns):"
     products = []
     for product in product_speeds(device):
         yield _product_line(product)
         products.append(product)
-    best = fastest(products)
+    best = fastest(products, device)
     yield f"fastest: --dtype {best}"
     yield ""
     yield f"training steps in {best}, uncompiled (a few micro-batches each, so expect 20 % either way):"
@@ -139,16 +146,23 @@ def product_speeds(device: torch.device) -> Iterator[ProductSpeed]:
         speed = others = fault = None
         try:
             use.restart()
-            speed = product_rate(*MATRIX, choose_precision(device, dtype))
+            speed = product_rate(*matrix_for(device), choose_precision(device, dtype))
             others = use.read().others
         except (UserError, RuntimeError) as error:
             fault = str(error)
         yield ProductSpeed(dtype=dtype, flops_per_second=speed, other_cores=others, fault=fault)
 
 
-def fastest(products: Sequence[ProductSpeed]) -> Dtype:
-    """The dtype with the fastest matrix products."""
+def matrix_for(device: torch.device) -> tuple[int, int, int]:
+    """Shape of the product that is timed: rows, inner size, columns."""
+    return CUDA_MATRIX if device.type == "cuda" else MATRIX
+
+
+def fastest(products: Sequence[ProductSpeed], device: torch.device) -> Dtype:
+    """The dtype with the fastest matrix products; on a GPU bfloat16 unless another is clearly faster."""
     speeds = {product.dtype: product.flops_per_second or 0.0 for product in products}
+    if device.type == "cuda":
+        speeds["bfloat16"] *= PREFERENCE_ON_CUDA
     return max(DTYPES, key=lambda dtype: speeds[dtype])
 
 
@@ -267,4 +281,5 @@ def _training_speed(name: PresetName, device: torch.device, dtype: Dtype) -> flo
         config, batch_size=sequences, dtype=dtype, device=str(device), compile=False
     )
     timer = StepTimer(config, PRESETS[name].vocab_size)
-    return sequences * config.block_size / timer.median(sequences, 0.0)
+    seconds = CUDA_SECONDS if device.type == "cuda" else 0.0
+    return sequences * config.block_size / timer.median(sequences, seconds)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import psutil
 import pytest
@@ -19,6 +19,7 @@ from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.execution.job import Outcome
 from storylab.model.cost import StepPart
+from storylab.planning.measurements import time_steps
 
 # _device_seconds times products on a GPU: its clock is replaced below, and no command reaches it on a CPU.
 from storylab.training.measure import Measured, _device_seconds
@@ -58,7 +59,7 @@ def test_a_bench_times_every_precision_and_attention(
 
 def bench_rows(capsys: pytest.CaptureFixture[str], flags: str) -> str:
     """The output of a bench of the nano model where every job answers that a step takes a second."""
-    answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None}
+    answer = {"seconds": 1.0, "joules": None, "memory": 1e9, "products": None, "busy": None}
     answer["shares"] = dict.fromkeys(StepPart, 1 / len(StepPart))
     executor = InProcess(lambda job: Outcome("done", answer=answer))
     assert main(["bench", "--preset", "nano", "--device", "cpu", *flags.split()], executor) == 0
@@ -127,6 +128,26 @@ def test_a_card_times_products_in_a_row_by_its_own_clock(monkeypatch: pytest.Mon
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     assert _device_seconds(lambda: done.append(None), torch.device("cuda")) == pytest.approx(3e-3)
     assert len(done) == 20 and waits.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "expected"),
+    [("cuda", None, 0.75), ("cpu", None, None), ("cuda", "te", None)],
+)
+def test_a_bench_says_how_long_a_gpu_is_busy(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str | None, expected: float | None
+) -> None:
+    """From its own work in a step, 1.5 of 2 seconds; a CPU always works, te's work is in no part."""
+    timer = Mock(device=torch.device(device))
+    timer.precision.hardware = backend
+    timer.times.return_value = [2.0]
+    timer.part_seconds.return_value = dict.fromkeys(StepPart, 1.5 / len(StepPart))
+    # Nothing here has a GPU.
+    monkeypatch.setattr("storylab.planning.measurements.StepTimer", lambda *args: timer)
+    monkeypatch.setattr("storylab.planning.measurements.Telemetry", MagicMock())
+    found = time_steps(TrainConfig(), lambda *args: None, vocab_size=300, seconds=1.0)
+    assert found["busy"] == (expected and pytest.approx(expected))
+    assert (found["shares"] is None) == (backend is not None)
 
 
 @pytest.mark.slow

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
+import torch
 
 from storylab.config import preset_config
 from storylab.model.cost import StepPart
@@ -21,8 +24,27 @@ def test_a_kernel_belongs_to_the_operation_that_started_it() -> None:
 def test_the_parts_of_a_step_are_its_whole() -> None:
     config = preset_config("nano")
     config = dataclasses.replace(config, batch_size=2, block_size=32, device="cpu", dtype="mxfp8")
-    shares = StepTimer(config, 300).shares(2)
-    assert sum(shares.values()) == pytest.approx(1.0)
-    assert set(shares) == set(StepPart) and all(share >= 0 for share in shares.values())
+    parts, started = StepTimer(config, 300), time.perf_counter()
+    seconds = parts.part_seconds(2)
+    assert set(seconds) == set(StepPart)
     for part in StepPart:
-        assert shares[part] > 0, part
+        assert seconds[part] > 0, part
+    assert sum(seconds.values()) < time.perf_counter() - started
+
+
+def test_steps_on_a_gpu_are_timed_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training the host does not wait for a GPU between steps."""
+    config = preset_config("nano")
+    config = dataclasses.replace(config, batch_size=1, block_size=8, device="cpu")
+    timer, steps, waits = StepTimer(config, 300), Mock(), Mock()
+    monkeypatch.setattr(timer.state, "step", steps)
+    monkeypatch.setattr("storylab.training.measure.synchronize", waits)
+    assert timer.step(1, in_a_row=3) > 0
+    assert (steps.call_count, waits.call_count) == (3, 2)
+    assert len(timer.times(1, 0.0, least=2)) == 2
+    # Nothing here has a GPU.
+    timer.device = torch.device("cuda")
+    step = Mock(side_effect=[1.0, 3.0])
+    monkeypatch.setattr(timer, "step", step)
+    assert timer.times(1, 0.0, least=6) == [1.0] * 5 + [3.0] * 5
+    assert step.call_args_list == [call(1, 5)] * 2

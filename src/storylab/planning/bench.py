@@ -20,7 +20,7 @@ from storylab.training.setup import resolve_device
 
 # Sequences in a micro-batch on a CPU where nothing else is said, so that a step takes about a second.
 CPU_SEQUENCES = 8
-COLUMNS = ("tok/s", "TFLOP/s", "of peak", "of products alone", "memory", "J/Mtok")
+COLUMNS = ("tok/s", "TFLOP/s", "of peak", "of products alone", "GPU busy", "memory", "J/Mtok")
 
 
 def variants(
@@ -112,6 +112,7 @@ def _cells(config: TrainConfig, vocab_size: int, found: dict[str, Any]) -> list[
         f"{rate / 1e12:.3f}",
         f"{rate / peak:.0%}" if peak else "unknown",
         f"{alone / found['seconds']:.0%}" if alone else "",
+        "" if found["busy"] is None else f"{found['busy']:.0%}",
         f"{found['memory'] / 1e9:.2f} GB",
         "not available" if joules is None else f"{1e6 * joules / tokens:,.0f}",
     ]

@@ -17,7 +17,7 @@ from storylab.execution.job import OnEvent
 from storylab.planning.estimate import Calibration
 from storylab.training.cores import CoreUse
 from storylab.training.evaluation import EVAL_BATCH, window_losses
-from storylab.training.measure import StepTimer, products_seconds
+from storylab.training.measure import StepTimer, products_seconds, shares_of
 from storylab.training.telemetry import PowerTotals, Telemetry
 
 
@@ -75,8 +75,8 @@ def time_steps(
     Returns:
         ``seconds`` and ``joules`` (or None) of a step; ``memory``, its peak in bytes; ``shares`` of the
         step's parts, or None if a library computes low precision by operations that the rules do
-        not know; and ``products``, the seconds of its matrix products alone, or None where they are
-        quantized.
+        not know; ``busy``, the share of the step in which a GPU worked, None where nothing says it; and
+        ``products``, the seconds of its matrix products alone, or None where they are quantized.
 
     Raises:
         UserError: this machine lacks the device or the precision.
@@ -90,9 +90,15 @@ def time_steps(
         "seconds": statistics.median(times),
         "joules": None if joules is None else joules / len(times),
         "memory": timer.memory(),
-        "shares": None if timer.precision.hardware else timer.shares(config.batch_size),
+        "shares": None,
+        "busy": None,
         "products": None,
     }
+    if timer.precision.hardware is None:
+        parts = timer.part_seconds(config.batch_size)
+        found["shares"] = shares_of(parts)
+        if timer.device.type == "cuda":  # the rest waits for the host
+            found["busy"] = min(sum(parts.values()) / found["seconds"], 1.0)
     if timer.precision.recipe is None:
         tokens = config.batch_size * config.block_size
         found["products"] = products_seconds(config, vocab_size, tokens, timer.precision)
