@@ -142,6 +142,28 @@ def errors(count: int, arms: int = 6) -> Iterator[str]:
     yield f"{arms} arms. {error_line(shares, count)}"
 
 
+def promises(count: int, arms: int = 6) -> Iterator[str]:
+    """The errors of the default rule and of confirming again, with four times the draws."""
+    count *= 4
+    rows, shares = [], []
+    for rules in (Rules(DEFAULT_LOOKS, SEEDS), Rules((5,), SEEDS, "own")):
+        rng = np.random.default_rng(23)
+        seeds = rules.looks[-1]
+        found = [
+            float(
+                np.mean(
+                    [finds_any(differences(rng, kind, arms, seeds), rules) for _ in range(count)]
+                )
+            )
+            for kind in KINDS
+        ]
+        shares += found
+        rows.append((looks_text(rules.looks), rules.variance, *map(percent, found)))
+    yield from table_of(("looks, seeds", "variance", *KINDS), rows)
+    yield ""
+    yield f"{arms} arms. {error_line(shares, count)}"
+
+
 def powers(count: int) -> Iterator[str]:
     """Chance to find one arm that truly differs, in per cent; four effects are tried in every draw."""
     count = max(1, count // 3)
@@ -249,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     tables: dict[str, Callable[[int], Iterator[str]]] = {
         "errors": errors,
+        "promises": promises,
         "powers": powers,
         "equivalences": equivalences,
         "coverage": intervals_cover.tables,
