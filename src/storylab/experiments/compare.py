@@ -180,6 +180,11 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
     of_speed = tuple(dict.fromkeys(c for pair in contest.met for c in speed_confounds(*pair)))
     # Without pairs, speeds and memory are still those of like runs: one by one, in order.
     both = pairs if contest.paired else list(zip(arm.finished, baseline.finished, strict=False))
+    met = (
+        ([a for a, _ in pairs], [b for _, b in pairs])
+        if contest.paired
+        else (arm.finished, baseline.finished)
+    )
     return Comparison(
         arm=arm.name,
         baseline=baseline.name,
@@ -203,6 +208,8 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
         failures=tuple(_failures(arm, baseline)),
         diverged=(arm.diverged, baseline.diverged),
         ended=(arm.ended, baseline.ended),
+        seeds=tuple(run.config.seed for run in met[0]),
+        baseline_seeds=tuple(run.config.seed for run in met[1]),
     )
 
 
@@ -239,17 +246,24 @@ def group_runs(results: Iterable[Run]) -> list[Arm]:
     return [Arm(_arm_name(group, groups[0]), tuple(group)) for group in groups]
 
 
-def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Comparison]:
+def compare_runs(
+    results: Sequence[Run], margin: float | None = None, cache: RunCache | None = None
+) -> list[Comparison]:
     """Group ``results`` into arms and compare each with the first; a seed counts once.
 
     The difference between two arms is the factor if one factor covers it; else they are confounded.
+
+    Args:
+        results: the runs.
+        margin: the largest difference in nats that counts as none; None for no test of equivalence.
+        cache: runs that have been read already.
     """
     baseline, *arms = group_runs(results)
     contests = []
     for arm in arms:
         changed = set(changed_fields(baseline.runs[0].config, arm.runs[0].config))
         allowed = frozenset(changed) if infer_factor(changed) else frozenset()
-        contests.append(Contest(arm, baseline, allowed))
+        contests.append(Contest(arm, baseline, allowed, cache=cache))
     return compare_contests(contests, Rules(margin=margin))
 
 
