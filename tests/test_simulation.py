@@ -10,7 +10,9 @@ import pytest
 import intervals_cover
 import verdicts
 from storylab.experiments.curve_comparison import equal_time, reach
+from storylab.experiments.family import Judgement
 from storylab.experiments.looks import DEFAULT_LOOKS
+from storylab.experiments.statistics import Interval
 
 PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"
 
@@ -60,3 +62,12 @@ def test_the_simulated_curves_are_as_far_apart_as_they_say() -> None:
     assert found.seconds.value == pytest.approx(1.3 / 1.1, rel=0.03)
     time = equal_time("a", "b", pairs)
     assert time is not None and time.difference < 0 and time.slower == "a"
+
+
+def test_the_interval_over_seeds_and_stories_is_no_wider_than_its_parts_need() -> None:
+    """Three seeds with next to no noise: thousands of stories decide, by nearly the normal distribution."""
+    stories = Interval(0.01, 0.004, 3999, 4000)
+    both = intervals_cover.comparison(Judgement(Interval(0.01, 1e-6, 2, 3)), stories).over_both
+    assert both is not None and both.high - both.low == pytest.approx(2 * 1.96 * 0.004, rel=0.001)
+    both = intervals_cover.comparison(Judgement(Interval(0.01, 0.04, 2, 3)), stories).over_both
+    assert both is not None and both.df == pytest.approx(2, rel=0.03)
