@@ -1,4 +1,8 @@
-"""Ways to get a wanted verdict out of runs that do not show it: each has no effect, or is named."""
+"""Ways to get a wanted verdict out of runs that do not show it: each has no effect, or is named.
+
+More are in test_confirm.py (arms chosen and judged on the same seeds or stories), test_neighbors.py (seeds
+chosen by hand), test_looks.py and test_family.py (looking often).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from msgspec import structs
 from samples import TINY
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
+from storylab.errors import UserError
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import BETTER, CONFOUNDED, DIVERGED, Arm, Comparison
 from storylab.experiments.family import Rules
@@ -197,3 +202,9 @@ def test_trained_again_is_said_and_the_first_runs_are_kept(trained: Lab) -> None
     assert any("--fresh" in line for line in registration_lines(record))
     # A folder that was set aside is no other seed, and on a processor the bits are the same.
     assert {r.folder.name: r.loss for r in outcome(trained).runs} == before
+
+
+def test_a_file_cannot_call_itself_a_confirmation(trained: Lab) -> None:
+    """Its seeds may have been searched: `experiment confirm` alone chooses fresh ones."""
+    with pytest.raises(UserError, match="stage"):
+        trained.load('stage = "confirm"\n' + TEXT)
