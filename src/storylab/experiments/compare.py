@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from storylab.experiments import statistics
-from storylab.experiments.comparison import Arm, Comparison, Noise
+from storylab.experiments.comparison import DIVERGED, Arm, Comparison, Noise
 from storylab.experiments.confounds import comparison_notes, loss_confounds, speed_confounds
 from storylab.experiments.curve_comparison import equal_time, ratio_of, reach
 from storylab.experiments.factors import changed_fields, infer_factor
@@ -112,8 +112,22 @@ class Contest:
             differences=differences,
             ended=frozenset(ended[0] & ended[1]),
             other=None if len(differences) > 1 else self._other_interval(),
-            testable=not self.confounds and not self.arm.diverged and not self.baseline.diverged,
+            void=self._void,
         )
+
+    @property
+    def _void(self) -> frozenset[int]:
+        """Seeds whose losses may not be compared: they are confounded, or a run diverged."""
+        found = {
+            run.config.seed
+            for side in (self.arm, self.baseline)
+            for run in side.runs
+            if run.state == DIVERGED
+        }
+        for a, b in self.met:
+            if any(loss_confounds(a, b, self.allowed, self.paired)):
+                found |= {a.config.seed, b.config.seed}
+        return frozenset(found)
 
     def _other_interval(self) -> Interval | None:
         """The interval of arms without two pairs: unpaired, or from the noise of one of the recipes."""

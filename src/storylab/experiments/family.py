@@ -43,8 +43,10 @@ class Trial:
         group: the condition; noise is borrowed within a group.
         differences: arm minus baseline in nats, of every seed that finished in both.
         ended: seeds that have ended in both, with or without a loss.
-        other: an interval that is not of paired differences, of arms without enough pairs.
-        testable: whether a loss may be compared: nothing confounds it and no run diverged.
+        other: an interval that is not of paired differences, of arms without enough pairs and without
+            planned looks.
+        testable: whether a loss may be compared at all.
+        void: seeds with which none may be: they are confounded, or a run diverged.
     """
 
     group: str
@@ -52,6 +54,11 @@ class Trial:
     ended: frozenset[int]
     other: Interval | None = None
     testable: bool = True
+    void: frozenset[int] = frozenset()
+
+    def testable_with(self, seeds: Sequence[int] | None) -> bool:
+        """Whether the losses of these seeds may be compared; of all its seeds, if None."""
+        return self.testable and (not self.void if seeds is None else self.void.isdisjoint(seeds))
 
 
 @dataclass(frozen=True)
@@ -103,25 +110,33 @@ def judge(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
     Returns:
         One judgement for every trial, that of the last look which it has reached.
     """
-    family = max(1, sum(trial.testable for trial in trials))
-    blank = Judgement(family=family, alpha=ALPHA / family, margin=rules.margin)
-    found = [blank] * len(trials)
+    found = [Judgement(margin=rules.margin)] * len(trials)
     for number, look in enumerate(rules.looks or (None,)):
         seeds = rules.seeds[:look] if look is not None else None
-        open_now = {
+        # Each look counts and borrows from the arms that its seeds allow, so that no later seed changes it.
+        testable = [
+            found[index].settled or trial.testable_with(seeds) for index, trial in enumerate(trials)
+        ]
+        family = max(1, sum(testable))
+        reached = {
             index
             for index, trial in enumerate(trials)
-            if trial.testable
-            and not found[index].settled
-            and (seeds is None or trial.ended.issuperset(seeds))
+            if not found[index].settled and (seeds is None or trial.ended.issuperset(seeds))
         }
+        blank = Judgement(family=family, alpha=ALPHA / family, margin=rules.margin, look=look)
+        for index in range(len(trials)):
+            if index in reached and not testable[index]:
+                found[index] = blank
+            elif found[index].look is None:
+                found[index] = dataclasses.replace(blank, look=None)
+        open_now = {index for index in reached if testable[index]}
         used = {
             index: _used(trials[index], found[index], rules, seeds if index in open_now else None)
             for index in range(len(trials))
-            if trials[index].testable
+            if testable[index]
         }
         if open_now:
-            _judge_look(trials, rules, number, open_now, used, found)
+            _judge_look(trials, rules, number, open_now, used, found, family)
     return [_with_extras(trial, j, rules) for trial, j in zip(trials, found, strict=True)]
 
 
@@ -144,10 +159,10 @@ def _judge_look(
     open_now: Set[int],
     used: Mapping[int, list[float]],
     found: list[Judgement],
+    family: int,
 ) -> None:
     """Judge at one look the arms that have reached it, and replace their entries of ``found``."""
     looks = rules.looks or (1,)
-    family = found[0].family
     measured: dict[int, Judgement] = {}
     for group in dict.fromkeys(trial.group for trial in trials):
         # One pooled variance needs arms with the same seeds: those that are judged now.
@@ -162,10 +177,12 @@ def _judge_look(
         known = dict(zip(members, values, strict=True))
         for index in open_now:
             if trials[index].group == group:
-                interval = known.get(index) or trials[index].other
+                other = None if rules.looks else trials[index].other
+                interval = known.get(index) or other
                 measured[index] = dataclasses.replace(
                     found[index],
                     interval=interval,
+                    family=family,
                     look=rules.looks[number] if rules.looks else None,
                     variance=variance if index in known else "own",
                 )
@@ -186,7 +203,10 @@ def _judge_look(
             judgement,
             different=not stopped,
             alpha=alone,
-            equivalent=bool(margin and interval and interval.is_within(margin, alone)),
+            # Beside a difference, the whole interval that is printed with it must be within the margin.
+            equivalent=bool(
+                margin and interval and interval.is_within(margin, alone if stopped else alone / 2)
+            ),
         )
 
 
@@ -203,6 +223,6 @@ def _with_extras(trial: Trial, judgement: Judgement, rules: Rules) -> Judgement:
     planned = set(rules.seeds[: judgement.look or 0])
     extra = len(trial.differences.keys() - planned)
     e = None
-    if judgement.look is not None and extra and trial.testable and len(trial.differences) > 1:
+    if judgement.look is not None and extra and trial.testable_with(None) and len(trial.differences) > 1:
         e = e_value(list(trial.differences.values()))
     return dataclasses.replace(judgement, next_look=waiting, extra_seeds=extra, e=e)
