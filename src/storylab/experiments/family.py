@@ -223,6 +223,11 @@ def _with_extras(trial: Trial, judgement: Judgement, rules: Rules) -> Judgement:
     planned = set(rules.seeds[: judgement.look or 0])
     extra = len(trial.differences.keys() - planned)
     e = None
-    if judgement.look is not None and extra and trial.testable_with(None) and len(trial.differences) > 1:
+    if (
+        judgement.look is not None
+        and extra
+        and trial.testable_with(None)
+        and len(trial.differences) > 1
+    ):
         e = e_value(list(trial.differences.values()))
     return dataclasses.replace(judgement, next_look=waiting, extra_seeds=extra, e=e)
