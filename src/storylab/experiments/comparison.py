@@ -200,5 +200,9 @@ class Comparison:
         r = self.recipes
         if r is None or self.stories is None:
             return None
-        error = (r.standard_error**2 + self.stories.standard_error**2) ** 0.5
-        return Interval(r.estimate, error, r.df, r.n)
+        of_seeds, of_stories = r.standard_error**2, self.stories.standard_error**2
+        total = of_seeds + of_stories
+        # Degrees of freedom of a sum of variances (Satterthwaite 1946, doi 10.2307/3002019).
+        terms = of_seeds**2 / r.df + of_stories**2 / self.stories.df
+        df = total**2 / terms if terms else r.df
+        return Interval(r.estimate, total**0.5, df, r.n)
