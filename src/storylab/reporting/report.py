@@ -108,7 +108,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
         ("Final loss against peak learning rate", curves.learning_rates(outcome)),
         ("Final loss against training time and size", curves.pareto(outcome)),
         (
-            "Final loss against the baseline: 95 % intervals"
+            "Final loss against the baseline: intervals of the verdicts"
             + (" over the band of the margin" if outcome.record.margin is not None else ""),
             curves.finals(outcome),
         ),
