@@ -22,7 +22,7 @@ from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import BETTER, CONFOUNDED, DIVERGED, Arm, Comparison
 from storylab.experiments.family import Rules
 from storylab.experiments.outcome import Outcome, load_outcome
-from storylab.experiments.registration import registration_lines
+from storylab.experiments.registration import exploratory_reasons, registration_lines
 from storylab.experiments.verdicts import verdict_line
 from storylab.record.run import Run, load_run
 from storylab.training.train import train
@@ -186,14 +186,17 @@ def test_a_plan_that_is_changed_after_its_runs_makes_verdicts_exploratory(
 def test_a_deleted_record_is_not_registered_before_its_runs(trained: Lab) -> None:
     (trained.runs / "experiments" / "rates.json").unlink()
     trained.record()
-    assert "registered after 4 of 4 runs had finished" in reasons(trained)
+    late = "registered after 4 of 4 runs had finished, so that 2 differences could be known"
+    assert late in reasons(trained)
 
 
 def test_a_second_file_with_chosen_seeds_says_that_it_came_after_the_runs(trained: Lab) -> None:
-    """Chosen among seeds that the first experiment has: named in the report's line of the plan."""
+    """Chosen among seeds that the first experiment has: its verdicts are exploratory."""
     record = trained.record(TEXT.replace("seeds = [1, 2]", "seeds = [2, 1]"), "chosen")
     (line,) = registration_lines(record)
-    assert line == "registered after 4 of 4 runs had finished, all of them for another experiment"
+    assert line.startswith("registered after 4 of 4 runs had finished, all of them for another")
+    assert line.endswith("so that 2 differences could be known")
+    assert exploratory_reasons(record) == [line]
 
 
 def test_trained_again_is_said_and_the_first_runs_are_kept(trained: Lab) -> None:

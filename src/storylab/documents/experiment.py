@@ -17,6 +17,9 @@ class RegisteredPlan(Struct, frozen=True, kw_only=True):
     time: Annotated[str, about("when it was registered, as ISO 8601 with its offset from UTC")]
     runs_finished: Annotated[int, about("runs of the experiment that had ended by then")]
     runs_shared: Annotated[int, about("of these, runs that another experiment had listed")]
+    differences_known: Annotated[
+        int, about("pairs of an arm's and the baseline's run that had both ended by then")
+    ]
     runs_planned: Annotated[int, about("all runs of the plan")]
 
 

@@ -182,6 +182,7 @@ def _registration(record: ExperimentRecord) -> RegisteredPlan | None:
         time=found.time,
         runs_finished=found.runs_finished,
         runs_shared=found.runs_shared,
+        differences_known=found.differences_known,
         runs_planned=found.runs_planned,
     )
 

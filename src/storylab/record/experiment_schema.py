@@ -43,6 +43,8 @@ class Registration(Struct, frozen=True, kw_only=True):
     runs_shared: Count = 0
     """Of these, runs that another experiment of the folder had listed."""
     runs_planned: Count = 0
+    differences_known: Count = 0
+    """Pairs of an arm's and the baseline's run that had both ended by then."""
     plan: dict[str, Any]
     """See :func:`storylab.experiments.registered_plan.plan_of`."""
 
