@@ -70,6 +70,8 @@ def plan_of(experiment: Experiment, cells: Iterable[Cell], fingerprint: str) -> 
         "data": fingerprint,
         "code": code_sha256(),
     }
+    if experiment.factorial:
+        plan["factorial"] = dataclasses.asdict(experiment.factorial)
     plain: dict[str, Any] = json.loads(_canonical(plan))
     return plain
 
@@ -242,7 +244,7 @@ def _change_words(change: Amendment) -> str:
         return f"code {str(before)[:8]} -> {str(after)[:8]}"
     if what == "arms":
         return "; ".join(_arm_words(before, after))
-    if what in ("hypothesis", "expectations"):
+    if what in ("hypothesis", "expectations", "factorial"):
         return f"{what} changed"
     return f"{what} {_value_words(before)} -> {_value_words(after)}"
 
