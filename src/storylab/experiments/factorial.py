@@ -16,7 +16,7 @@ from itertools import combinations, product
 import numpy as np
 
 from storylab.errors import UserError
-from storylab.record.experiment_schema import FactorialRecord
+from storylab.record.experiment_schema import ExperimentRecord, FactorialRecord
 
 FEWEST_FACTORS, MOST_FACTORS = 2, 8
 MOST_CELLS = 128
@@ -152,6 +152,24 @@ def signs(cells: Sequence[Levels], factors: Iterable[int]) -> np.ndarray:
 def are_aliases(cells: Sequence[Levels], a: Iterable[int], b: Iterable[int]) -> bool:
     """Whether the effects of two groups of factors have one estimate, up to its sign."""
     return abs(float(signs(cells, a) @ signs(cells, b))) == len(cells)
+
+
+def design_faults(record: ExperimentRecord) -> Iterator[str]:
+    """Contradictions between a record and its factorial design; none without one."""
+    if record.factorial is None:
+        return
+    count, cells = len(record.factorial.factors), Factorial.of(record.factorial).cells
+    known = {(cell.condition, cell.arm) for cell in record.cells}
+    if len(cells) != len(record.arms) or len(set(cells)) < len(cells):
+        yield "its factorial design has other cells than its arms"
+    elif any(len(cell) != count for cell in cells) or any(cells[0]):
+        yield "a cell of its factorial design has no level of every factor"
+    elif record.baseline != record.arms[0]:
+        yield "its baseline is not the cell of all first levels"
+    elif known != set(product(record.conditions, record.arms)):
+        yield "a cell of its factorial design is missing"
+    elif any(2 * sum(levels) != len(cells) for levels in zip(*cells, strict=True)):
+        yield "a factor of its factorial design does not have each level in half of the cells"
 
 
 def design_cells(count: int, fraction: int) -> tuple[Levels, ...]:

@@ -27,12 +27,14 @@ class Rules:
         seeds: the seeds in the order of the plan, at least as many as the last look needs.
         variance: how the noise of a difference is estimated.
         margin: the largest difference in nats that counts as none; None for no test of equivalence.
+        shared_baseline: whether all differences are to one baseline; else they are independent.
     """
 
     looks: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
     variance: Variance = "moderated"
     margin: float | None = None
+    shared_baseline: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Trial:
         ended: seeds that have ended in both, with or without a loss.
         other: an interval that is not of paired differences, of arms without enough pairs.
         testable: whether a loss may be compared: nothing confounds it and no run diverged.
+        scale: the standard deviation of its differences is expected to be this many times that of a trial
+            of scale 1.
     """
 
     group: str
@@ -52,6 +56,7 @@ class Trial:
     ended: frozenset[int]
     other: Interval | None = None
     testable: bool = True
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Judgement:
     """Seeds beyond the look, which the judgement leaves out."""
     e: float | None = None
     """Always-valid evidence of all seeds; None where no seed is unplanned."""
+    described: bool = False
+    """Whether the interval describes a cell of a factorial experiment, which has no verdict of its own."""
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -125,6 +132,15 @@ def judge(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
     return [_with_extras(trial, j, rules) for trial, j in zip(trials, found, strict=True)]
 
 
+def describe(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
+    """The 95 % interval of every trial alone, by all of its seeds, without a verdict."""
+    every = dataclasses.replace(rules, looks=(), margin=None)
+    return [
+        dataclasses.replace(j, family=1, alpha=ALPHA, different=False, described=True)
+        for j in judge(trials, every)
+    ]
+
+
 def _used(
     trial: Trial, judgement: Judgement, rules: Rules, seeds: Sequence[int] | None
 ) -> list[float]:
@@ -158,8 +174,15 @@ def _judge_look(
             and len(used[i]) > 1
             and (i in open_now or rules.variance != "pooled")
         ]
-        values, variance = intervals([used[i] for i in members], rules.variance)
-        known = dict(zip(members, values, strict=True))
+        values, variance = intervals(
+            [[value / trials[i].scale for value in used[i]] for i in members],
+            rules.variance,
+            rules.shared_baseline,
+        )
+        known = {
+            i: value.scaled(trials[i].scale) if value else None
+            for i, value in zip(members, values, strict=True)
+        }
         for index in open_now:
             if trials[index].group == group:
                 interval = known.get(index) or trials[index].other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import Arm, Comparison
+from storylab.experiments.effects import EffectResult, block_of, effects_of
 from storylab.experiments.experiment import METRICS, Expectation
-from storylab.experiments.factors import allowed_fields, under
-from storylab.experiments.family import Rules
+from storylab.experiments.factorial import Factorial, design_faults
+from storylab.experiments.factors import LENGTH_FIELDS, allowed_fields, under
+from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
+from storylab.experiments.registration import exploratory_reasons
 from storylab.files import exists, read_record, reading
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
@@ -84,6 +87,8 @@ class Outcome:
     comparisons: tuple[Comparison, ...]
     expectations: tuple[Checked, ...]
     problems: tuple[str, ...]
+    effects: tuple[EffectResult, ...] = ()
+    """The verdicts of a factorial experiment, whose comparisons of cells only describe them."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -109,8 +114,22 @@ class Outcome:
         return next(c for c in self.arms(condition) if c.arm.name == self.baseline)
 
     def settled_arms(self) -> set[tuple[str, str]]:
-        """Condition and name of the arms to whose verdicts more seeds would add nothing."""
-        return {(c.condition, c.arm) for c in self.comparisons if c.settled}
+        """Condition and name of the arms to whose verdicts more seeds would add nothing. Every effect of a
+        factorial experiment needs all cells, so they settle together."""
+        if not self.effects:
+            return {(c.condition, c.arm) for c in self.comparisons if c.settled}
+        open_still = {e.condition for e in self.effects if not e.settled}
+        return {(c.condition, c.arm) for c in self.comparisons if c.condition not in open_still}
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """The judgements that are verdicts: of the effects, or of every arm."""
+        return [result.judgement for result in self.effects or self.comparisons]
+
+    @property
+    def factorial(self) -> Factorial | None:
+        """The design of a factorial experiment."""
+        return Factorial.of(self.record.factorial) if self.record.factorial else None
 
     @property
     def runs(self) -> list[Run]:
@@ -163,6 +182,7 @@ def _record_faults(record: ExperimentRecord) -> Iterator[str]:
                 yield f"'{seed}' is no seed"
             if name in ("", ".", "..") or "/" in name or "\0" in name:
                 yield f"{name!r} is no name of a run folder"
+    yield from design_faults(record)
     for expectation in record.expectations:
         if expectation.metric not in METRICS:
             yield f"there is no metric '{expectation.metric}'"
@@ -186,15 +206,16 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     runs = path.parent.parent
     try:
         cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
-        fields = {
-            condition: allowed_fields(record.factor, condition in record.matched)
-            for condition in record.conditions
-        }
+        allowed_fields(record.factor, matched=False)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
-    comparisons = compare_contests(_contests(outcome, fields, cache), rules_of(record))
-    outcome = dataclasses.replace(outcome, comparisons=tuple(comparisons))
+    contests, rules, design = _contests(outcome, cache), rules_of(record), outcome.factorial
+    outcome = dataclasses.replace(
+        outcome,
+        comparisons=tuple(compare_contests(contests, rules, judged=design is None)),
+        effects=tuple(_effects(outcome, design, contests, rules)) if design else (),
+    )
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
@@ -212,15 +233,41 @@ def rules_of(record: ExperimentRecord) -> Rules:
     return Rules(tuple(record.looks), tuple(seeds), record.variance, record.margin)
 
 
-def _contests(
-    outcome: Outcome, fields: Mapping[str, frozenset[str]], cache: RunCache
-) -> list[Contest]:
+def _effects(
+    outcome: Outcome, design: Factorial, contests: Sequence[Contest], rules: Rules
+) -> list[EffectResult]:
+    """The effects of a factorial experiment under every condition."""
+    blocks = []
+    for condition in outcome.conditions:
+        arms = {cell.arm.name: cell.arm for cell in outcome.arms(condition)}
+        blocks.append(
+            block_of(
+                condition,
+                [arms[name] for name in outcome.record.arms],
+                [contest for contest in contests if contest.condition == condition],
+            )
+        )
+    return effects_of(design, blocks, rules, tuple(exploratory_reasons(outcome.record)))
+
+
+def _allowed(outcome: Outcome, condition: str, arm: str) -> frozenset[str]:
+    """The config fields in which an arm may differ from the baseline."""
+    record, design = outcome.record, outcome.factorial
+    matched = condition in record.matched
+    if design is None:
+        return allowed_fields(record.factor, matched)
+    cells = dict(zip(record.arms, design.cells, strict=True))
+    fields = design.changed_fields(cells[arm], cells[outcome.baseline])
+    return fields | LENGTH_FIELDS if matched else fields
+
+
+def _contests(outcome: Outcome, cache: RunCache) -> list[Contest]:
     """Every arm against the baseline of its condition."""
     return [
         Contest(
             cell.arm,
             outcome.baseline_of(condition).arm,
-            fields[condition],
+            _allowed(outcome, condition, cell.arm.name),
             condition,
             cache=cache,
         )

@@ -112,7 +112,7 @@ class _Reader:
                     f"condition '{name}' sets {listed(taken)}, which is for the arms: it is the factor"
                 )
             if factorial:
-                check_levels(factorial, arms, lambda v, place, c=values: self._config(c | v, place))
+                check_levels(factorial, arms, values, self._config)
         cells = [
             Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
             for condition, values in conditions.items()
@@ -130,16 +130,16 @@ class _Reader:
         """The experiment without its cells, and the settings of every condition."""
         table, texts = self.table, self._texts()
         if not arms and not texts["waits_for"]:
-            raise UserError("it needs [arms]: a table with the changed values of each arm; or [factors]")
+            raise UserError(
+                "it needs [arms]: a table with the changed values of each arm; or [factors]"
+            )
         conditions = get_tables(table, "conditions")
         matched = tuple(name for name, values in conditions.items() if read_matched(name, values))
         conditions = {
             name: {k: v for k, v in values.items() if k != "match"}
             for name, values in conditions.items()
         } or {ONLY_CONDITION: {}}
-        factor, baseline = (
-            ("", next(iter(arms))) if factorial else self._factor_and_baseline(arms)
-        )
+        factor, baseline = ("", next(iter(arms))) if factorial else self._factor_and_baseline(arms)
         seeds = read_seeds(table)
         experiment = Experiment(
             name=self.name,

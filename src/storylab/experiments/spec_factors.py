@@ -1,4 +1,4 @@
-"""Read ``[factors]`` of an experiment file: the factors, their crossed cells as arms, and the checks of them.
+"""Read ``[factors]`` of an experiment file: the factors, their crossed cells as arms, and checks.
 
 Every function raises a UserError that names the factor if it cannot be used.
 """
@@ -34,7 +34,9 @@ def read_factorial(table: dict[str, Any]) -> tuple[Factorial | None, Arms]:
     fraction = get_typed(table, "fraction", int, 1)
     if not tables:
         if "fraction" in table:
-            raise UserError("fraction is the share of the cells of [factors], which it does not have")
+            raise UserError(
+                "fraction is the share of the cells of [factors], which it does not have"
+            )
         return None, get_tables(table, "arms")
     for key in ("arms", "factor", "baseline"):
         if table.get(key):
@@ -99,16 +101,20 @@ def _require_own_fields(factors: Iterable[Factor]) -> None:
 
 
 def check_levels(
-    factorial: Factorial, arms: Arms, config: Callable[[Mapping[str, Any], str], TrainConfig]
+    factorial: Factorial,
+    arms: Arms,
+    condition: Mapping[str, Any],
+    config: Callable[[Mapping[str, Any], str], TrainConfig],
 ) -> None:
     """Check that the second level of every factor, alone, changes its own fields and no others.
 
     Args:
         factorial: the design.
         arms: the changes of every cell.
+        condition: the settings under which all of them are trained.
         config: makes a config of changed values; its second argument names the place in an error.
     """
-    base = next(iter(arms.values()))
+    base = {**condition, **next(iter(arms.values()))}
     second = {
         i: arms[factorial.cell_name(cell)]
         for cell in factorial.cells
