@@ -16,6 +16,7 @@ from itertools import combinations, product
 import numpy as np
 
 from storylab.errors import UserError
+from storylab.experiments.factors import LENGTH_FIELDS, allowed_fields
 from storylab.record.experiment_schema import ExperimentRecord, FactorialRecord
 
 FEWEST_FACTORS, MOST_FACTORS = 2, 8
@@ -152,6 +153,28 @@ def signs(cells: Sequence[Levels], factors: Iterable[int]) -> np.ndarray:
 def are_aliases(cells: Sequence[Levels], a: Iterable[int], b: Iterable[int]) -> bool:
     """Whether the effects of two groups of factors have one estimate, up to its sign."""
     return abs(float(signs(cells, a) @ signs(cells, b))) == len(cells)
+
+
+def fields_between(
+    design: Factorial | None, factor: str, arms: Sequence[str], pair: tuple[str, str], matched: bool
+) -> frozenset[str]:
+    """The config fields in which two arms may differ.
+
+    Args:
+        design: of a factorial experiment.
+        factor: of another experiment.
+        arms: of the experiment, in order.
+        pair: two of them.
+        matched: whether arms may have other lengths, for equal compute.
+
+    Raises:
+        UserError: there is no such factor or field.
+    """
+    if design is None:
+        return allowed_fields(factor, matched)
+    a, b = (design.cells[arms.index(arm)] for arm in pair)
+    fields = design.changed_fields(a, b)
+    return fields | LENGTH_FIELDS if matched else fields
 
 
 def design_faults(record: ExperimentRecord) -> Iterator[str]:

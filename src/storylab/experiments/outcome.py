@@ -12,12 +12,13 @@ from msgspec import structs
 
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
+from storylab.experiments.blocks import block_of, effects_of
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import Arm, Comparison
-from storylab.experiments.effects import EffectResult, block_of, effects_of
+from storylab.experiments.effects import EffectResult
 from storylab.experiments.experiment import METRICS, Expectation
-from storylab.experiments.factorial import Factorial, design_faults
-from storylab.experiments.factors import LENGTH_FIELDS, allowed_fields, under
+from storylab.experiments.factorial import Factorial, design_faults, fields_between
+from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES
 from storylab.experiments.plan import EXPERIMENTS
@@ -250,24 +251,19 @@ def _effects(
     return effects_of(design, blocks, rules, tuple(exploratory_reasons(outcome.record)))
 
 
-def _allowed(outcome: Outcome, condition: str, arm: str) -> frozenset[str]:
-    """The config fields in which an arm may differ from the baseline."""
-    record, design = outcome.record, outcome.factorial
-    matched = condition in record.matched
-    if design is None:
-        return allowed_fields(record.factor, matched)
-    cells = dict(zip(record.arms, design.cells, strict=True))
-    fields = design.changed_fields(cells[arm], cells[outcome.baseline])
-    return fields | LENGTH_FIELDS if matched else fields
-
-
 def _contests(outcome: Outcome, cache: RunCache) -> list[Contest]:
     """Every arm against the baseline of its condition."""
     return [
         Contest(
             cell.arm,
             outcome.baseline_of(condition).arm,
-            _allowed(outcome, condition, cell.arm.name),
+            fields_between(
+                outcome.factorial,
+                outcome.factor,
+                outcome.record.arms,
+                (cell.arm.name, outcome.baseline),
+                condition in outcome.record.matched,
+            ),
             condition,
             cache=cache,
         )

@@ -19,10 +19,10 @@ from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
-from storylab.experiments.factorial import Factorial
+from storylab.experiments.factorial import Factorial, fields_between
 from storylab.experiments.factors import changed_fields, factor_fields, unexplained
 from storylab.experiments.matching import equally_compiled, matched_cells
-from storylab.experiments.spec_factors import check_levels, fields_between, read_factorial
+from storylab.experiments.spec_factors import check_levels, read_factorial
 from storylab.experiments.spec_values import (
     read_expectations,
     read_looks,
@@ -234,7 +234,13 @@ def _check_arms(experiment: Experiment) -> None:
         for i, arm in enumerate(experiment.arms):
             for other in experiment.arms[:i]:
                 a, b = (experiment.cell(condition, name).config for name in (other, arm))
-                allowed = fields_between(experiment, condition, other, arm)
+                allowed = fields_between(
+                    experiment.factorial,
+                    experiment.factor,
+                    experiment.arms,
+                    (other, arm),
+                    condition in experiment.matched,
+                )
                 if not changed_fields(a, b):
                     raise UserError(
                         f"arm '{arm}' changes nothing{where}: it has the same result as '{other}'"

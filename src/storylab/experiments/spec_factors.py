@@ -10,12 +10,9 @@ from typing import Any
 
 from storylab.config import TrainConfig
 from storylab.errors import UserError
-from storylab.experiments.experiment import Experiment
 from storylab.experiments.factorial import Factor, Factorial, design_cells
 from storylab.experiments.factors import (
     FACTORS,
-    LENGTH_FIELDS,
-    allowed_fields,
     changed_fields,
     factor_fields,
     infer_factor,
@@ -130,14 +127,3 @@ def check_levels(
             raise UserError(f"{place} changes nothing: it has the same result as the base")
         if extra := set(unexplained(a, b, frozenset(factor.fields))):
             raise UserError(f"{place} changes {listed(extra)} besides {listed(factor.fields)}")
-
-
-def fields_between(experiment: Experiment, condition: str, arm: str, other: str) -> frozenset[str]:
-    """The config fields in which two arms may differ."""
-    matched = condition in experiment.matched
-    factorial = experiment.factorial
-    if factorial is None:
-        return allowed_fields(experiment.factor, matched)
-    cells = dict(zip(experiment.arms, factorial.cells, strict=True))
-    fields = factorial.changed_fields(cells[arm], cells[other])
-    return fields | LENGTH_FIELDS if matched else fields
