@@ -232,7 +232,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and main(["--help"]) == 0 and main([]) == 2
     assert "prepare" in capsys.readouterr().out
     assert main(["experiment", "--help"]) == 0
-    assert "storylab experiment run|new|report" in capsys.readouterr().out
+    assert "storylab experiment run|new|confirm|report" in capsys.readouterr().out
 
 
 def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,11 +249,12 @@ def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[st
     line = fails(capsys, "trian")
     known = "prepare, train, resume, eval, sample, info, doctor, experiment, plan, bench, compare, "
     assert line == f"storylab: unknown verb 'trian': use one of {known}noise, list, watch\n"
-    assert "there is no 'x': say what to do: storylab experiment run, new, report" in fails(
-        capsys, "experiment", "x"
+    assert (
+        "there is no 'x': say what to do: storylab experiment run, new, confirm, report"
+        in fails(capsys, "experiment", "x")
     )
     assert fails(capsys, "experiment") == (
-        "storylab: say what to do: storylab experiment run, new, report\n"
+        "storylab: say what to do: storylab experiment run, new, confirm, report\n"
     )
 
 

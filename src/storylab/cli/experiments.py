@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment
     from storylab.experiments.plan import PlannedRun
     from storylab.planning.estimate import Estimate
+    from storylab.record.index import RunCache
 
 
 def prepare_and_plan(
@@ -38,23 +39,33 @@ def prepare_and_plan(
     Raises:
         UserError: the experiment cannot run, or its data is not available.
     """
+    from storylab.experiments.plan import plan_runs
+
+    dataset = open_data(experiment, data_dir)
+    return dataset, plan_runs(experiment, dataset, runs, seeds, only)
+
+
+def open_data(experiment: Experiment, data_dir: Path | None) -> Dataset:
+    """The data set in ``data_dir``, or that of an experiment, prepared if necessary.
+
+    Raises:
+        UserError: the experiment cannot run, or its data is not available.
+    """
     from storylab.data.dataset import load_dataset
     from storylab.data.prepare import prepare
-    from storylab.experiments.plan import plan_runs, require_runnable
+    from storylab.experiments.plan import require_runnable
 
     require_runnable(experiment)
     if data_dir is not None:
-        dataset = load_dataset(data_dir)
-    else:
-        with ConsoleReporter(count=False) as reporter:
-            if not experiment.data.folder.exists():
-                reporter.line(f"Preparing {experiment.data.folder}")
-            try:
-                dataset = prepare(experiment.data, reporter.progress)
-            except UserError as error:
-                message = str(error).replace("--out", 'out = "FOLDER" in [data]')
-                raise UserError(message) from error
-    return dataset, plan_runs(experiment, dataset, runs, seeds, only)
+        return load_dataset(data_dir)
+    with ConsoleReporter(count=False) as reporter:
+        if not experiment.data.folder.exists():
+            reporter.line(f"Preparing {experiment.data.folder}")
+        try:
+            return prepare(experiment.data, reporter.progress)
+        except UserError as error:
+            message = str(error).replace("--out", 'out = "FOLDER" in [data]')
+            raise UserError(message) from error
 
 
 def train_planned(
@@ -65,26 +76,59 @@ def train_planned(
     executor: Executor,
     fresh: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Show the plan, write the experiment's record, and train; returns the path of the record and
-    the state of every run.
+    """Show the plan, register it, and train look by look; returns the path of the record
+    and the state of every run.
 
     Raises:
         Interrupted: a signal stopped it.
     """
-    from storylab.experiments.outcome import read_experiment
-    from storylab.experiments.recording import write_record
-    from storylab.experiments.registration import registration_lines
-    from storylab.experiments.scheduler import run_experiment
+    from storylab.experiments.stopping import run_by_looks
     from storylab.record.run import ENDED
 
     with resumable(fresh), ConsoleReporter() as reporter:
         if fresh or any(run.read_state() not in ENDED for run in planned):
             for line in plan_lines(experiment, planned, executor, reporter, fresh):
                 reporter.line(line)
-        record = write_record(experiment, dataset, planned, runs, fresh)
-        for line in registration_lines(read_experiment(record)):
-            reporter.line(f"This plan: {line}")
-        return record, run_experiment(planned, executor, reporter, fresh)
+        return run_by_looks(experiment, dataset, planned, runs, executor, reporter, fresh)
+
+
+def print_plan(
+    experiment: Experiment,
+    dataset: Dataset,
+    planned: Sequence[PlannedRun],
+    runs: Path,
+    executor: Executor,
+    fresh: bool = False,
+) -> None:
+    """Print the plan of an experiment, and the differences that it can see.
+
+    Raises:
+        Interrupted: a signal stopped a calibration.
+    """
+    from storylab.experiments.foresight import foresight_lines
+
+    with resumable(), ConsoleReporter() as reporter:
+        for line in plan_lines(experiment, planned, executor, reporter, fresh):
+            reporter.line(line)
+        for line in foresight_lines(experiment, dataset.fingerprint, runs, planned[0].cache):
+            reporter.line(line)
+
+
+def print_results(record: Path, runs: Path, cache: RunCache) -> None:
+    """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
+    in ``cache``."""
+    from storylab.experiments.effect_words import verdict_lines
+    from storylab.experiments.outcome import load_outcome
+    from storylab.reporting.report import write_report
+
+    outcome = load_outcome(record, cache)
+    print()
+    for line in verdict_lines(outcome):
+        print(line)
+    for problem in outcome.problems:
+        print(f"not in the comparison: {problem}")
+    folder = write_report(runs, runs / "report", cache, {record: outcome})
+    print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
 
 
 @contextmanager
@@ -110,6 +154,7 @@ def plan_lines(
     Raises:
         Interrupted: a signal stopped a calibration.
     """
+    from storylab.experiments.effect_words import design_lines
     from storylab.planning.estimate import estimate_runs
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
@@ -134,6 +179,9 @@ def plan_lines(
         "before, or predicted by a calibration of seconds)"
     )
     yield from rows
+    if experiment.factorial:
+        seeds = len({run.seed for run in planned})
+        yield from design_lines(experiment.factorial, seeds, len(experiment.conditions))
     if others >= SOME_CORES:
         yield (
             f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "

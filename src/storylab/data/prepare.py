@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,21 +222,11 @@ def write_dataset(
         manifest = {
             "format": FORMAT if TEST in splits else FORMAT_WITHOUT_TEST,
             "request": request,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-            },
+            "tokenizer": _described(tokenizer),
             "dtype": dtype.name,
             "splits": splits,
             "test_origin": stories.test,
-            "overlap": {
-                f"{split}_stories_in_{other}": count
-                for split, filtered in filters.items()
-                for other, count in filtered.overlap.items()
-            }
-            | {"left_out": not keep_overlap},
+            "overlap": _overlaps(filters) | {"left_out": not keep_overlap},
             # Not content, so no part of the fingerprint.
             "reading": {
                 split: dataclasses.asdict(tally)
@@ -246,6 +236,24 @@ def write_dataset(
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(partial / MANIFEST, manifest)
+
+
+def _described(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "name": tokenizer.name,
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+    }
+
+
+def _overlaps(filters: Mapping[str, OverlapFilter]) -> dict[str, int]:
+    """Number of stories of each split that are in another one too."""
+    return {
+        f"{split}_stories_in_{other}": count
+        for split, filtered in filters.items()
+        for other, count in filtered.overlap.items()
+    }
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
@@ -25,6 +26,9 @@ from storylab.data.hub import download
 from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
 from storylab.files import atomic_path, open_file, reading, sha256_file, shown
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Trainer
 
 # GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
 WORD_PATTERN = (
@@ -227,8 +231,7 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
     Raises:
         UserError: the size is out of range, or the text has too few distinct pairs for it.
     """
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trainer
+    from tokenizers import pre_tokenizers, trainers
 
     if not 258 <= vocab_size <= 1_000_000:
         raise UserError(f"bpe:{vocab_size}: the vocabulary size must be from 258 to 1,000,000")
@@ -236,11 +239,7 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
     if first is None:
         raise UserError(NO_STORIES)
     stories = itertools.chain([first], stories)
-    trainer = Trainer(models.BPE())
-    # After the first rule, every byte is a character; shorter words stay as they are.
-    too_long = pre_tokenizers.Split(Regex(f".{{{TRAINING_WORD_BYTES}}}"), "isolated")
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer.pre_tokenizer = pre_tokenizers.Sequence([words, too_long])
+    trainer = _byte_level_trainer()
     options = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -261,6 +260,19 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
     to_byte = {character: byte for byte, character in _byte_characters().items()}
     in_order = sorted(vocabulary, key=vocabulary.__getitem__)
     return Tokenizer(f"bpe:{vocab_size}", tuple(bytes(to_byte[c] for c in t) for t in in_order))
+
+
+def _byte_level_trainer() -> Trainer:
+    """The library's byte-pair encoder without a vocabulary; it counts words in pieces of 256 bytes."""
+    from tokenizers import Regex, models, pre_tokenizers
+    from tokenizers import Tokenizer as Trainer
+
+    trainer = Trainer(models.BPE())
+    # After the first rule, every byte is a character; shorter words stay as they are.
+    too_long = pre_tokenizers.Split(Regex(f".{{{TRAINING_WORD_BYTES}}}"), "isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer.pre_tokenizer = pre_tokenizers.Sequence([words, too_long])
+    return trainer
 
 
 def _in_a_thread(work: Callable[[Event], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from storylab.experiments.comparison import (
     CONFOUNDED,
@@ -19,6 +19,7 @@ from storylab.experiments.effects import (
     effect_title,
 )
 from storylab.experiments.factorial import Factorial
+from storylab.experiments.outcome import Outcome
 from storylab.experiments.statistics import ALPHA
 from storylab.experiments.verdicts import (
     evidence_text,
@@ -28,6 +29,7 @@ from storylab.experiments.verdicts import (
     p_text,
     ratio_text,
     size_text,
+    verdict_line,
 )
 
 
@@ -158,3 +160,16 @@ def effect_details(e: EffectResult) -> list[str]:
         lines += simple_lines(e)
     lines += [f"diverged: {cell}" for cell in e.diverged]
     return lines + [f"left out, {text}" for text in e.left_out]
+
+
+def verdict_lines(outcome: Outcome, settled: Collection[tuple[str, str]] = ()) -> list[str]:
+    """The verdicts of an experiment, a line each: of its effects, or of its arms.
+
+    Args:
+        outcome: the experiment.
+        settled: conditions and arms to leave out.
+    """
+    if outcome.effects:
+        done = {condition for condition, _ in settled}
+        return [effect_line(e) for e in outcome.effects if e.condition not in done]
+    return [verdict_line(c) for c in outcome.comparisons if (c.condition, c.arm) not in settled]

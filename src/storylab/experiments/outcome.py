@@ -20,7 +20,7 @@ from storylab.experiments.experiment import METRICS, Expectation
 from storylab.experiments.factorial import Factorial, design_faults, fields_between
 from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.family import Judgement, Rules
-from storylab.experiments.measures import MEASURES
+from storylab.experiments.measures import MEASURES, Checked
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.experiments.registration import exploratory_reasons
 from storylab.files import exists, read_record, reading
@@ -43,39 +43,6 @@ class CellResult:
     def name(self) -> str:
         """Arm and condition."""
         return under(self.arm.name, self.condition)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """An expectation with the measured number, or None if there is none."""
-
-    expectation: Expectation
-    condition: str
-    value: float | None
-    low: float | None = None
-    """Lower end of the number's 95 % interval, where it has one."""
-    high: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the number is within the bounds; None without one, without its interval, or if a bound
-        is inside it."""
-        if self.value is None or self.low is None or self.high is None:
-            return None
-        bounds = (self.expectation.at_least, self.expectation.at_most)
-        if any(b is not None and self.low <= b <= self.high for b in bounds):
-            return None
-        return self.missed_bound is None
-
-    @property
-    def missed_bound(self) -> float | None:
-        """The bound that the number is beyond, or None."""
-        low, high = self.expectation.at_least, self.expectation.at_most
-        if self.value is not None and low is not None and self.value < low:
-            return low
-        if self.value is not None and high is not None and self.value > high:
-            return high
-        return None
 
 
 @dataclass(frozen=True)
@@ -207,14 +174,18 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     runs = path.parent.parent
     try:
         cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
+        if record.stage == "confirm":
+            cells = tuple(_on_test(cell, problems) for cell in cells)
         allowed_fields(record.factor, matched=False)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
     contests, rules, design = _contests(outcome, cache), rules_of(record), outcome.factorial
+    comparisons = compare_contests(contests, rules, judged=design is None)
+    reasons = tuple(exploratory_reasons(record))
     outcome = dataclasses.replace(
         outcome,
-        comparisons=tuple(compare_contests(contests, rules, judged=design is None)),
+        comparisons=tuple(dataclasses.replace(c, exploratory=reasons) for c in comparisons),
         effects=tuple(_effects(outcome, design, contests, rules)) if design else (),
     )
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
@@ -292,6 +263,21 @@ def _read_cell(
             problems.append(f"{where}, seed {seed}: {why}")
     arm, config = Arm(cell.arm, tuple(found)), from_dict(cell.config)
     return CellResult(cell.condition, arm, config, len(cell.runs))
+
+
+def _on_test(cell: CellResult, problems: list[str]) -> CellResult:
+    """A cell whose final losses are those on the test split; runs without them are named in
+    ``problems`` and left out."""
+    found = []
+    for run in cell.arm.runs:
+        if not run.finished:
+            found.append(run)
+        elif run.results.test is not None:
+            summary = structs.replace(run.results, validation=run.results.test)
+            found.append(dataclasses.replace(run, summary=summary, story_losses=run.test_losses))
+        else:
+            problems.append(f"{cell.name}, seed {run.config.seed}: no losses on a test split")
+    return dataclasses.replace(cell, arm=Arm(cell.arm.name, tuple(found)))
 
 
 def _check(expectation: Expectation, outcome: Outcome) -> Iterable[Checked]:

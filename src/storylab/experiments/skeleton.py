@@ -14,6 +14,7 @@ purpose = "What do you want to know?"
 factor = "learning_rate"          # a field of `storylab train --help`, or: {factors}
 baseline = "1e-3"
 seeds = [1337, 1338, 1339]        # each seed is one pair of runs: same weights, same data order
+looks = [3, 5, 8]                 # verdicts are made with so many seeds; --seeds 8 trains them look by look
 
 [data]
 source = "builtin"                # tinystories, or builtin to try this without a download

@@ -10,6 +10,7 @@ import numpy as np
 from storylab.experiments.comparison import UNDECIDED, Comparison
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.registration import registration_lines
 from storylab.experiments.verdicts import nats, ratio_text
 from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
 from storylab.training.log_format import format_duration
@@ -26,6 +27,16 @@ def section_title(outcome: Outcome) -> str:
     return f"{kind}: {outcome.record.title}"
 
 
+def plan_text(outcome: Outcome) -> str:
+    """The looks, the way noise is estimated, and when the plan was registered and changed."""
+    record = outcome.record
+    looks = ", ".join(map(str, record.looks))
+    parts = [f"looks at {looks} seeds, {record.variance} variance"] if looks else []
+    if record.stage == "confirm":
+        parts.append("confirmation on fresh seeds, judged on the test split")
+    return "; ".join([*parts, *registration_lines(record)])
+
+
 def repeat_command(outcome: Outcome) -> str:
     """The command that trains the same experiment again."""
     record = outcome.record
@@ -35,7 +46,8 @@ def repeat_command(outcome: Outcome) -> str:
     planned = list(dict.fromkeys(cell.arm.name for cell in outcome.cells if cell.planned))
     some = planned and len(planned) < len(record.arms)
     only = f" --only {shlex.join(planned)}" if some else ""
-    return f"storylab experiment run {shlex.quote(record.file)}{scale}{count}{only}"
+    verb = "confirm" if record.stage == "confirm" else "run"
+    return f"storylab experiment {verb} {shlex.quote(record.file)}{scale}{count}{only}"
 
 
 def headline(outcome: Outcome) -> str:
@@ -64,7 +76,7 @@ def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         "parameters",
         "tokens",
         "epochs",
-        "val loss",
+        "test loss" if outcome.record.stage == "confirm" else "val loss",
         "difference (interval of the verdict)",
         "tok/s",
         "speed",

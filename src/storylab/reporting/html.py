@@ -12,7 +12,13 @@ import vl_convert
 
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.verdicts import detail_lines, verdict_line
-from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
+from storylab.reporting.arms import (
+    headline,
+    plan_text,
+    repeat_command,
+    section_title,
+    table_rows,
+)
 from storylab.reporting.figures.style import AXES, COLORS, Spec
 from storylab.reporting.observations import observations
 from storylab.reporting.tables import curve_rows, flat_config
@@ -60,6 +66,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
         ["Purpose", record.purpose],
         ["Hypothesis", record.hypothesis],
         ["Scale", record.note],
+        ["Plan", plan_text(outcome)],
         ["Factor", f"{record.factor or 'none'}; baseline: {outcome.baseline}"],
     ]
     return {

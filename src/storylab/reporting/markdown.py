@@ -21,7 +21,13 @@ from storylab.optim import OPTIMIZERS, REST
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import LOG
 from storylab.record.run import Run
-from storylab.reporting.arms import headline, repeat_command, section_title, table_rows
+from storylab.reporting.arms import (
+    headline,
+    plan_text,
+    repeat_command,
+    section_title,
+    table_rows,
+)
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
@@ -74,10 +80,15 @@ def _template() -> jinja2.Template:
     environment.filters |= {
         "plain": _plain,
         "row": _row,
-        "unwrap": lambda text: " ".join(text.split()),
+        "unwrap": _unwrap,
+        "paragraphs": lambda text: "\n\n".join(map(_unwrap, text.strip().split("\n\n"))),
         "url": quote,
     }
     return environment.get_template("log.md.j2")
+
+
+def _unwrap(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class _SectionView:
     headline: str
     overview: list[str]
     dates: str
+    plan: str
     flags: str
     repeat: str
     problems: Sequence[str]
@@ -98,6 +110,7 @@ class _SectionView:
     headings: list[str]
     rows: list[list[str]]
     samples: list[tuple[str, str]]
+    verdicts: list[str]
     observations: list[str]
     comparisons: list[str]
     training_lines: list[str]
@@ -116,6 +129,7 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         headline=headline(o),
         overview=_overview(o),
         dates=_dates(o.runs),
+        plan=plan_text(o),
         flags=_flags(o.baseline_of(o.conditions[0])),
         repeat=repeat_command(o),
         problems=o.problems,
@@ -123,6 +137,7 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         headings=headings,
         rows=rows,
         samples=list(_samples(o)),
+        verdicts=[verdict_line(c) for c in o.comparisons],
         observations=observations(o),
         comparisons=_comparison_lines(o),
         training_lines=_training_lines(o),

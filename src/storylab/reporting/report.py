@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import vl_convert
@@ -44,29 +44,42 @@ def write_report(
         raise UserError(
             f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
         )
+    outcomes, problems = _read_outcomes(records, cache or RunCache(), known or {})
+    specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
+    log = out / LOG_FILE
+    make_folder(out / PICTURES)
+    remarks = _read_remarks(log)
+    sections = [
+        Section(outcome, _write_pictures(outcome, specs[outcome.label], out))
+        for outcome in outcomes
+    ]
+    write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
+    write_text(out / PAGE_FILE, html(outcomes, specs, problems))
+    return out
+
+
+def _read_outcomes(
+    records: Sequence[Path], cache: RunCache, known: Mapping[Path, Outcome]
+) -> tuple[list[Outcome], list[str]]:
+    """The outcomes of the records, and the faults of those that cannot be read."""
     outcomes, problems = [], []
-    cache, known = cache or RunCache(), known or {}
     for path in records:
         try:
             outcomes.append(known.get(path) or load_outcome(path, cache))
         except UserError as error:
             problems.append(str(error))
-    specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
-    log = out / LOG_FILE
-    make_folder(out / PICTURES)
-    remarks = _read_remarks(log)
-    sections = []
-    for outcome in outcomes:
-        pictures = {}
-        for number, (caption, spec) in enumerate(_pictures(outcome, specs[outcome.label])):
-            name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
-            svg = vl_convert.vegalite_to_svg(static(spec, caption))
-            write_text(out / name, _renumbered(svg))
-            pictures[caption] = name
-        sections.append(Section(outcome, pictures))
-    write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
-    write_text(out / PAGE_FILE, html(outcomes, specs, problems))
-    return out
+    return outcomes, problems
+
+
+def _write_pictures(outcome: Outcome, specs: dict[str, Spec], out: Path) -> dict[str, str]:
+    """Write an experiment's pictures; returns their files in ``out`` by caption."""
+    pictures = {}
+    for number, (caption, spec) in enumerate(_pictures(outcome, specs)):
+        name = f"{PICTURES}/{outcome.label}-{number + 1}.svg"
+        svg = vl_convert.vegalite_to_svg(static(spec, caption))
+        write_text(out / name, _renumbered(svg))
+        pictures[caption] = name
+    return pictures
 
 
 def _read_remarks(log: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ from storylab.errors import UserError
 
 if TYPE_CHECKING:
     from storylab.execution.job import Executor
+    from storylab.experiments.comparison import Noise
+    from storylab.experiments.noise import PairedSpread
     from storylab.experiments.plan import PlannedRun
     from storylab.record.run import Run
 
@@ -86,41 +88,44 @@ def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[Planned
 
 
 def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
-    """The standard deviation over the seeds of a run's config with the smallest detectable differences, and
-    lines on the latter.
+    """The spread over the seeds of a run's config with the smallest detectable differences, and lines on
+    the latter.
 
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.experiments.noise import (
-        PLANNED_PAIRS,
-        noise_of,
-        other_seeds,
-        paired_spreads,
-        seen_by_pairs,
-        typical_spread,
-    )
-    from storylab.experiments.statistics import LEVEL, detectable_difference, deviation_interval
+    from storylab.experiments.noise import noise_of, other_seeds, paired_spreads, seen_by_pairs
 
     runs, problems = other_seeds(result)
-    floor = noise_of(runs)
-    if floor is None:
+    noise = noise_of(runs)
+    if noise is None:
         for problem in problems:
             print(f"left out: {problem}")
         raise UserError(
             f"{result.folder} has no finished runs with other seeds in its folder: train some with "
             "`storylab noise FILE --seeds 5`"
         )
-    low, high = deviation_interval(floor.standard_deviation, floor.seeds)
     spreads = paired_spreads(runs)
-    spread = typical_spread(floor, spreads)
-    document = NoiseFloor(
+    floor = _floor(condition, result, noise, spreads, problems)
+    return floor, seen_by_pairs(noise, spreads)
+
+
+def _floor(
+    condition: str, result: Run, noise: Noise, spreads: list[PairedSpread], problems: list[str]
+) -> NoiseFloor:
+    """The document of one recipe's noise."""
+    from storylab.experiments.noise import PLANNED_PAIRS, typical_spread
+    from storylab.experiments.statistics import LEVEL, detectable_difference, deviation_interval
+
+    low, high = deviation_interval(noise.standard_deviation, noise.seeds)
+    spread = typical_spread(noise, spreads)
+    return NoiseFloor(
         condition=condition or None,
         run=str(result.folder),
         preset=result.config.preset,
         tokens=result.config.total_tokens,
-        seeds=floor.seeds,
-        standard_deviation_nats_per_token=floor.standard_deviation,
+        seeds=noise.seeds,
+        standard_deviation_nats_per_token=noise.standard_deviation,
         low_nats_per_token=low,
         high_nats_per_token=high,
         level=LEVEL,
@@ -132,7 +137,6 @@ def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
         ],
         left_out=problems,
     )
-    return document, seen_by_pairs(floor, spreads)
 
 
 def _print_floor(floor: NoiseFloor) -> None:

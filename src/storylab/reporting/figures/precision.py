@@ -17,30 +17,33 @@ def quantization(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
     """Heat maps of quantization errors of tensors, by caption: the error of every arm, and all that
     was recorded over the training of the arm that errs most."""
     rows = quantization_rows(outcome)
-    if not rows:
-        return
+    if rows:
+        yield _mean_errors(rows)
+        yield from _worst_arm(rows)
+
+
+def _mean_errors(rows: Sequence[Row]) -> tuple[str, Spec]:
+    """The error of every arm by tensor and block."""
     places: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         name = under(row["arm"], row["condition"])
         places.setdefault((name, row["tensor"], row["block"]), []).append(row)
     means = [
-        {
-            "arm": name,
-            "place": _place(found[0]),
-            "error": math.fsum(row["error"] for row in found) / len(found),
-        }
+        {"arm": name, "place": _place(found[0]), "error": _mean_error(found)}
         for (name, *_), found in places.items()
     ]
-    yield (
-        "Quantisation error by tensor and block, mean over training",
+    return (
+        "Quantization error by tensor and block, mean over training",
         _heat_map(means, "arm", "arm", "error", "relative error"),
     )
+
+
+def _worst_arm(rows: Sequence[Row]) -> Iterator[tuple[str, Spec]]:
+    """All that was recorded over the training of the arm that errs most."""
     by_arm: dict[str, list[Row]] = {}
     for row in rows:
         by_arm.setdefault(where(row), []).append(row)
-    worst = max(
-        by_arm, key=lambda arm: math.fsum(r["error"] for r in by_arm[arm]) / len(by_arm[arm])
-    )
+    worst = max(by_arm, key=lambda arm: _mean_error(by_arm[arm]))
     for key, title in (
         ("error", "relative error"),
         ("underflow", "share that became zero"),
@@ -52,9 +55,13 @@ def quantization(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
             for row in by_arm[worst]
         ]
         yield (
-            f"Quantisation over the training of {worst}: {title}",
+            f"Quantization over the training of {worst}: {title}",
             _heat_map(cells, "iterations", "iterations", key, title),
         )
+
+
+def _mean_error(rows: Sequence[Row]) -> float:
+    return math.fsum(row["error"] for row in rows) / len(rows)
 
 
 def _place(row: Row) -> str:

@@ -111,7 +111,7 @@ def _worst_tensors(outcome: Outcome) -> Iterable[str]:
         for name, text in (("error", "errs most"), ("underflow", "loses most values to zero")):
             worst = max(rows, key=lambda row: row[name] or 0.0)
             yield (
-                f"Quantisation {text} in {under(worst['arm'], worst['condition'])}: {worst['tensor']}, "
+                f"Quantization {text} in {under(worst['arm'], worst['condition'])}: {worst['tensor']}, "
                 f"block {worst['block']}, iteration {worst['iterations']} ({worst[name]:.2%})."
             )
 

@@ -1,0 +1,79 @@
+"""``storylab experiment confirm``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, ExperimentFile
+from storylab.cli.registry import Call, Verb
+
+
+@dataclass(frozen=True)
+class ExperimentConfirmCommand:
+    """Confirm arms of an experiment: train them and the baseline with seeds that no run in the folder has
+    used with this data, and judge them once, on the test split.
+
+    The first call fixes the seeds; the same command later goes on with them. The record notes every time
+    that losses on the test split are shown.
+
+    Examples: storylab experiment confirm mine.toml --only 3e-3
+    | storylab experiment confirm mine.toml --only 3e-3 --seeds 8
+    """
+
+    file: ExperimentFile
+    """Experiment file (TOML)."""
+    only: tuple[str, ...] = ()
+    """Arms to confirm; by default those of an earlier call, or the only one besides the baseline."""
+    seeds: int | None = None
+    """Number of seeds, at least 5; by default 5, or as many as an earlier call had."""
+    scale: str | None = None
+    """One of the file's scales; by default laptop if the file has it, else the first."""
+    dry_run: bool = False
+    """Show the plan, with expected time and memory from a short calibration and the differences that it
+    can see, and stop."""
+    runs: Path = DEFAULT_RUNS_DIR
+    """Folder that holds the run folders."""
+    data_dir: Path | None = None
+    """Prepared data set; by default the one that the file's [data] describes."""
+
+
+def run(call: Call) -> int:
+    """Train the arms with fresh seeds, and compare them on the test split."""
+    command = call.parse(ExperimentConfirmCommand)
+    from storylab.cli.experiments import open_data, print_plan, print_results, train_planned
+    from storylab.experiments.confirm import confirmation, note_opening, openings_line
+    from storylab.experiments.foresight import expected_spread
+    from storylab.experiments.plan import plan_runs
+    from storylab.experiments.selection import openings_of, selection_line, selection_on
+    from storylab.experiments.spec import load_experiment
+    from storylab.record.index import RunCache
+
+    search, cache = load_experiment(command.file, command.scale), RunCache()
+    dataset, runs = open_data(search, command.data_dir), command.runs
+    experiment = confirmation(search, dataset, runs, command.only, command.seeds, cache)
+    planned = plan_runs(experiment, dataset, runs)
+    on_data = (runs, dataset.fingerprint, cache)
+    spread = expected_spread(search, dataset.fingerprint, runs, cache).nats
+    print(selection_line(selection_on(*on_data), spread))
+    print(f"Seeds for the confirmation alone: {', '.join(map(str, experiment.seeds))}")
+    if command.dry_run:
+        print_plan(experiment, dataset, planned, runs, call.executor)
+        return 0
+    record, states = train_planned(experiment, dataset, planned, runs, call.executor)
+    if "finished" not in states:
+        return 1
+    print(openings_line(openings_of(*on_data)))
+    note_opening(record, len(experiment.seeds))
+    print_results(record, runs, planned[0].cache)
+    return 0
+
+
+VERB = Verb(
+    "experiment confirm",
+    "judge chosen arms on fresh seeds and the test split",
+    "experiments",
+    run,
+    operand="FILE",
+    position=3,
+)

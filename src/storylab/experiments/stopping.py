@@ -1,0 +1,160 @@
+"""Train an experiment look by look, and stop the arms that a planned look has settled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from msgspec import structs
+
+from storylab.data.dataset import Dataset
+from storylab.execution.job import Executor
+from storylab.experiments.effect_words import verdict_lines
+from storylab.experiments.experiment import Experiment
+from storylab.experiments.factors import under
+from storylab.experiments.outcome import Outcome, load_outcome, read_experiment
+from storylab.experiments.plan import PlannedRun
+from storylab.experiments.recording import update_record, write_record
+from storylab.experiments.registration import now, registration_lines
+from storylab.experiments.scheduler import ExperimentReporter, run_experiment
+from storylab.record.experiment_schema import ExperimentRecord, LookTaken
+from storylab.record.run import ENDED
+
+CellKey = tuple[str, str]
+"""Condition and arm."""
+
+
+def run_by_looks(
+    experiment: Experiment,
+    dataset: Dataset,
+    planned: Sequence[PlannedRun],
+    runs: Path,
+    executor: Executor,
+    reporter: ExperimentReporter,
+    fresh: bool = False,
+) -> tuple[Path, list[str]]:
+    """Train the seeds up to a planned look, judge, drop the settled arms, and go on to the next look.
+
+    Args:
+        experiment: all of it.
+        dataset: prepared data.
+        planned: all runs, seed by seed, as if no arm were settled.
+        runs: the folder for the run folders.
+        executor: carries out the training.
+        reporter: shows the progress, and the verdicts of every look before the last.
+        fresh: train everything again; earlier runs are set aside.
+
+    Returns:
+        The experiment's record, and the state of every run that was wanted.
+
+    Raises:
+        Interrupted: a signal stopped it; the same call goes on from there.
+    """
+    seeds = list(dict.fromkeys(run.seed for run in planned))
+    settled: set[CellKey] = set()
+    states: list[str] = []
+    done, record = 0, Path()
+    for stop in stops(experiment.looks, len(seeds)):
+        part = [
+            run
+            for run in planned
+            if run.seed in seeds[done:stop] and is_open(experiment, run, settled, planned)
+        ]
+        if not part:
+            break
+        ended = _ended(part)
+        record = write_record(experiment, dataset, part, runs, fresh and done == 0)
+        if done == 0:
+            for line in plan_lines(experiment, record, part, len(seeds)):
+                reporter.line(line)
+        states += run_experiment(part, executor, reporter, fresh)
+        trained = fresh or _ended(part) > ended
+        outcome = load_outcome(record, planned[0].cache)
+        looks = [judgement.look or 0 for judgement in outcome.judgements]
+        if stop in experiment.looks and stop <= max(looks, default=0):
+            note_look(record, stop, outcome.settled_arms() - settled, trained)
+        if stop < len(seeds) and trained:
+            for line in look_lines(outcome, stop, settled):
+                reporter.line(line)
+        settled, done = settled | outcome.settled_arms(), stop
+    return record, states
+
+
+def stops(looks: Sequence[int], seeds: int) -> list[int]:
+    """Numbers of seeds after which training pauses: the planned looks below ``seeds``, and ``seeds``."""
+    return [*(look for look in looks if look < seeds), seeds]
+
+
+def plan_lines(
+    experiment: Experiment, record: Path, planned: Sequence[PlannedRun], seeds: int
+) -> Iterator[str]:
+    """How the plan is registered, and what ``seeds`` seeds mean in it."""
+    for line in registration_lines(read_experiment(record)):
+        yield f"This plan: {line}"
+    compared = any(run.cell.arm != experiment.baseline for run in planned)
+    unplanned = unplanned_line(experiment.looks, seeds)
+    if compared and unplanned:
+        yield unplanned
+
+
+def unplanned_line(looks: Sequence[int], seeds: int) -> str | None:
+    """What a number of seeds means that is no planned look; None if it is one."""
+    if seeds in looks:
+        return None
+    before = [look for look in looks if look < seeds]
+    if not before:
+        return f"No verdict yet with {seeds} seeds: the first planned look is at {looks[0]}"
+    return (
+        f"{seeds} seeds are no planned look: verdicts stay those of the look at {before[-1]} seeds, and "
+        "the seeds after it are exploratory"
+    )
+
+
+def is_open(
+    experiment: Experiment,
+    run: PlannedRun,
+    settled: Collection[CellKey],
+    planned: Sequence[PlannedRun],
+) -> bool:
+    """Whether a run is still needed: its arm is not settled, or it is the baseline of one that is not."""
+    condition, arm = run.cell.condition, run.cell.arm
+    if arm != experiment.baseline:
+        return (condition, arm) not in settled
+    cells = {(other.cell.condition, other.cell.arm) for other in planned}
+    against = {cell for cell in cells if cell[0] == condition and cell[1] != arm}
+    return not against or not against.issubset(settled)
+
+
+def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Iterator[str]:
+    """The verdicts of a look, of the arms that were not ``settled`` before it."""
+    yield f"Look at {stop} seeds:"
+    for line in verdict_lines(outcome, settled):
+        yield f"  {line}"
+    names = [under(arm, condition) for condition, arm in sorted(outcome.settled_arms())]
+    if names:
+        yield f"Settled, so not trained with more seeds: {', '.join(names)}"
+
+
+def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) -> None:
+    """Add a look to a record.
+
+    Args:
+        path: the record.
+        stop: seeds at the look.
+        settled: the arms that it has settled.
+        again: whether to add it even if the record has a look at that number of seeds.
+    """
+
+    def change(record: ExperimentRecord) -> dict[str, object]:
+        taken = record.looks_taken
+        if not again and any(look.seeds == stop for look in taken):
+            return {}
+        names = [under(arm, condition) for condition, arm in sorted(settled)]
+        look = LookTaken(time=now(), seeds=stop, settled=names)
+        return {"looks_taken": [structs.asdict(entry) for entry in (*taken, look)]}
+
+    update_record(path, change)
+
+
+def _ended(planned: Sequence[PlannedRun]) -> set[Path]:
+    return {run.folder for run in planned if run.read_state() in ENDED}

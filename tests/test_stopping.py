@@ -1,0 +1,124 @@
+"""An experiment is trained look by look, and an arm that a look has settled stops there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from executors import InProcess, Unused
+from storylab.cli import main
+from storylab.data.dataset import Dataset
+from storylab.experiments.outcome import read_experiment
+from storylab.experiments.stopping import stops, unplanned_line
+from storylab.record.experiment_schema import ExperimentRecord
+from test_registration import TEXT
+
+WIDE = TEXT.replace("margin = 0.02", "margin = 5.0")  # everything is equivalent at the first look
+
+
+class Bench:
+    """Runs `storylab experiment run` in this process."""
+
+    def __init__(self, root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.dataset, self.capsys = root, dataset, capsys
+
+    def run(self, text: str, *flags: str, executor: InProcess | None = None) -> tuple[int, str]:
+        """Returns the number of runs trained and the output."""
+        (self.root / "rates.toml").write_text(text)
+        executor = executor or InProcess()
+        args = ["--runs", str(self.root / "runs"), "--data_dir", str(self.dataset.folder)]
+        code = main(
+            ["experiment", "run", str(self.root / "rates.toml"), *args, *flags], executor=executor
+        )
+        out = self.capsys.readouterr().out
+        assert code == 0, out
+        return executor.actions.count("train"), out
+
+    @property
+    def record(self) -> ExperimentRecord:
+        return read_experiment(self.root / "runs" / "experiments" / "rates.json")
+
+    def looks(self) -> list[tuple[int, list[str]]]:
+        return [(look.seeds, look.settled) for look in self.record.looks_taken]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> Bench:
+    return Bench(tmp_path, dataset, capsys)
+
+
+def test_training_pauses_at_every_planned_look() -> None:
+    assert stops((3, 5, 8), 8) == [3, 5, 8]
+    assert stops((3, 5, 8), 3) == [3]
+    assert stops((3, 5, 8), 2) == [2]
+    assert stops((3, 5, 8), 4) == [3, 4]
+    assert stops((3, 5, 8), 10) == [3, 5, 8, 10]
+
+
+def test_a_number_of_seeds_that_is_no_look_is_said() -> None:
+    assert unplanned_line((3, 5), 5) is None
+    assert "first planned look is at 3" in (unplanned_line((3, 5), 2) or "")
+    assert "those of the look at 3 seeds" in (unplanned_line((3, 5), 4) or "")
+    assert "those of the look at 5 seeds" in (unplanned_line((3, 5), 9) or "")
+
+
+def test_a_settled_arm_is_not_trained_with_more_seeds(bench: Bench) -> None:
+    trained, out = bench.run(WIDE, "--seeds", "3")
+    assert trained == 4  # two seeds of both arms: the baseline has nothing to wait for either
+    assert "Look at 2 seeds:" in out and "Settled, so not trained with more seeds: high" in out
+    assert bench.looks() == [(2, ["high"])]
+    assert [sorted(cell.runs) for cell in bench.record.cells] == [["1", "2"], ["1", "2"]]
+
+    trained, out = bench.run(WIDE, "--seeds", "3", executor=Unused())
+    assert "Look at" not in out  # nothing new was to be seen
+    assert bench.looks() == [(2, ["high"])]
+
+
+def test_an_undecided_arm_goes_on_to_the_last_look(bench: Bench) -> None:
+    text = TEXT.replace("margin = 0.02\n", "").replace(
+        "learning_rate = 1e-2", "learning_rate = 2e-3"
+    )
+    trained, out = bench.run(text, "--seeds", "3")
+    assert trained == 6 and "This plan: registered before any run" in out
+    assert [seeds for seeds, _ in bench.looks()] == [2, 3]
+    assert bench.looks()[0][1] == []
+    trained, _ = bench.run(text, "--seeds", "3", executor=Unused())
+    assert trained == 0 and len(bench.looks()) == 2
+
+
+def test_one_arm_goes_on_where_another_is_settled(bench: Bench) -> None:
+    """The open arm's baseline goes on with it."""
+    text = TEXT.replace("margin = 0.02", "margin = 0.004").replace(
+        "high = {", "same = { learning_rate = 1.0001e-3 }\nhigh = {"
+    )
+    trained, _ = bench.run(text, "--seeds", "3")
+    (first, settled), *_ = bench.looks()
+    assert first == 2 and settled == ["same"]
+    assert trained == 3 * 2 + 2
+    runs = {cell.arm: sorted(cell.runs) for cell in bench.record.cells}
+    assert runs == {"low": ["1", "2", "3"], "same": ["1", "2"], "high": ["1", "2", "3"]}
+
+
+def test_an_unplanned_number_of_seeds_is_trained_and_said(bench: Bench) -> None:
+    text = TEXT.replace("margin = 0.02\n", "").replace(
+        "learning_rate = 1e-2", "learning_rate = 2e-3"
+    )
+    trained, out = bench.run(text.replace("looks = [2, 3]", "looks = [2, 5]"), "--seeds", "3")
+    assert trained == 6 and "verdicts stay those of the look at 2 seeds" in out
+    assert [seeds for seeds, _ in bench.looks()] == [2]
+
+
+def test_fewer_seeds_than_the_first_look_take_no_look(bench: Bench) -> None:
+    trained, out = bench.run(TEXT, "--seeds", "1")
+    assert trained == 2 and "the first planned look is at 2" in out
+    assert bench.looks() == []
+
+
+def test_measuring_noise_takes_no_look(bench: Bench) -> None:
+    (bench.root / "rates.toml").write_text(TEXT)
+    args = ["--runs", str(bench.root / "runs"), "--data_dir", str(bench.dataset.folder)]
+    file = str(bench.root / "rates.toml")
+    assert main(["noise", file, *args, "--seeds", "3"], executor=InProcess()) == 0
+    assert bench.looks() == []
+    assert bench.record.registered is not None and bench.record.registered.runs_finished == 0
