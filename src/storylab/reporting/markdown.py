@@ -13,9 +13,9 @@ import numpy as np
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
+from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.files import open_file
 from storylab.optim import OPTIMIZERS, REST
 from storylab.record.experiment_schema import ExperimentRecord
@@ -28,6 +28,7 @@ from storylab.reporting.arms import (
     section_title,
     table_rows,
 )
+from storylab.reporting.effects import effect_table, factor_text, verdicts_in_full
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
@@ -107,8 +108,11 @@ class _SectionView:
     repeat: str
     problems: Sequence[str]
     pictures: list[tuple[str, str]]
+    factor: str
     headings: list[str]
     rows: list[list[str]]
+    effect_headings: list[str]
+    effect_rows: list[list[str]]
     samples: list[tuple[str, str]]
     verdicts: list[str]
     observations: list[str]
@@ -121,6 +125,7 @@ class _SectionView:
 def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
     o = section.outcome
     headings, rows = table_rows(o)
+    effect_headings, effect_rows = effect_table(o)
     return _SectionView(
         record=o.record,
         label=o.label,
@@ -134,10 +139,13 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         repeat=repeat_command(o),
         problems=o.problems,
         pictures=list(section.pictures.items()),
+        factor=factor_text(o),
         headings=headings,
         rows=rows,
+        effect_headings=effect_headings,
+        effect_rows=effect_rows,
         samples=list(_samples(o)),
-        verdicts=[verdict_line(c) for c in o.comparisons],
+        verdicts=verdict_lines(o),
         observations=observations(o),
         comparisons=_comparison_lines(o),
         training_lines=_training_lines(o),
@@ -271,8 +279,8 @@ def _plain(text: str) -> str:
 
 def _comparison_lines(o: Outcome) -> list[str]:
     lines = []
-    for c in o.comparisons:
-        lines += [verdict_line(c), *(f"  {line}" for line in detail_lines(c)), ""]
+    for line, *details in verdicts_in_full(o):
+        lines += [line, *(f"  {detail}" for detail in details), ""]
     return lines[:-1]
 
 
