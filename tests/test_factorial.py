@@ -1,14 +1,19 @@
-"""Factorial experiments: cells and aliases of their designs, effects, the error that is promised, and a run."""
+"""Factorial experiments: cells and aliases of designs, effects, the error that is promised, and runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
+from collections.abc import Callable
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from executors import train_here
 from storylab.cli import main
@@ -25,6 +30,8 @@ from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
+from storylab.record.index import RunCache
+from storylab.record.run import Run
 from storylab.reporting.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -208,11 +215,12 @@ def test_pooled_variance_is_that_of_all_contrasts() -> None:
         assert judgement.interval.df == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["moderated", "own", "pooled"])
 def test_error_and_coverage_are_as_promised(variance: Variance) -> None:
     """No effect anywhere: at most 5 % of experiments name one, over all looks, and 95 % of the plain
     intervals cover zero."""
-    d, rng, trials = design(3), np.random.default_rng(7), 1200
+    d, rng, trials = design(3), np.random.default_rng(7), 500
     rules = Rules((3, 5, 8), tuple(range(8)), variance, shared_baseline=False)
     wrong, covered = 0, []
     for _ in range(trials):
@@ -222,26 +230,20 @@ def test_error_and_coverage_are_as_promised(variance: Variance) -> None:
         plain = judged(d, losses[:, :5], Rules(variance=variance, shared_baseline=False))
         covered += [j.interval.low <= 0 <= j.interval.high for j in plain if j.interval]
     assert wrong / trials < 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials)
-    assert np.mean(covered) > 0.94
+    assert np.mean(covered) > 0.935
 
 
-def test_a_factorial_finds_main_effects_that_arms_of_as_many_runs_miss() -> None:
-    d, rng, trials = design(3), np.random.default_rng(3), 300
-    rules = Rules((3,), tuple(range(3)), shared_baseline=False)
-    hits, lone = 0, 0
-    for _ in range(trials):
-        noise = rng.normal(0, 0.01, (8, 3))
-        losses = noise - 0.03 * np.array(d.cells)[:, :1]
-        hits += judged(d, losses, rules)[0].different
-        # The same 24 runs, six for each of three arms and the baseline.
-        arms = rng.normal(0, 0.01, (4, 6)) - 0.03 * np.array([[0], [1], [0], [0]])
-        facts = [
-            trial_of(e, ((0,), (1,)), {s: [arms[0, s], arms[i, s]] for s in range(6)})
-            for i, e in enumerate(design(2).effects[:1] * 3, 1)
-        ]
-        lone += judge(facts, Rules((6,), tuple(range(6))))[0].different
-    assert hits > 0.9 * trials
-    assert hits >= lone
+def test_one_factor_at_a_time_needs_as_many_more_runs_as_the_plan_says() -> None:
+    """Equal precision of main effects: 3 seeds of 8 cells, and (3 + 1) / 2 times as many runs, 12 seeds of
+    3 arms and a baseline."""
+    d, rng = design(3), np.random.default_rng(3)
+    losses = rng.normal(size=(8, 3, 20_000))
+    crossed = contrasts(d.effects[0], d.cells, losses.mean(axis=1))
+    arms = rng.normal(size=(4, 12, 20_000)).mean(axis=1)
+    assert (4 * 12) / (8 * 3) == 2
+    assert np.var(crossed) == pytest.approx(np.var(arms[1] - arms[0]), rel=0.05)
+    assert "would need 2 times as many runs" in list(design_lines(d, 3))[-1]
+    assert "48 instead of 24" in list(design_lines(d, 3))[-1]
 
 
 # The file
@@ -280,7 +282,12 @@ def test_a_fraction_halves_the_cells(tmp_path: Path) -> None:
         ),
         ("high = { learning_rate = 3e-2 }", "", "factor 'rate' has 1 levels"),
         ("learning_rate = 3e-2", "learning_rate = 1e-2", "level 'high' changes nothing"),
-        ("learning_rate = 3e-2", "qk_norm = true", "both change qk_norm"),
+        ("learning_rate = 3e-2", "qk_norm = true", "no single factor covers"),
+        (
+            "[factors.rate]",
+            "[factors.more]\na = {}\nb = { qk_norm = true }\n[factors.rate]",
+            "both change qk_norm",
+        ),
         ("learning_rate = 3e-2", "learning_rate = 3e-2, beta1 = 0.8", "no single factor covers"),
         ("low = {", 'factor = "schedule"\nlow = {', "which 'schedule' does not cover"),
         ("low = {", 'factor = "scedule"\nlow = {', "perhaps you meant schedule"),
@@ -345,14 +352,25 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_record(experiment, dataset, planned, root / "runs")
 
 
+class Given(RunCache):
+    """Reads runs with other final losses, by the name of their folder."""
+
+    def __init__(self, losses: dict[str, float]) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def load(self, folder: Path) -> Run:
+        run = super().load(folder)
+        validation = structs.replace(run.validation, loss=self.losses[folder.name])
+        summary = structs.replace(run.results, validation=validation)
+        return dataclasses.replace(run, summary=summary)
+
+
 def with_losses(record: Path, losses: dict[str, list[float]]) -> Outcome:
-    """The outcome with final losses changed, by arm and in the order of its seeds."""
-    runs = record.parent.parent
-    for cell in read_experiment(record).cells:
-        for (_, name), loss in zip(cell.runs.items(), losses[cell.arm], strict=True):
-            path = runs / name / SUMMARY
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"final_val_loss": loss}))
-    return load_outcome(record)
+    """The outcome with other final losses, by arm and in the order of its seeds."""
+    names = {cell.arm: cell.runs.values() for cell in read_experiment(record).cells}
+    given = {n: loss for arm in losses for n, loss in zip(names[arm], losses[arm], strict=True)}
+    return load_outcome(record, Given(given))
 
 
 @pytest.mark.slow
@@ -386,16 +404,18 @@ def test_the_report_has_effects_and_pictures(trained: Path, tmp_path: Path) -> N
     assert '"effects":{"headings":["effect"' in page
 
 
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained.parent.parent, tmp_path / "runs")
+    return tmp_path / "runs/experiments" / trained.name
+
+
 @pytest.mark.slow
-def test_the_command_line_runs_a_factorial_experiment(
-    tmp_path: Path,
-    dataset: Dataset,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_command_line_shows_plan_and_effects(
+    copied: Path, tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path, TWO)
-    flags = ["parts.toml", "--data_dir", str(dataset.folder)]
+    file = written(tmp_path, TWO)
+    flags = [str(file), "--data_dir", str(dataset.folder), "--runs", str(tmp_path / "runs")]
     assert main(["experiment", "run", *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "Factorial: 2 factors of two levels, all 4 cells; every seed is a block of 4 runs" in out
@@ -404,17 +424,9 @@ def test_the_command_line_runs_a_factorial_experiment(
     assert main(["experiment", "run", *flags]) == 0
     out = capsys.readouterr().out
     assert "norm (on vs off): " in out and "norm x rate: " in out
-    assert main(["experiment", "report"]) == 0
+    assert "vs norm=off, rate=low" not in out
     assert main(["experiment", "confirm", *flags, "--only", "norm=on, rate=low"]) == 2
     assert "a factorial experiment is confirmed whole" in capsys.readouterr().err
-
-
-@pytest.fixture
-def copied(trained: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    shutil.copytree(trained.parent.parent, tmp_path / "runs")
-    return tmp_path / "runs/experiments" / trained.name
 
 
 @pytest.mark.slow
@@ -437,7 +449,7 @@ def test_an_interaction_says_what_each_factor_does_with_the_other(copied: Path) 
     )
     assert "norm (on vs off): -0.500" in line and "with rate=low, +0.500" in line
     assert "A mean over the levels of rate" in effect_line(outcome.effects[0])
-    assert outcome.settled_arms() == set() or all(e.settled for e in outcome.effects)
+    assert all(e.settled for e in outcome.effects) == bool(outcome.settled_arms())
 
 
 @pytest.mark.slow
@@ -464,9 +476,6 @@ def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
     data = json.loads(summary.read_text())
     summary.write_text(json.dumps(data | {"status": "diverged", "reason": "loss is nan"}))
     outcome = load_outcome(copied)
-    states = {run.state for run in outcome.cells[3].arm.runs}
-    if "diverged" not in states:
-        pytest.fail(f"the run is {states}: {outcome.problems}")
     assert {e.verdict for e in outcome.effects} == {"diverged"}
     assert "runs of norm=on, rate=high did" in effect_line(outcome.effects[0])
     assert not outcome.settled_arms()
@@ -483,7 +492,9 @@ def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
         (lambda f: f["factors"].pop(), "factors|level of every factor"),
     ],
 )
-def test_a_damaged_design_is_named(copied: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_design_is_named(
+    copied: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     data = json.loads(copied.read_text())
     change(data["factorial"])
     copied.write_text(json.dumps(data))

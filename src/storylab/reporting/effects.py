@@ -1,4 +1,4 @@
-"""The effects of a factorial experiment in the report: their table, their headline, and all facts in full."""
+"""The effects of a factorial experiment in the report: their table, their headline, and all facts."""
 
 from __future__ import annotations
 
