@@ -111,8 +111,7 @@ class _SectionView:
     factor: str
     headings: list[str]
     rows: list[list[str]]
-    effect_headings: list[str]
-    effect_rows: list[list[str]]
+    effects: tuple[list[str], list[list[str]]]
     samples: list[tuple[str, str]]
     verdicts: list[str]
     observations: list[str]
@@ -125,7 +124,6 @@ class _SectionView:
 def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
     o = section.outcome
     headings, rows = table_rows(o)
-    effect_headings, effect_rows = effect_table(o)
     return _SectionView(
         record=o.record,
         label=o.label,
@@ -142,8 +140,7 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         factor=factor_text(o),
         headings=headings,
         rows=rows,
-        effect_headings=effect_headings,
-        effect_rows=effect_rows,
+        effects=effect_table(o),
         samples=list(_samples(o)),
         verdicts=verdict_lines(o),
         observations=observations(o),
@@ -278,10 +275,8 @@ def _plain(text: str) -> str:
 
 
 def _comparison_lines(o: Outcome) -> list[str]:
-    lines = []
-    for line, *details in verdicts_in_full(o):
-        lines += [line, *(f"  {detail}" for detail in details), ""]
-    return lines[:-1]
+    texts = verdicts_in_full(o)
+    return "\n\n".join("\n  ".join(lines) for lines in texts).splitlines()
 
 
 def _training_lines(o: Outcome) -> list[str]:
