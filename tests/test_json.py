@@ -381,26 +381,34 @@ def test_a_field_without_a_meaning_is_refused() -> None:
         describe(Odd)
 
 
-def table(verb: str) -> str:
-    """The fields of a verb's document as a table of the guide."""
+def sections() -> dict[str, Any]:
+    """Every document, by the name in its schema."""
+    return {
+        describe(kind)[0].meaning[len("`storylab.") :].partition("/")[0]: kind
+        for kind in DOCUMENTS.values()
+    }
+
+
+def table(name: str) -> str:
+    """The fields of a document as a table of the guide."""
     rows = ["| field | type | unit | meaning |", "| --- | --- | --- | --- |"]
-    for field in describe(DOCUMENTS[verb]):
+    for field in describe(sections()[name]):
         rows.append(f"| `{field.path}` | {field.type} | {field.unit} | {field.meaning} |")
     return "\n".join(rows) + "\n"
 
 
 def with_tables(page: str) -> str:
-    """The page with the tables of its verbs as they should be."""
-    head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
-    verbs = [section.removeprefix("## ").partition("\n")[0] for section in sections]
-    return head + "\n".join(f"## {verb}\n\n{table(verb)}" for verb in verbs)
+    """The page with the tables of its documents as they should be."""
+    head, *parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    names = [part.removeprefix("## ").partition("\n")[0] for part in parts]
+    return head + "\n".join(f"## {name}\n\n{table(name)}" for name in names)
 
 
 def field_lines() -> list[str]:
     """Every field with its type and unit, one a line."""
     return [
         " | ".join((schema.meaning.strip("`"), field.path, field.type, field.unit)).rstrip(" |")
-        for kind in DOCUMENTS.values()
+        for kind in sections().values()
         for schema, *fields in [describe(kind)]
         for field in fields
     ]
@@ -408,7 +416,7 @@ def field_lines() -> list[str]:
 
 def test_the_guide_lists_every_field() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(DOCUMENTS)
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(sections())
     assert page == with_tables(page), "run python tests/test_json.py"
 
 

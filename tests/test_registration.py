@@ -12,17 +12,13 @@ import pytest
 from executors import InProcess
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments import registration
+from storylab.experiments import registered_plan
 from storylab.experiments.experiment import Experiment
 from storylab.experiments.outcome import read_experiment
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
-from storylab.experiments.registration import (
-    amended_plan,
-    exploratory_reasons,
-    plan_of,
-    registration_lines,
-)
+from storylab.experiments.registered_plan import amended_plan, plan_of
+from storylab.experiments.registration import exploratory_reasons, registration_lines
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.experiment_schema import ExperimentRecord
@@ -195,13 +191,13 @@ def test_other_code_is_an_amendment_of_its_own_kind(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab.record(train=True)
-    monkeypatch.setattr(registration, "code_sha256", lambda: "f" * 64)
+    monkeypatch.setattr(registered_plan, "code_sha256", lambda: "f" * 64)
     record = lab.record()
     (change,) = record.amendments
     assert (change.what, change.after, change.runs_finished) == ("code", "f" * 64, 4)
     assert exploratory_reasons(record) == []
-    monkeypatch.setattr(registration, "representative", lambda code: "the same")
-    monkeypatch.setattr(registration, "code_sha256", lambda: "e" * 64)
+    monkeypatch.setattr(registered_plan, "representative", lambda code: "the same")
+    monkeypatch.setattr(registered_plan, "code_sha256", lambda: "e" * 64)
     assert lab.record().amendments == record.amendments  # a version of equal bits
 
 
@@ -267,7 +263,7 @@ def test_training_everything_again_is_said(lab: Lab) -> None:
     lab.record(train=True)
     record = lab.record(fresh=True)
     assert registration_lines(record)[1] == (
-        "all runs were to be trained again (--fresh) after 4 of 4 runs"
+        "all runs were trained again (--fresh) after 4 of 4 runs"
     )
 
 

@@ -296,6 +296,25 @@ def test_spikes_are_found_where_they_are() -> None:
     assert spikes(values) == [40]
 
 
+def test_the_choices_behind_an_experiment_are_in_the_log_and_on_the_page(
+    runs: Path, tmp_path: Path
+) -> None:
+    record = json.loads((runs / "experiments/04-windows.json").read_text())
+    (cell,) = (c for c in record["cells"] if (c["arm"], c["condition"]) == ("window:4", "long"))
+    name = cell["runs"]["1"]
+    shutil.copytree(runs / name, runs / f"{name}.old1")
+    write_report(runs, tmp_path / "out")
+    log = (tmp_path / "out/EXPERIMENTS.md").read_text()
+    page = (tmp_path / "out/index.html").read_text()
+    # Windows under two conditions, sizes, lengths, and two rates besides the baseline.
+    chosen = "Chosen among 6 arms on 2 seeds: the best of as many equal arms would look better by"
+    assert log.count(chosen) == 4 and "(4 experiments on this data in this folder)" in log
+    again = f"Re-rolled: 1 earlier run set aside, not counted: {name}.old1"
+    _, windows, sizes, *_ = re.split(r"^## Experiment", log, flags=re.MULTILINE)
+    assert again in windows and again not in sizes
+    assert chosen in page and again in page
+
+
 def test_a_deleted_run_is_told_of(runs: Path, tmp_path: Path) -> None:
     record = json.loads((runs / "experiments/05-sizes.json").read_text())
     gone = record["cells"][1]["runs"]["2"]

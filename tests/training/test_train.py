@@ -68,7 +68,7 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(
 
 def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConfig) -> None:
     # A rate this high makes the loss go up and down.
-    run = train(tiny_config(max_iters=20, eval_interval=2, learning_rate=0.5, schedule="constant"))
+    run = train(tiny_config(max_iters=20, eval_interval=2, learning_rate=3.0, schedule="constant"))
     losses = {r.iteration: r.val_loss for r in run.read_rows() if isinstance(r, EvaluationRow)}
     best = min(losses, key=lambda i: losses[i])
     _, state = checkpoint.load(run.checkpoint("best"))

@@ -14,6 +14,10 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 ExperimentFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 AsJson = Annotated[bool, tyro.conf.arg(help="Print one JSON document (docs/guide/json.md).")]
+ExitByVerdict = Annotated[
+    bool,
+    tyro.conf.arg(help="Exit with a code that says the verdict (docs/guide/command-line.md)."),
+]
 CheckpointName = Literal["last", "best"]
 DEFAULT_RUNS_DIR = Path("runs")
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,9 +16,16 @@ from storylab.documents import Document
 
 def print_document(make: Callable[[], Document]) -> None:
     """Print the document that ``make`` returns; other output of ``make`` goes to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with remarks_on_stderr():
         document = make()
     print(as_json(document))
+
+
+@contextlib.contextmanager
+def remarks_on_stderr(asked: bool = True) -> Iterator[None]:
+    """Send other output than the document to standard error, if ``asked``."""
+    with contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext():
+        yield
 
 
 def as_json(document: Document) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storylab.cli.console import ConsoleReporter
+from storylab.cli.documents import print_document
 from storylab.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
     from storylab.execution.job import Executor
     from storylab.experiments.experiment import Experiment
+    from storylab.experiments.outcome import Outcome
     from storylab.experiments.plan import PlannedRun
     from storylab.planning.estimate import Estimate
     from storylab.record.index import RunCache
@@ -114,9 +116,9 @@ def print_plan(
             reporter.line(line)
 
 
-def print_results(record: Path, runs: Path, cache: RunCache) -> None:
+def print_results(record: Path, runs: Path, cache: RunCache) -> Outcome:
     """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
-    in ``cache``."""
+    in ``cache``. Returns the outcome of the experiment."""
     from storylab.experiments.effect_words import verdict_lines
     from storylab.experiments.outcome import load_outcome
     from storylab.reporting.report import write_report
@@ -129,6 +131,28 @@ def print_results(record: Path, runs: Path, cache: RunCache) -> None:
         print(f"not in the comparison: {problem}")
     folder = write_report(runs, runs / "report", cache, {record: outcome})
     print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    return outcome
+
+
+def require_document(json: bool, dry_run: bool) -> None:
+    """Raise a UserError if --json is given for a plan, which has another verb for it."""
+    if json and dry_run:
+        raise UserError(
+            "--dry_run has no JSON: give one of the two, or see `storylab plan FILE --json`"
+        )
+
+
+def closing_code(outcome: Outcome, states: Sequence[str], by_verdict: bool, as_json: bool) -> int:
+    """The exit code of an experiment: 1 if none of its runs has finished, else that of its verdicts if
+    asked, else 0. Prints the document before, if asked."""
+    from storylab.experiments.comparison import exit_code
+    from storylab.experiments.comparison_document import experiment_document
+
+    if as_json:
+        print_document(lambda: experiment_document(outcome))
+    if "finished" not in states:
+        return 1
+    return exit_code(outcome.verdicts) if by_verdict else 0
 
 
 @contextmanager

@@ -8,15 +8,24 @@ nor torch.
 
 from __future__ import annotations
 
+from storylab.documents.compare import CompareDocument
 from storylab.documents.doctor import DoctorDocument
 from storylab.documents.eval import EvalDocument
+from storylab.documents.experiment import ExperimentDocument
 from storylab.documents.info import InfoDocument
 from storylab.documents.list import ListDocument
 from storylab.documents.noise import NoiseDocument
 from storylab.documents.plan import PlanDocument
 
 Document = (
-    DoctorDocument | EvalDocument | InfoDocument | ListDocument | NoiseDocument | PlanDocument
+    CompareDocument
+    | DoctorDocument
+    | EvalDocument
+    | ExperimentDocument
+    | InfoDocument
+    | ListDocument
+    | NoiseDocument
+    | PlanDocument
 )
 
 # The document of every verb that has --json.
@@ -27,4 +36,7 @@ DOCUMENTS = {
     "info": InfoDocument,
     "doctor": DoctorDocument,
     "noise": NoiseDocument,
+    "compare": CompareDocument,
+    "experiment run": ExperimentDocument,
+    "experiment confirm": ExperimentDocument,
 }

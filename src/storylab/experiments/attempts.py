@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Attempt:
     config: TrainConfig
     resumes: bool = False
 
+
+# The end of a folder's name that was set aside.
+SET_ASIDE = re.compile(r"\.old\d+$", re.ASCII)
 
 Remedy = Callable[[PlannedRun, Attempt, Outcome], tuple[Attempt, str] | None]
 """The next attempt after a failed one, and a line that says so; None where the remedy does not apply."""

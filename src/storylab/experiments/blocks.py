@@ -34,12 +34,14 @@ class Block:
         arms: the cells with their runs, in the order of the design.
         confounds: everything but the factors in which the cells differ.
         speeds: whether the runs' speeds can be compared.
+        void: seeds with which no loss may be compared: they are confounded, or a run diverged.
     """
 
     condition: str
     arms: tuple[Arm, ...]
     confounds: tuple[str, ...]
     speeds: bool
+    void: frozenset[int]
 
     def by_seed(self) -> dict[int, list[Run | None]]:
         """The finished run of every cell, or None, by seed."""
@@ -70,7 +72,8 @@ def block_of(condition: str, arms: Sequence[Arm], contests: Iterable[Contest]) -
     contests = list(contests)
     confounds = dict.fromkeys(text for contest in contests for text in contest.confounds)
     speeds = not any(contest.speed_confounds for contest in contests)
-    return Block(condition, tuple(arms), tuple(confounds), speeds)
+    void = frozenset(seed for contest in contests for seed in contest.trial.void)
+    return Block(condition, tuple(arms), tuple(confounds), speeds, void)
 
 
 def whole_seeds(runs: Mapping[int, Sequence[Run | None]]) -> dict[int, list[Run]]:
@@ -105,7 +108,7 @@ def effects_of(
             {seed: [r.loss for r in runs] for seed, runs in whole[block.condition].items()},
             block.condition,
             block.ended(),
-            not block.confounds and not block.diverged,
+            block.void,
         )
         for block, effect in cases
     ]
@@ -125,7 +128,7 @@ def _result(
     rules: Rules,
     whole: Mapping[int, Sequence[Run]],
 ) -> EffectResult:
-    seeds = set(rules.seeds[: judgement.look]) if judgement.look is not None else set(whole)
+    seeds = set(rules.seeds[: judgement.look]) if judgement.look is not None else block.ended()
     used = {seed: runs for seed, runs in whole.items() if seed in seeds}
     main = len(effect.factors) == 1
     factor = factorial.factors[effect.factors[0]]
@@ -136,8 +139,8 @@ def _result(
         change=f"{factor.levels[1]} vs {factor.levels[0]}" if main else "",
         aliases=tuple(factorial.effect_name(other) for other in effect.aliases),
         judgement=judgement,
-        confounds=block.confounds,
-        diverged=block.diverged,
+        confounds=block.confounds if block.void & seeds else (),
+        diverged=block.diverged if block.void & seeds else (),
         lost=block.lost,
         left_out=tuple(_left_out(block)),
         simple=() if main else _simple(factorial, effect, judgement, used),

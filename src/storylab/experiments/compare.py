@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from storylab.experiments import statistics
-from storylab.experiments.comparison import Arm, Comparison, Noise
+from storylab.experiments.comparison import DIVERGED, Arm, Comparison, Noise
 from storylab.experiments.confounds import comparison_notes, loss_confounds, speed_confounds
 from storylab.experiments.curve_comparison import equal_time, ratio_of, reach
 from storylab.experiments.factors import changed_fields, infer_factor
@@ -117,8 +117,22 @@ class Contest:
             differences=differences,
             ended=frozenset(ended[0] & ended[1]),
             other=None if len(differences) > 1 else self._other_interval(),
-            testable=not self.confounds and not self.arm.diverged and not self.baseline.diverged,
+            void=self._void,
         )
+
+    @property
+    def _void(self) -> frozenset[int]:
+        """Seeds whose losses may not be compared: they are confounded, or a run diverged."""
+        found = {
+            run.config.seed
+            for side in (self.arm, self.baseline)
+            for run in side.runs
+            if run.state == DIVERGED
+        }
+        for a, b in self.met:
+            if any(loss_confounds(a, b, self.allowed, self.paired)):
+                found |= {a.config.seed, b.config.seed}
+        return frozenset(found)
 
     def _other_interval(self) -> Interval | None:
         """The interval of arms without two pairs: unpaired, or from the noise of one of the recipes."""
@@ -174,6 +188,11 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
     of_speed = contest.speed_confounds
     # Without pairs, speeds and memory are still those of like runs: one by one, in order.
     both = pairs if contest.paired else list(zip(arm.finished, baseline.finished, strict=False))
+    met = (
+        ([a for a, _ in pairs], [b for _, b in pairs])
+        if contest.paired
+        else (arm.finished, baseline.finished)
+    )
     return Comparison(
         arm=arm.name,
         baseline=baseline.name,
@@ -197,6 +216,8 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
         failures=tuple(_failures(arm, baseline)),
         diverged=(arm.diverged, baseline.diverged),
         ended=(arm.ended, baseline.ended),
+        seeds=tuple(run.config.seed for run in met[0]),
+        baseline_seeds=tuple(run.config.seed for run in met[1]),
     )
 
 
@@ -233,17 +254,24 @@ def group_runs(results: Iterable[Run]) -> list[Arm]:
     return [Arm(_arm_name(group, groups[0]), tuple(group)) for group in groups]
 
 
-def compare_runs(results: Sequence[Run], margin: float | None = None) -> list[Comparison]:
+def compare_runs(
+    results: Sequence[Run], margin: float | None = None, cache: RunCache | None = None
+) -> list[Comparison]:
     """Group ``results`` into arms and compare each with the first; a seed counts once.
 
     The difference between two arms is the factor if one factor covers it; else they are confounded.
+
+    Args:
+        results: the runs.
+        margin: the largest difference in nats that counts as none; None for no test of equivalence.
+        cache: runs that have been read already.
     """
     baseline, *arms = group_runs(results)
     contests = []
     for arm in arms:
         changed = set(changed_fields(baseline.runs[0].config, arm.runs[0].config))
         allowed = frozenset(changed) if infer_factor(changed) else frozenset()
-        contests.append(Contest(arm, baseline, allowed))
+        contests.append(Contest(arm, baseline, allowed, cache=cache))
     return compare_contests(contests, Rules(margin=margin))
 
 

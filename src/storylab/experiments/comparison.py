@@ -7,6 +7,7 @@ same initial weights and data order in both arms). The verdict answers the secon
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storylab.experiments.family import Judgement
@@ -19,9 +20,26 @@ WORSE_WITHIN = "worse by less than the margin"
 DIVERGED, CONFOUNDED = "diverged", "confounded"
 # Of one cell of a factorial experiment, whose verdicts are those of its effects.
 NOT_JUDGED = "not judged by itself"
+# Exit codes of --exit_code: the higher, the further from better.
+EXIT_CODES = {
+    BETTER: 0,
+    BETTER_WITHIN: 0,
+    EQUIVALENT: 10,
+    UNDECIDED: 11,
+    NOT_JUDGED: 11,
+    WORSE: 12,
+    WORSE_WITHIN: 12,
+    DIVERGED: 13,
+    CONFOUNDED: 14,
+}
 # Verdicts of fewer seeds than this are called preliminary: their error is above 5 % where arms are
 # unlike in their noise (docs/statistics.md).
 FEW_SEEDS = 5
+
+
+def exit_code(verdicts: Iterable[str]) -> int:
+    """The code that says the verdicts of several arms: the highest; 0 for no arms."""
+    return max((EXIT_CODES[verdict] for verdict in verdicts), default=0)
 
 
 @dataclass(frozen=True)
@@ -148,6 +166,10 @@ class Comparison:
     """Runs that diverged, of the arm and of the baseline."""
     ended: tuple[int, int] = (0, 0)
     """Runs that finished or diverged, of the arm and of the baseline."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the arm's runs that are compared."""
+    baseline_seeds: tuple[int, ...] = ()
+    """Those of the baseline's runs; the same where they are paired."""
     exploratory: tuple[str, ...] = ()
     """Why the verdict is exploratory: no plan was registered, or it was changed later."""
 
@@ -192,5 +214,9 @@ class Comparison:
         r = self.recipes
         if r is None or self.stories is None:
             return None
-        error = (r.standard_error**2 + self.stories.standard_error**2) ** 0.5
-        return Interval(r.estimate, error, r.df, r.n)
+        of_seeds, of_stories = r.standard_error**2, self.stories.standard_error**2
+        total = of_seeds + of_stories
+        # Degrees of freedom of a sum of variances (Satterthwaite 1946, doi 10.2307/3002019).
+        terms = of_seeds**2 / r.df + of_stories**2 / self.stories.df
+        df = total**2 / terms if terms else r.df
+        return Interval(r.estimate, total**0.5, df, r.n)

@@ -129,7 +129,7 @@ def trial_of(
     losses: Mapping[int, Sequence[float]],
     group: str = "",
     ended: frozenset[int] | None = None,
-    testable: bool = True,
+    void: frozenset[int] = frozenset(),
 ) -> Trial:
     """The facts of an effect that a judgement needs.
 
@@ -139,13 +139,13 @@ def trial_of(
         losses: of every cell, by seed.
         group: the condition.
         ended: seeds that have ended in every cell; by default those of ``losses``.
-        testable: whether losses may be compared.
+        void: seeds with which losses may not be compared.
     """
     weights = effect.weights(cells)
     differences = {seed: float(weights @ np.asarray(v, float)) for seed, v in losses.items()}
     if ended is None:
         ended = frozenset(losses)
-    return Trial(group, differences, ended, testable=testable, scale=effect.scale)
+    return Trial(group, differences, ended, void=void, scale=effect.scale)
 
 
 def effect_title(result: EffectResult) -> str:

@@ -45,8 +45,10 @@ class Trial:
         group: the condition; noise is borrowed within a group.
         differences: arm minus baseline in nats, of every seed that finished in both.
         ended: seeds that have ended in both, with or without a loss.
-        other: an interval that is not of paired differences, of arms without enough pairs.
-        testable: whether a loss may be compared: nothing confounds it and no run diverged.
+        other: an interval that is not of paired differences, of arms without enough pairs and without
+            planned looks.
+        testable: whether a loss may be compared at all.
+        void: seeds with which none may be: they are confounded, or a run diverged.
         scale: the standard deviation of its differences is expected to be this many times that of a trial
             of scale 1.
     """
@@ -56,7 +58,12 @@ class Trial:
     ended: frozenset[int]
     other: Interval | None = None
     testable: bool = True
+    void: frozenset[int] = frozenset()
     scale: float = 1.0
+
+    def testable_with(self, seeds: Sequence[int] | None) -> bool:
+        """Whether the losses of these seeds may be compared; of all its seeds, if None."""
+        return self.testable and (not self.void if seeds is None else self.void.isdisjoint(seeds))
 
 
 @dataclass(frozen=True)
@@ -110,26 +117,10 @@ def judge(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
     Returns:
         One judgement for every trial, that of the last look which it has reached.
     """
-    family = max(1, sum(trial.testable for trial in trials))
-    blank = Judgement(family=family, alpha=ALPHA / family, margin=rules.margin)
-    found = [blank] * len(trials)
-    for number, look in enumerate(rules.looks or (None,)):
-        seeds = rules.seeds[:look] if look is not None else None
-        open_now = {
-            index
-            for index, trial in enumerate(trials)
-            if trial.testable
-            and not found[index].settled
-            and (seeds is None or trial.ended.issuperset(seeds))
-        }
-        used = {
-            index: _used(trials[index], found[index], rules, seeds if index in open_now else None)
-            for index in range(len(trials))
-            if trials[index].testable
-        }
-        if open_now:
-            _judge_look(trials, rules, number, open_now, used, found)
-    return [_with_extras(trial, j, rules) for trial, j in zip(trials, found, strict=True)]
+    judging = _Judging(trials, rules)
+    for number in range(len(rules.looks or (None,))):
+        judging.look(number)
+    return [_with_extras(trial, j, rules) for trial, j in zip(trials, judging.found, strict=True)]
 
 
 def describe(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
@@ -141,80 +132,107 @@ def describe(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
     ]
 
 
-def _used(
-    trial: Trial, judgement: Judgement, rules: Rules, seeds: Sequence[int] | None
-) -> list[float]:
-    """Differences that count now: of a look's seeds, or, of an arm that is not judged at it, those of its
-    own last look."""
-    if seeds is None and rules.looks:
-        seeds = rules.seeds[: judgement.look or 0]
-    if seeds is None:
-        return list(trial.differences.values())
-    return [trial.differences[seed] for seed in seeds if seed in trial.differences]
+class _Judging:
+    """Judges trials one look after the other; ``found`` has the judgement of each so far."""
 
+    def __init__(self, trials: Sequence[Trial], rules: Rules) -> None:
+        self.found = [Judgement(margin=rules.margin)] * len(trials)
+        self._trials, self._rules = trials, rules
 
-def _judge_look(
-    trials: Sequence[Trial],
-    rules: Rules,
-    number: int,
-    open_now: Set[int],
-    used: Mapping[int, list[float]],
-    found: list[Judgement],
-) -> None:
-    """Judge at one look the arms that have reached it, and replace their entries of ``found``."""
-    looks = rules.looks or (1,)
-    family = found[0].family
-    measured: dict[int, Judgement] = {}
-    for group in dict.fromkeys(trial.group for trial in trials):
-        # One pooled variance needs arms with the same seeds: those that are judged now.
-        members = [
-            i
-            for i in used
-            if trials[i].group == group
-            and len(used[i]) > 1
-            and (i in open_now or rules.variance != "pooled")
-        ]
-        values, variance = intervals(
-            [[value / trials[i].scale for value in used[i]] for i in members],
-            rules.variance,
-            rules.shared_baseline,
-        )
-        known = {
-            i: value.scaled(trials[i].scale) if value else None
-            for i, value in zip(members, values, strict=True)
+    def look(self, number: int) -> None:
+        """Judge the trials that are not settled and have reached the look of this ``number``."""
+        rules, trials = self._rules, self._trials
+        look = rules.looks[number] if rules.looks else None
+        seeds = rules.seeds[:look] if look is not None else None
+        # Each look counts and borrows from the arms that its seeds allow, so that no later seed changes it.
+        testable = {
+            index
+            for index, trial in enumerate(trials)
+            if self.found[index].settled or trial.testable_with(seeds)
         }
-        for index in open_now:
-            if trials[index].group == group:
-                interval = known.get(index) or trials[index].other
-                measured[index] = dataclasses.replace(
-                    found[index],
-                    interval=interval,
-                    look=rules.looks[number] if rules.looks else None,
+        reached = {
+            index
+            for index, trial in enumerate(trials)
+            if not self.found[index].settled and (seeds is None or trial.ended.issuperset(seeds))
+        }
+        family = max(1, len(testable))
+        blank = Judgement(family=family, alpha=ALPHA / family, margin=rules.margin, look=look)
+        for index, judgement in enumerate(self.found):
+            if index in reached:
+                self.found[index] = blank
+            elif judgement.look is None:
+                self.found[index] = dataclasses.replace(blank, look=None)
+        self._measure(reached & testable, testable, seeds)
+        self._step_down(reached & testable, number, family)
+
+    def _measure(self, open_now: Set[int], testable: Set[int], seeds: Sequence[int] | None) -> None:
+        """Give the trials in ``open_now`` their intervals, by the variances of all that are testable."""
+        for group in dict.fromkeys(self._trials[index].group for index in open_now):
+            used = {
+                index: self._differences(index, seeds if index in open_now else None)
+                for index in sorted(testable)
+                if self._trials[index].group == group
+            }
+            # One pooled variance needs arms with the same seeds: those that are judged now.
+            members = [
+                index
+                for index, values in used.items()
+                if len(values) > 1 and (index in open_now or self._rules.variance != "pooled")
+            ]
+            scales = [self._trials[index].scale for index in members]
+            values, variance = intervals(
+                [[d / scale for d in used[i]] for i, scale in zip(members, scales, strict=True)],
+                self._rules.variance,
+                self._rules.shared_baseline,
+            )
+            known = {
+                index: value.scaled(scale) if value else None
+                for index, value, scale in zip(members, values, scales, strict=True)
+            }
+            for index in open_now & used.keys():
+                other = None if self._rules.looks else self._trials[index].other
+                self.found[index] = dataclasses.replace(
+                    self.found[index],
+                    interval=known.get(index) or other,
                     variance=variance if index in known else "own",
                 )
-    rejected = sum(j.different for j in found)
-    order = sorted(measured, key=lambda i: p if (p := _p(measured[i])) is not None else 2.0)
-    stopped = False
-    for index in order:
-        judgement = measured[index]
-        level = (
-            look_levels(looks, ALPHA / (family - rejected))[number] if rejected < family else ALPHA
-        )
-        p = _p(judgement)
-        stopped = stopped or p is None or not p < level
-        rejected += not stopped
+
+    def _differences(self, index: int, seeds: Sequence[int] | None) -> list[float]:
+        """Differences of the ``seeds`` of a look; None stands for those of the trial's own last look."""
+        differences = self._trials[index].differences
+        if seeds is None:
+            if not self._rules.looks:
+                return list(differences.values())
+            seeds = self._rules.seeds[: self.found[index].look or 0]
+        return [differences[seed] for seed in seeds if seed in differences]
+
+    def _step_down(self, open_now: Set[int], number: int, family: int) -> None:
+        """Holm's method at a look: the smallest p-value first, each at the level that is left over the
+        hypotheses that are left."""
+        looks = self._rules.looks or (1,)
         alone = look_levels(looks, ALPHA / family)[number]
-        margin, interval = rules.margin, judgement.interval
-        found[index] = dataclasses.replace(
-            judgement,
-            different=not stopped,
-            alpha=alone,
-            equivalent=bool(margin and interval and interval.is_within(margin, alone)),
-        )
+        rejected = sum(judgement.different for judgement in self.found)
+        stopped = False
+        for index in sorted(open_now, key=lambda i: _p(self.found[i])):
+            left = max(1, family - rejected)
+            stopped = (
+                stopped or not _p(self.found[index]) < look_levels(looks, ALPHA / left)[number]
+            )
+            rejected += not stopped
+            interval, margin = self.found[index].interval, self._rules.margin
+            # With a difference, the whole interval that is printed for it must be within the margin.
+            within = alone if stopped else alone / 2
+            self.found[index] = dataclasses.replace(
+                self.found[index],
+                different=not stopped,
+                alpha=alone,
+                equivalent=bool(margin and interval and interval.is_within(margin, within)),
+            )
 
 
-def _p(judgement: Judgement) -> float | None:
-    return judgement.interval.p if judgement.interval else None
+def _p(judgement: Judgement) -> float:
+    """The p-value of an arm; one without an interval comes last."""
+    return judgement.interval.p if judgement.interval else 2.0
 
 
 def _with_extras(trial: Trial, judgement: Judgement, rules: Rules) -> Judgement:
@@ -226,6 +244,11 @@ def _with_extras(trial: Trial, judgement: Judgement, rules: Rules) -> Judgement:
     planned = set(rules.seeds[: judgement.look or 0])
     extra = len(trial.differences.keys() - planned)
     e = None
-    if judgement.look is not None and extra and trial.testable and len(trial.differences) > 1:
+    if (
+        judgement.look is not None
+        and extra
+        and trial.testable_with(None)
+        and len(trial.differences) > 1
+    ):
         e = e_value(list(trial.differences.values()))
     return dataclasses.replace(judgement, next_look=waiting, extra_seeds=extra, e=e)

@@ -1,5 +1,4 @@
-"""What a plan can see: the true difference that each planned look finds with a chance of 80 %, before any
-run of it, from the spread of like runs."""
+"""Foresee the true difference that each planned look finds with a chance of 80 %, from like runs."""
 
 from __future__ import annotations
 
@@ -174,7 +173,7 @@ def _df(experiment: Experiment, arms: int, n: int) -> float:
 def foresight_lines(
     experiment: Experiment, fingerprint: str, runs: Path, cache: RunCache
 ) -> Iterator[str]:
-    """What the plan can see, and whether that is enough for its margin; nothing for a single arm."""
+    """Say what the plan can see, and whether that is enough for its margin; nothing for a single arm."""
     count = _tests(experiment) * len(experiment.conditions)
     if count < 1:
         return

@@ -46,7 +46,11 @@ def same_recipe(a: Run | RunHead, b: Run) -> bool:
 def noise_of(runs: Iterable[Run]) -> Noise | None:
     """Spread of final losses of one recipe over its seeds; None for fewer than two seeds, and where
     all are the same to the bit, as nothing is known then."""
-    losses = list({run.seeds: run.loss for run in runs if run.finished}.values())
+    by_seed: dict[tuple[int, int], float] = {}
+    for run in runs:
+        if run.finished:  # a run that was set aside comes after the one that replaced it
+            by_seed.setdefault(run.seeds, run.loss)
+    losses = list(by_seed.values())
     if len(losses) < 2 or len(set(losses)) < 2:
         return None
     return Noise(float(np.mean(losses)), float(np.std(losses, ddof=1)), len(losses))
@@ -86,7 +90,10 @@ def paired_spreads(runs: Iterable[Run], cache: RunCache | None = None) -> list[P
     least three common seeds; a folder that cannot be read is passed over.
     """
     cache = cache or RunCache()
-    ours = {run.seeds: run for run in runs if run.finished}
+    ours: dict[tuple[int, int], Run] = {}
+    for run in runs:
+        if run.finished:
+            ours.setdefault(run.seeds, run)
     if len(ours) < LEAST_PAIRS:
         return []
     first = next(iter(ours.values()))

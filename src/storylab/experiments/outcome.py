@@ -90,6 +90,14 @@ class Outcome:
         return {(c.condition, c.arm) for c in self.comparisons if c.condition not in open_still}
 
     @property
+    def verdicts(self) -> list[str]:
+        """The verdicts that say whether something is better or worse: of every arm, or of the main effects
+        of a factorial experiment."""
+        if self.effects:
+            return [e.verdict for e in self.effects if not e.is_interaction]
+        return [c.verdict for c in self.comparisons]
+
+    @property
     def judgements(self) -> list[Judgement]:
         """The judgements that are verdicts: of the effects, or of every arm."""
         return [result.judgement for result in self.effects or self.comparisons]

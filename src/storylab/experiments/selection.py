@@ -1,4 +1,4 @@
-"""What a folder of runs did with a data set: arms tried, seeds used, openings of the test split."""
+"""The history of a data set in a folder of runs: arms tried, seeds used, openings of the test split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from storylab.record.index import RunCache, run_folders
 
 @dataclass(frozen=True)
 class Selection:
-    """What an arm was chosen from.
+    """The arms that one was chosen from.
 
     Attributes:
         arms: recipes that experiments compared with a baseline on the data, each counted once.
@@ -80,7 +80,7 @@ def _fingerprint(record: ExperimentRecord, runs: Path, cache: RunCache) -> str |
 
 
 def selection_on(runs: Path, fingerprint: str, cache: RunCache) -> Selection:
-    """What the search experiments in a folder of runs have tried on a data set."""
+    """The arms that search experiments in a folder of runs have tried on a data set."""
     seeds: dict[str, set[str]] = {}
     for _, record in records_on(runs, fingerprint, cache):
         for cell in record.cells:
@@ -91,7 +91,7 @@ def selection_on(runs: Path, fingerprint: str, cache: RunCache) -> Selection:
 
 
 def selection_line(selection: Selection, spread: float | None) -> str:
-    """What an arm was chosen from, and what that choice alone would bring.
+    """Say what an arm was chosen from, and what that choice alone would bring.
 
     Args:
         selection: the arms that were tried.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 ALPHA = 0.05
 LEVEL = 1 - ALPHA
@@ -30,7 +30,8 @@ class Interval:
 
     def ends(self, alpha: float = ALPHA) -> tuple[float, float]:
         """Ends of the two-sided interval that misses the true value with a chance of ``alpha``."""
-        reach = float(stats.t.isf(alpha / 2, self.df)) * self.standard_error
+        # As scipy.stats.t does it, a hundred times as fast.
+        reach = abs(float(special.stdtrit(self.df, alpha / 2))) * self.standard_error
         if math.isnan(reach):  # a level too small for a number, of runs that are equal to the bit
             reach = 0.0
         return self.estimate - reach, self.estimate + reach
@@ -54,7 +55,7 @@ class Interval:
         """Two-sided p-value of "no difference"."""
         if self.standard_error == 0:
             return 1.0 if self.estimate == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.estimate) / self.standard_error, self.df))
+        return float(2 * special.stdtr(self.df, -abs(self.estimate) / self.standard_error))
 
     def is_within(self, margin: float, alpha: float = ALPHA) -> bool:
         """Whether two one-sided tests at ``alpha`` reject a difference of ``margin`` or more

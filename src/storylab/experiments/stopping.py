@@ -98,7 +98,7 @@ def plan_lines(
 
 
 def unplanned_line(looks: Sequence[int], seeds: int) -> str | None:
-    """What a number of seeds means that is no planned look; None if it is one."""
+    """The meaning of a number of seeds that is no planned look; None if it is one."""
     if seeds in looks:
         return None
     before = [look for look in looks if look < seeds]

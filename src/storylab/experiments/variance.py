@@ -60,8 +60,11 @@ def prior_of(variances: Sequence[float], dfs: Sequence[float]) -> Prior | None:
     return Prior(variance, df)
 
 
-def moderated_intervals(differences: Sequence[Sequence[float]]) -> list[Interval | None]:
-    """Every arm's difference with its moderated error; None for fewer than two pairs.
+def moderated_intervals(
+    differences: Sequence[Sequence[float]],
+) -> tuple[list[Interval | None], Variance]:
+    """Every arm's difference with its moderated error, None for fewer than two pairs; and ``own`` instead
+    of ``moderated`` where nothing could be borrowed.
 
     Args:
         differences: of each arm, arm minus baseline by seed; their numbers may differ.
@@ -69,8 +72,10 @@ def moderated_intervals(differences: Sequence[Sequence[float]]) -> list[Interval
     own = [mean_interval(values) for values in differences]
     known = [interval for interval in own if interval]
     prior = prior_of([i.standard_error**2 * i.n for i in known], [i.df for i in known])
+    if prior is None:
+        return own, "own"
     total = sum(i.df for i in known)
-    return [_moderated(i, prior, total) if i and prior else i for i in own]
+    return [_moderated(i, prior, total) if i else None for i in own], "moderated"
 
 
 def _moderated(own: Interval, prior: Prior, total: float) -> Interval:
@@ -144,4 +149,4 @@ def intervals(
     pooled = pooled_intervals if shared_baseline else pooled_contrasts
     if variance == "pooled" and (found := pooled(differences)) is not None:
         return found, "pooled"
-    return moderated_intervals(differences), "moderated"
+    return moderated_intervals(differences)

@@ -212,9 +212,8 @@ def _loss_details(c: Comparison) -> Iterator[str]:
     j = c.judgement
     if c.recipes is not None and not c.confounds:
         source = f"{j.variance} variance" if c.paired and c.recipes.n > 1 else "its own variance"
-        of_all = f"; for {j.family} arms together{_ends_text(j.alpha, c.recipes)}" * (
-            j.alpha < ALPHA
-        )
+        arms = "at this look" if j.family == 1 else f"for {j.family} arms together"
+        of_all = f"; {arms}{_ends_text(j.alpha, c.recipes)}" * (j.alpha < ALPHA)
         yield f"recipes: {interval_text(c.recipes)}{of_all}), {source}, {p_text(c.recipes.p)}"
     if c.stories is not None:
         yield (

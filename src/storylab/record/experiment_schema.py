@@ -44,7 +44,7 @@ class Registration(Struct, frozen=True, kw_only=True):
     """Of these, runs that another experiment of the folder had listed."""
     runs_planned: Count = 0
     plan: dict[str, Any]
-    """See :func:`storylab.experiments.registration.plan_of`."""
+    """See :func:`storylab.experiments.registered_plan.plan_of`."""
 
 
 class Amendment(Struct, frozen=True, kw_only=True):

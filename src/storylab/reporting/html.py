@@ -29,15 +29,20 @@ def html(
     outcomes: Sequence[Outcome],
     figures: Mapping[str, Mapping[str, Spec]],
     problems: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
 ) -> str:
-    """The whole page; ``figures`` has each experiment's specifications by caption."""
+    """The whole page; ``figures`` has each experiment's specifications by caption, and ``choices`` the
+    lines on the choices behind it."""
     content = {
         "overview": {
             "headings": ["experiment", "scale", "baseline loss", "verdicts"],
             "rows": [_overview_row(outcome) for outcome in outcomes],
         },
         "problems": list(problems),
-        "sections": [_section(outcome, figures[outcome.label]) for outcome in outcomes],
+        "sections": [
+            _section(outcome, figures[outcome.label], choices[outcome.label])
+            for outcome in outcomes
+        ],
     }
     # "<" is escaped so that no text can end the script element that holds the data.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -58,7 +63,9 @@ def _overview_row(outcome: Outcome) -> list[Any]:
     ]
 
 
-def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
+def _section(
+    outcome: Outcome, figures: Mapping[str, Spec], choices: Sequence[str]
+) -> dict[str, Any]:
     record = outcome.record
     headings, rows = table_rows(outcome)
     effect_headings, effect_rows = effect_table(outcome)
@@ -68,6 +75,7 @@ def _section(outcome: Outcome, figures: Mapping[str, Spec]) -> dict[str, Any]:
         ["Hypothesis", record.hypothesis],
         ["Scale", record.note],
         ["Plan", plan_text(outcome)],
+        ["Choices", "; ".join(choices)],
         ["Factor", f"{factor_text(outcome)}; baseline: {outcome.baseline}"],
     ]
     return {

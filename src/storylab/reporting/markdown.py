@@ -40,10 +40,12 @@ MOST_VALUES = 6
 
 @dataclass(frozen=True)
 class Section:
-    """An experiment's outcome with the files of its pictures, by their captions."""
+    """An experiment's outcome with the files of its pictures, by their captions, and the lines on the
+    choices behind it."""
 
     outcome: Outcome
     pictures: Mapping[str, str]
+    choices: Sequence[str] = ()
 
 
 def markdown(
@@ -104,6 +106,7 @@ class _SectionView:
     overview: list[str]
     dates: str
     plan: str
+    choices: Sequence[str]
     flags: str
     repeat: str
     problems: Sequence[str]
@@ -133,6 +136,7 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         overview=_overview(o),
         dates=_dates(o.runs),
         plan=plan_text(o),
+        choices=section.choices,
         flags=_flags(o.baseline_of(o.conditions[0])),
         repeat=repeat_command(o),
         problems=o.problems,

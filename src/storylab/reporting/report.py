@@ -13,6 +13,7 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
 from storylab.files import exists, make_folder, read_text, write_text
 from storylab.record.index import RunCache
+from storylab.reporting.choices import choices
 from storylab.reporting.figures import cost, curves, effects, precision
 from storylab.reporting.figures.style import Spec, condition_of, static
 from storylab.reporting.html import html
@@ -44,17 +45,19 @@ def write_report(
         raise UserError(
             f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
         )
-    outcomes, problems = _read_outcomes(records, cache or RunCache(), known or {})
+    cache = cache or RunCache()
+    outcomes, problems = _read_outcomes(records, cache, known or {})
+    chosen = choices(outcomes, runs, cache)
     specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
     log = out / LOG_FILE
     make_folder(out / PICTURES)
     remarks = _read_remarks(log)
     sections = [
-        Section(outcome, _write_pictures(outcome, specs[outcome.label], out))
+        Section(outcome, _write_pictures(outcome, specs[outcome.label], out), chosen[outcome.label])
         for outcome in outcomes
     ]
     write_text(log, markdown(sections, problems, remarks, PAGE_FILE))
-    write_text(out / PAGE_FILE, html(outcomes, specs, problems))
+    write_text(out / PAGE_FILE, html(outcomes, specs, problems, chosen))
     return out
 
 
@@ -110,7 +113,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
         ("Final loss against peak learning rate", curves.learning_rates(outcome)),
         ("Final loss against training time and size", curves.pareto(outcome)),
         (
-            "Final loss against the baseline: 95 % intervals"
+            "Final loss against the baseline: intervals of the verdicts"
             + (" over the band of the margin" if outcome.record.margin is not None else ""),
             curves.finals(outcome),
         ),

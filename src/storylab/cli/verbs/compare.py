@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import RunFolders
+from storylab.cli.arguments import AsJson, ExitByVerdict, RunFolders
+from storylab.cli.documents import print_document
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
+from storylab.documents.compare import ArmNeighbors, CompareDocument
 from storylab.errors import UserError
+
+if TYPE_CHECKING:
+    from storylab.experiments.by_hand import GivenRuns
 
 
 @dataclass(frozen=True)
 class CompareCommand:
     """Compare runs. Runs that differ only in the seed form one arm; the arm of the first run is the
-    baseline.
+    baseline. All runs of one registered experiment are judged by its plan; any other choice of runs is
+    exploratory.
 
     Examples: storylab compare runs/a runs/b | storylab compare runs/a-s1 runs/a-s2 runs/b-s1 runs/b-s2
     """
@@ -23,6 +30,8 @@ class CompareCommand:
     """Run folders, two or more."""
     margin: float | None = None
     """Largest difference in nats that counts as none; setting it tests whether the arms are equivalent."""
+    exit_code: ExitByVerdict = False
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
@@ -31,32 +40,83 @@ def run(call: Call) -> int:
     if command.margin is not None and not 0 < command.margin < float("inf"):
         raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
     _require_distinct(command.runs)
-    from storylab.experiments.compare import compare_runs
-    from storylab.experiments.verdicts import detail_lines, verdict_line
-    from storylab.record.run import load_run
+    from storylab.experiments.comparison import exit_code
+
+    found, faults = _compared(command)
+    if command.json:
+        print_document(lambda: _document(command, found, faults))
+    else:
+        _print(found)
+    if faults:
+        raise UserError(f"left out: {'; '.join(faults)}")
+    return exit_code(c.verdict for c in found.comparisons) if command.exit_code else 0
+
+
+def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
+    """The runs, compared, and the faults of those that cannot be read.
+
+    Raises:
+        UserError: the first run or all others cannot be read, or the runs differ in their seeds alone.
+    """
+    from storylab.experiments.by_hand import compare_given
+    from storylab.record.index import RunCache
 
     # Without the first there is no baseline.
-    results, faults = [load_run(command.runs[0])], []
+    cache = RunCache()
+    results, faults = [cache.load(command.runs[0])], []
     for folder in command.runs[1:]:
         try:
-            results.append(load_run(folder))
+            results.append(cache.load(folder))
         except UserError as error:
             faults.append(str(error))
     if len(results) < 2:
         raise UserError("; ".join(faults))
-    comparisons = compare_runs(results, command.margin)
-    if not comparisons:
+    found = compare_given(results, command.margin, cache)
+    if not found.comparisons:
         raise UserError(
-            "these runs differ in their seeds alone: that is noise, not a comparison; see "
+            "; ".join(faults)
+            or "these runs differ in their seeds alone: that is noise, not a comparison; see "
             f"`storylab noise {command.runs[0]}`"
         )
-    for comparison in comparisons:
+    return found, faults
+
+
+def _print(found: GivenRuns) -> None:
+    from storylab.experiments.verdicts import detail_lines, verdict_line
+
+    if found.experiment:
+        print(f"All runs of {found.experiment}, judged by its registered plan")
+    for comparison in found.comparisons:
         print(verdict_line(comparison))
         for line in detail_lines(comparison):
             print(f"  {line}")
-    if faults:
-        raise UserError(f"left out: {'; '.join(faults)}")
-    return 0
+    for problem in found.problems:
+        print(f"not in the comparison: {problem}")
+
+
+def _document(command: CompareCommand, found: GivenRuns, faults: list[str]) -> CompareDocument:
+    from storylab.experiments.comparison import exit_code
+    from storylab.experiments.comparison_document import compared_arm
+
+    return CompareDocument(
+        runs=list(map(str, command.runs)),
+        experiment=found.experiment or None,
+        comparisons=list(map(compared_arm, found.comparisons)),
+        exit_code=exit_code(c.verdict for c in found.comparisons),
+        neighbors=[
+            ArmNeighbors(
+                arm=near.arm,
+                given_seeds=len(near.given),
+                all_seeds=len(near.given) + len(near.others),
+                other_seeds=list(map(str, near.others.values())),
+                repeats=list(map(str, near.repeats)),
+                other_code=list(map(str, near.other_code)),
+            )
+            for near in found.neighbors
+            if near.found
+        ],
+        left_out=[*faults, *found.problems],
+    )
 
 
 def _require_distinct(runs: tuple[Path, ...]) -> None:

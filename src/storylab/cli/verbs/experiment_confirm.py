@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, ExperimentFile
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.documents import remarks_on_stderr
+from storylab.cli.experiments import (
+    closing_code,
+    open_data,
+    print_plan,
+    print_results,
+    require_document,
+    train_planned,
+)
 from storylab.cli.registry import Call, Verb
+
+if TYPE_CHECKING:
+    from storylab.execution.job import Executor
+    from storylab.experiments.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -36,14 +50,28 @@ class ExperimentConfirmCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    exit_code: ExitByVerdict = False
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
-    from storylab.cli.experiments import open_data, print_plan, print_results, train_planned
+    require_document(command.json, command.dry_run)
+    with remarks_on_stderr(command.json):
+        outcome, states = _results(command, call.executor)
+    if outcome is None:
+        return 0
+    return closing_code(outcome, states, command.exit_code, command.json)
+
+
+def _results(
+    command: ExperimentConfirmCommand, executor: Executor
+) -> tuple[Outcome | None, list[str]]:
+    """The outcome, None for a plan alone, and the states of the runs."""
     from storylab.experiments.confirm import confirmation, note_opening, openings_line
     from storylab.experiments.foresight import expected_spread
+    from storylab.experiments.outcome import load_outcome
     from storylab.experiments.plan import plan_runs
     from storylab.experiments.selection import openings_of, selection_line, selection_on
     from storylab.experiments.spec import load_experiment
@@ -58,15 +86,14 @@ def run(call: Call) -> int:
     print(selection_line(selection_on(*on_data), spread))
     print(f"Seeds for the confirmation alone: {', '.join(map(str, experiment.seeds))}")
     if command.dry_run:
-        print_plan(experiment, dataset, planned, runs, call.executor)
-        return 0
-    record, states = train_planned(experiment, dataset, planned, runs, call.executor)
+        print_plan(experiment, dataset, planned, runs, executor)
+        return None, []
+    record, states = train_planned(experiment, dataset, planned, runs, executor)
     if "finished" not in states:
-        return 1
+        return load_outcome(record, planned[0].cache), states
     print(openings_line(openings_of(*on_data)))
     note_opening(record, len(experiment.seeds))
-    print_results(record, runs, planned[0].cache)
-    return 0
+    return print_results(record, runs, planned[0].cache), states
 
 
 VERB = Verb(

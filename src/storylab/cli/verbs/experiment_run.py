@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, ExperimentFile
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.documents import remarks_on_stderr
+from storylab.cli.experiments import (
+    closing_code,
+    prepare_and_plan,
+    print_plan,
+    print_results,
+    require_document,
+    train_planned,
+)
 from storylab.cli.registry import Call, Verb
+
+if TYPE_CHECKING:
+    from storylab.execution.job import Executor
+    from storylab.experiments.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -38,12 +52,23 @@ class ExperimentRunCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    exit_code: ExitByVerdict = False
+    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
-    from storylab.cli.experiments import prepare_and_plan, print_plan, print_results, train_planned
+    require_document(command.json, command.dry_run)
+    with remarks_on_stderr(command.json):
+        outcome, states = _results(command, call.executor)
+    if outcome is None:
+        return 0
+    return closing_code(outcome, states, command.exit_code, command.json)
+
+
+def _results(command: ExperimentRunCommand, executor: Executor) -> tuple[Outcome | None, list[str]]:
+    """The outcome, None for a plan alone, and the states of the runs."""
     from storylab.experiments.spec import load_experiment
 
     experiment = load_experiment(command.file, command.scale)
@@ -52,13 +77,12 @@ def run(call: Call) -> int:
         experiment, command.data_dir, command.runs, seeds, command.only
     )
     if command.dry_run:
-        print_plan(experiment, dataset, planned, command.runs, call.executor, command.fresh)
-        return 0
+        print_plan(experiment, dataset, planned, command.runs, executor, command.fresh)
+        return None, []
     record, states = train_planned(
-        experiment, dataset, planned, command.runs, call.executor, command.fresh
+        experiment, dataset, planned, command.runs, executor, command.fresh
     )
-    print_results(record, command.runs, planned[0].cache)
-    return 0 if "finished" in states else 1
+    return print_results(record, command.runs, planned[0].cache), states
 
 
 VERB = Verb(

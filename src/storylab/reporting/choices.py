@@ -1,0 +1,69 @@
+"""The choices behind an experiment: arms that were tried on its data, and runs that were rolled again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from storylab.data.tally import plural
+from storylab.experiments.attempts import SET_ASIDE
+from storylab.experiments.comparison import Comparison
+from storylab.experiments.neighbors import named
+from storylab.experiments.outcome import Outcome
+from storylab.experiments.selection import records_on, selection_line, selection_on
+from storylab.files import reading
+from storylab.record.index import RunCache
+
+
+def choices(outcomes: Sequence[Outcome], runs: Path, cache: RunCache) -> dict[str, list[str]]:
+    """Lines on the choices behind each experiment, by its label.
+
+    Args:
+        outcomes: the experiments.
+        runs: the folder with their records and runs.
+        cache: runs that have been read already.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    with reading(runs):
+        folders = sorted(folder.name for folder in runs.iterdir())
+    tried = {
+        data: (selection_on(runs, data, cache), sum(1 for _ in records_on(runs, data, cache)))
+        for data in {_fingerprint(outcome) for outcome in outcomes} - {""}
+    }
+    found = {}
+    for outcome in outcomes:
+        lines = list(_rolled_again(outcome, folders))
+        if outcome.comparisons and (known := tried.get(_fingerprint(outcome))):
+            selection, count = known
+            line = selection_line(selection, _spread(outcome.comparisons))
+            lines.insert(0, f"{line} ({plural(count, 'experiment')} on this data in this folder)")
+        found[outcome.label] = lines
+    return found
+
+
+def _fingerprint(outcome: Outcome) -> str:
+    """Of the data set; empty without runs."""
+    return next((run.data.fingerprint for run in outcome.runs), "")
+
+
+def _spread(comparisons: Sequence[Comparison]) -> float | None:
+    """The typical standard deviation of a paired difference over seeds, if it is known."""
+    spreads = [
+        c.recipes.standard_error * math.sqrt(c.recipes.n)
+        for c in comparisons
+        if c.paired and c.recipes and c.recipes.n > 1
+    ]
+    return median(spreads) if spreads else None
+
+
+def _rolled_again(outcome: Outcome, folders: Sequence[str]) -> Iterator[str]:
+    """A line on the experiment's runs of which an earlier one was set aside."""
+    listed = {name for cell in outcome.record.cells for name in cell.runs.values()}
+    aside = [f for f in folders if SET_ASIDE.search(f) and SET_ASIDE.sub("", f) in listed]
+    if aside:
+        count = plural(len(aside), "earlier run")
+        yield f"Re-rolled: {count} set aside, not counted: {named(aside)}"
