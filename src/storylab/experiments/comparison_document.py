@@ -32,6 +32,7 @@ from storylab.experiments.comparison import (
 )
 from storylab.experiments.effect_words import effect_line
 from storylab.experiments.effects import NO_INTERACTION, EffectResult
+from storylab.experiments.measures import Checked
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.registration import registration_lines
 from storylab.experiments.statistics import ALPHA, Interval
