@@ -198,7 +198,7 @@ class _Judging:
                 )
 
     def _differences(self, index: int, seeds: Sequence[int] | None) -> list[float]:
-        """Differences of the ``seeds`` of a look; None for those of the trial's own last look."""
+        """Differences of the ``seeds`` of a look; without them those of the trial's own last look."""
         differences = self._trials[index].differences
         if seeds is None:
             if not self._rules.looks:
