@@ -102,6 +102,12 @@ def _chosen_arms(
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
+    if experiment.factorial:
+        if only:
+            raise UserError(
+                "a factorial experiment is confirmed whole, without --only: its effects need all cells"
+            )
+        return experiment.arms
     others = [arm for arm in experiment.arms if arm != experiment.baseline]
     chosen = set(only) or (set(earlier.arms) if earlier else set())
     if not chosen and len(others) == 1:

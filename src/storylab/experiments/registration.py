@@ -146,7 +146,7 @@ def _change_words(change: Amendment) -> str:
         return f"code {str(before)[:8]} -> {str(after)[:8]}"
     if what == "arms":
         return "; ".join(_arm_words(before, after))
-    if what in ("hypothesis", "expectations"):
+    if what in ("hypothesis", "expectations", "factorial"):
         return f"{what} changed"
     return f"{what} {_value_words(before)} -> {_value_words(after)}"
 

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from storylab.data.dataset import Dataset
 from storylab.execution.job import Executor
+from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.experiment import Experiment
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, load_outcome, read_experiment
@@ -16,7 +17,6 @@ from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
 from storylab.experiments.registration import now, registration_lines
 from storylab.experiments.scheduler import ExperimentReporter, run_experiment
-from storylab.experiments.verdicts import verdict_line
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken
 from storylab.record.run import ENDED
 
@@ -70,7 +70,7 @@ def run_by_looks(
         states += run_experiment(part, executor, reporter, fresh)
         trained = fresh or _ended(part) > ended
         outcome = load_outcome(record, planned[0].cache)
-        looks = [comparison.judgement.look or 0 for comparison in outcome.comparisons]
+        looks = [judgement.look or 0 for judgement in outcome.judgements]
         if stop in experiment.looks and stop <= max(looks, default=0):
             note_look(record, stop, outcome.settled_arms() - settled, trained)
         if stop < len(seeds) and trained:
@@ -128,9 +128,8 @@ def is_open(
 def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Iterator[str]:
     """The verdicts of a look, of the arms that were not ``settled`` before it."""
     yield f"Look at {stop} seeds:"
-    for comparison in outcome.comparisons:
-        if (comparison.condition, comparison.arm) not in settled:
-            yield f"  {verdict_line(comparison)}"
+    for line in verdict_lines(outcome, settled):
+        yield f"  {line}"
     names = [under(arm, condition) for condition, arm in sorted(outcome.settled_arms())]
     if names:
         yield f"Settled, so not trained with more seeds: {', '.join(names)}"

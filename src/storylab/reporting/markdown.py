@@ -13,9 +13,9 @@ import numpy as np
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
+from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.files import open_file
 from storylab.optim import OPTIMIZERS, REST
 from storylab.record.experiment_schema import ExperimentRecord
@@ -28,6 +28,7 @@ from storylab.reporting.arms import (
     section_title,
     table_rows,
 )
+from storylab.reporting.effects import effect_table, factor_text, verdicts_in_full
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
@@ -110,8 +111,10 @@ class _SectionView:
     repeat: str
     problems: Sequence[str]
     pictures: list[tuple[str, str]]
+    factor: str
     headings: list[str]
     rows: list[list[str]]
+    effects: tuple[list[str], list[list[str]]]
     samples: list[tuple[str, str]]
     verdicts: list[str]
     observations: list[str]
@@ -138,10 +141,12 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         repeat=repeat_command(o),
         problems=o.problems,
         pictures=list(section.pictures.items()),
+        factor=factor_text(o),
         headings=headings,
         rows=rows,
+        effects=effect_table(o),
         samples=list(_samples(o)),
-        verdicts=[verdict_line(c) for c in o.comparisons],
+        verdicts=verdict_lines(o),
         observations=observations(o),
         comparisons=_comparison_lines(o),
         training_lines=_training_lines(o),
@@ -274,10 +279,8 @@ def _plain(text: str) -> str:
 
 
 def _comparison_lines(o: Outcome) -> list[str]:
-    lines = []
-    for c in o.comparisons:
-        lines += [verdict_line(c), *(f"  {line}" for line in detail_lines(c)), ""]
-    return lines[:-1]
+    texts = verdicts_in_full(o)
+    return "\n\n".join("\n  ".join(lines) for lines in texts).splitlines()
 
 
 def _training_lines(o: Outcome) -> list[str]:
