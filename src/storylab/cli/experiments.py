@@ -207,10 +207,14 @@ def plan_lines(
         seeds = len({run.seed for run in planned})
         yield from design_lines(experiment.factorial, seeds, len(experiment.conditions))
     if others >= SOME_CORES:
-        yield (
-            f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "
-            "the runs are faster without them"
-        )
+        yield _other_programs(others)
+
+
+def _other_programs(cores: float) -> str:
+    return (
+        f"Other programs used up to {cores:.1f} of {os.cpu_count()} cores during the calibrations: the "
+        "runs are faster without them"
+    )
 
 
 def _estimate_columns(estimate: Estimate | None) -> str:

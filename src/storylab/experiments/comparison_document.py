@@ -41,7 +41,7 @@ from storylab.record.experiment_schema import ExperimentRecord
 
 
 def compared_arm(c: Comparison) -> ComparedArm:
-    """A comparison as values."""
+    """A comparison as values: a line for each field, so it is longer than other functions."""
     j = c.judgement
     return ComparedArm(
         arm=c.arm,

@@ -7,7 +7,7 @@ out of their differences: the spread of one recipe alone says little of what pai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,23 @@ def paired_spreads(runs: Iterable[Run], cache: RunCache | None = None) -> list[P
         return []
     first = next(iter(ours.values()))
     others: list[list[Run]] = []
+    for run in _like_runs(first, cache):
+        if run.seeds not in ours:
+            continue
+        group = next((group for group in others if same_recipe(run, group[0])), None)
+        if group is None:
+            others.append([run])
+        elif run.seeds not in {other.seeds for other in group}:
+            group.append(run)
+    return [
+        _paired_spread([(run.loss, ours[run.seeds].loss) for run in group])
+        for group in others
+        if len(group) >= LEAST_PAIRS
+    ]
+
+
+def _like_runs(first: Run, cache: RunCache) -> Iterator[Run]:
+    """Finished runs in the folder of ``first``, with its data and code, that differ in one factor."""
     for folder in run_folders(first.folder.parent):
         try:
             if not exists(folder / CONFIG):
@@ -110,18 +127,8 @@ def paired_spreads(runs: Iterable[Run], cache: RunCache | None = None) -> list[P
             run = cache.load(folder)
         except UserError:
             continue
-        if not run.finished or run.seeds not in ours or run.code_versions != first.code_versions:
-            continue
-        group = next((group for group in others if same_recipe(run, group[0])), None)
-        if group is None:
-            others.append([run])
-        elif run.seeds not in {other.seeds for other in group}:
-            group.append(run)
-    return [
-        _paired_spread([(run.loss, ours[run.seeds].loss) for run in group])
-        for group in others
-        if len(group) >= LEAST_PAIRS
-    ]
+        if run.finished and run.code_versions == first.code_versions:
+            yield run
 
 
 def _paired_spread(pairs: list[tuple[float, float]]) -> PairedSpread:

@@ -70,14 +70,21 @@ def run_by_looks(
         states += run_experiment(part, executor, reporter, fresh)
         trained = fresh or _ended(part) > ended
         outcome = load_outcome(record, planned[0].cache)
-        looks = [judgement.look or 0 for judgement in outcome.judgements]
-        if stop in experiment.looks and stop <= max(looks, default=0):
-            note_look(record, stop, outcome.settled_arms() - settled, trained)
+        if stop in experiment.looks:
+            _note_if_reached(record, outcome, stop, settled, trained)
         if stop < len(seeds) and trained:
             for line in look_lines(outcome, stop, settled):
                 reporter.line(line)
         settled, done = settled | outcome.settled_arms(), stop
     return record, states
+
+
+def _note_if_reached(
+    record: Path, outcome: Outcome, look: int, settled: set[CellKey], trained: bool
+) -> None:
+    """Note a look in the record, if some arm was judged at it."""
+    if look <= max((judgement.look or 0 for judgement in outcome.judgements), default=0):
+        note_look(record, look, outcome.settled_arms() - settled, trained)
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:

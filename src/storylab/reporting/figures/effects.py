@@ -21,24 +21,7 @@ MOST_PAIRS = 3
 
 def effects(outcome: Outcome) -> Spec | None:
     """All effects: dots with the intervals of their verdicts, over the band of the margin."""
-    rows: list[Row] = []
-    for e in outcome.effects:
-        interval, ends = e.judgement.interval, e.ends or e.judgement.ends
-        if interval is None or ends is None or e.confounds or e.diverged:
-            continue
-        margin = e.judgement.margin
-        rows.append(
-            {
-                "name": effect_title(e),
-                "kind": "interaction" if e.is_interaction else "main effect",
-                "difference": rounded(interval.estimate),
-                "low": rounded(ends[0]),
-                "high": rounded(ends[1]),
-                "margin": margin,
-                "negative": None if margin is None else -margin,
-                "verdict": e.verdict,
-            }
-        )
+    rows = _rows(outcome)
     if not rows:
         return None
     names = [row["name"] for row in rows]
@@ -67,6 +50,29 @@ def effects(outcome: Outcome) -> Spec | None:
     if outcome.record.margin is not None:
         chart = margins + chart
     return done(chart, height=max(60, 34 * len(rows)))
+
+
+def _rows(outcome: Outcome) -> list[Row]:
+    """Every effect that has an interval, with it."""
+    rows: list[Row] = []
+    for e in outcome.effects:
+        interval, ends = e.judgement.interval, e.ends or e.judgement.ends
+        if interval is None or ends is None or e.confounds or e.diverged:
+            continue
+        margin = e.judgement.margin
+        rows.append(
+            {
+                "name": effect_title(e),
+                "kind": "interaction" if e.is_interaction else "main effect",
+                "difference": rounded(interval.estimate),
+                "low": rounded(ends[0]),
+                "high": rounded(ends[1]),
+                "margin": margin,
+                "negative": None if margin is None else -margin,
+                "verdict": e.verdict,
+            }
+        )
+    return rows
 
 
 def pairs(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
