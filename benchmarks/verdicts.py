@@ -29,6 +29,8 @@ from storylab.experiments.statistics import ALPHA
 NOISE = 0.005
 """Standard deviation of one run without the seeds' part, in nats: that of paired differences is 0.0071."""
 MARGIN = 0.0172
+Table = Callable[[int], Iterator[str]]
+"""Yields the lines of a table, of as many simulated experiments a cell."""
 SEEDS = tuple(range(20))
 EFFECTS = (0.005, 0.01, 0.02, 0.04)
 # Looks and variance; own variance at five seeds is the rule of `experiment confirm`.
@@ -41,7 +43,7 @@ RULES: tuple[tuple[tuple[int, ...], Variance], ...] = (
     (DEFAULT_LOOKS, "pooled"),
 )
 QUIET = "mixed, noiseless baseline"
-KINDS = ("alike", "mixed", "wild", QUIET)
+KINDS = ("equal", "mixed", "wild", QUIET)
 
 
 def deviations(rng: np.random.Generator, kind: str, arms: int) -> np.ndarray:
@@ -142,6 +144,28 @@ def errors(count: int, arms: int = 6) -> Iterator[str]:
     yield f"{arms} arms. {error_line(shares, count)}"
 
 
+def promises(count: int, arms: int = 6) -> Iterator[str]:
+    """The errors of the default rule and of confirming again, with four times the draws."""
+    count *= 4
+    rows, shares = [], []
+    for rules in (Rules(DEFAULT_LOOKS, SEEDS), Rules((5,), SEEDS, "own")):
+        rng = np.random.default_rng(23)
+        seeds = rules.looks[-1]
+        found = [
+            float(
+                np.mean(
+                    [finds_any(differences(rng, kind, arms, seeds), rules) for _ in range(count)]
+                )
+            )
+            for kind in KINDS
+        ]
+        shares += found
+        rows.append((looks_text(rules.looks), rules.variance, *map(percent, found)))
+    yield from table_of(("looks, seeds", "variance", *KINDS), rows)
+    yield ""
+    yield f"{arms} arms. {error_line(shares, count)}"
+
+
 def powers(count: int) -> Iterator[str]:
     """Chance to find one arm that truly differs, in per cent; four effects are tried in every draw."""
     count = max(1, count // 3)
@@ -152,7 +176,7 @@ def powers(count: int) -> Iterator[str]:
             hits = np.zeros(len(EFFECTS))
             seeds = np.zeros(len(EFFECTS))
             for _ in range(count):
-                table = differences(rng, "alike", arms, looks[-1])
+                table = differences(rng, "equal", arms, looks[-1])
                 for i, effect in enumerate(EFFECTS):
                     moved = table.copy()
                     moved[-1] += effect
@@ -167,7 +191,7 @@ def powers(count: int) -> Iterator[str]:
             rows.append((looks_text(looks), variance, str(arms), *cells))
     yield from table_of(("looks, seeds", "variance", "arms", *map(str, EFFECTS)), rows)
     yield ""
-    yield f"Arms alike. {error_line(shares, count)}"
+    yield f"Arms of equal noise. {error_line(shares, count)}"
 
 
 def equivalences(count: int, arms: int = 6) -> Iterator[str]:
@@ -184,7 +208,7 @@ def equivalences(count: int, arms: int = 6) -> Iterator[str]:
                 float(np.mean([any(j.equivalent for j in judged(t, rules)) for t in tables]))
             )
         rng = np.random.default_rng(19)
-        tables = (differences(rng, "alike", arms, looks[-1]) for _ in range(count))
+        tables = (differences(rng, "equal", arms, looks[-1]) for _ in range(count))
         cells.append(float(np.mean([judged(t, rules)[-1].equivalent for t in tables])))
         shares += cells
         rows.append((looks_text(looks), variance, *map(percent, cells)))
@@ -192,7 +216,7 @@ def equivalences(count: int, arms: int = 6) -> Iterator[str]:
         "looks, seeds",
         "variance",
         *(f"false, {kind}" for kind in KINDS),
-        "an equal arm, alike",
+        "an equal arm, equal noise",
     )
     yield from table_of(heads, rows)
     yield ""
@@ -247,8 +271,9 @@ def _at_each_look(table: np.ndarray) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    tables: dict[str, Callable[[int], Iterator[str]]] = {
+    tables: dict[str, Table] = {
         "errors": errors,
+        "promises": promises,
         "powers": powers,
         "equivalences": equivalences,
         "coverage": intervals_cover.tables,

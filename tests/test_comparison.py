@@ -663,7 +663,7 @@ def test_detail_lines_name_what_is_behind_a_verdict(low: Run) -> None:
     text = "\n".join(lines)
     for part in (
         "recipes:",
-        "moderated variance",
+        "own variance",
         "new seeds and new stories together:",
         "correlation of the arms over 3 seeds",
         "seed noise of base",

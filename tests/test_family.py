@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -79,6 +80,37 @@ def test_equivalence_and_difference_can_both_hold() -> None:
     (j,) = judge([trial([0.001, -0.001, 0.0])], Rules(margin=0.02))
     assert not j.different and j.equivalent
     assert j.equivalence_ends is not None and max(map(abs, j.equivalence_ends)) < 0.02
+
+
+def test_an_interval_beside_less_than_the_margin_is_within_the_margin() -> None:
+    """Found by chance: the interval of equivalence was within the margin, the printed one was not."""
+    (j,) = judge([trial([0.0082, 0.0129, 0.0120])], Rules(margin=0.0172))
+    assert j.ends is not None and j.ends[0] > 0 and j.ends[1] > 0.0172
+    assert j.equivalence_ends is not None and j.equivalence_ends[1] < 0.0172
+    assert j.different and not j.equivalent and j.settled
+
+
+def test_a_seed_that_is_void_later_leaves_the_judgement_of_a_look() -> None:
+    """Arms that diverge after a look had lent their noise at it, and had their share of the level."""
+    values = [[0.0324, 0.0358, 0.0323], [-0.0027, 0.0019, 0.0009], [-0.0011, 0.0012, 0.0008]]
+    arms = [trial(row) for row in (*values, [0.0006, 0.0001, 0.0011])]
+    rules = Rules((3, 5, 8), SEEDS)
+    before = judge(arms, rules)
+    assert before[0].settled and before[0].look == 3
+    lost = [
+        dataclasses.replace(arm, void=frozenset({4}), ended=frozenset(range(5))) for arm in arms[1:]
+    ]
+    after = judge([arms[0], *lost], rules)
+    assert after[0] == before[0]
+    # The void arms are judged no more, and the look that found them so is theirs.
+    assert after[1].look == 5 and after[1].interval is None and not after[1].settled
+
+
+def test_at_a_planned_look_only_its_seeds_count() -> None:
+    """An interval of other runs, unpaired, would bring in those that no look has planned."""
+    arm = Trial("", {0: 0.1}, frozenset(range(3)), Interval(0.1, 0.001, 9, 10))
+    (j,) = judge([arm], Rules((3,), SEEDS))
+    assert j.look == 3 and j.interval is None and not j.settled
 
 
 def test_noise_is_borrowed_within_a_condition_only() -> None:

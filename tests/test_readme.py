@@ -114,9 +114,11 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_the_experiment_of_the_guide_loads(tmp_path: Path) -> None:
     page = GUIDE / "experiments.md"
-    (text,) = blocks(page, "toml")
+    text, crossed = blocks(page, "toml")
     (tmp_path / "a.toml").write_text(text)
     assert load_experiment(tmp_path / "a.toml").arms == ("0.1", "0")
+    (tmp_path / "b.toml").write_text(crossed)
+    assert "qk_norm=on, rate=low" in load_experiment(tmp_path / "b.toml").arms
     table = page.read_text(encoding="utf-8").partition("| key | meaning |")[2]
     keys = re.findall(r"^\| `(?:\[+)?(\w+)", table, re.MULTILINE)
     for key in KEYS - {"config", "hypothesis", "purpose", "note", "waits_for"}:

@@ -52,6 +52,7 @@ device = "cpu"
 low = { learning_rate = 1e-3 }
 high = { learning_rate = 1e-2 }
 """
+KNOWN = "registered after 4 of 4 runs had finished, so that 2 differences could be known"
 
 
 class Quiet:
@@ -205,16 +206,32 @@ def test_a_deleted_record_does_not_bring_the_first_moment_back(lab: Lab) -> None
     lab.record(train=True)
     (lab.runs / "experiments" / "rates.json").unlink()
     record = lab.record(seeds=(3,))
-    assert registration_lines(record) == ["registered after 4 of 6 runs had finished"]
-    assert exploratory_reasons(record) == ["registered after 4 of 6 runs had finished"]
+    line = KNOWN.replace("4 of 4", "4 of 6")
+    assert registration_lines(record) == [line]
+    assert exploratory_reasons(record) == [line]
 
 
-def test_runs_of_another_experiment_are_said_and_harmless(lab: Lab) -> None:
+def test_another_baseline_of_known_runs_is_said_and_harmless(lab: Lab) -> None:
+    """Runs of one arm alone: no difference could be known."""
+    lab.record(train=True)
+    high = next(line for line in TEXT.splitlines() if line.startswith("high = {"))
+    other = high.replace("high", "highest").replace("1e-2", "3e-2")
+    record = lab.record(TEXT.replace(high, other), "other")
+    line = "registered after 2 of 6 runs had finished, all of them for another experiment"
+    assert registration_lines(record) == [line.replace("6", "4")]
+    assert exploratory_reasons(record) == []
+
+
+def test_a_second_file_on_known_differences_is_exploratory(lab: Lab) -> None:
+    """The same arms renamed, or some of them: their differences were there to be seen."""
     lab.record(train=True)
     record = lab.record(TEXT.replace("high = {", "higher = {"), "other")
-    line = "registered after 4 of 4 runs had finished, all of them for another experiment"
+    line = (
+        "registered after 4 of 4 runs had finished, all of them for another experiment, so that 2 "
+        "differences could be known"
+    )
     assert registration_lines(record) == [line]
-    assert exploratory_reasons(record) == []
+    assert exploratory_reasons(record) == [line]
 
 
 def test_a_record_of_an_older_version(lab: Lab) -> None:
@@ -226,7 +243,7 @@ def test_a_record_of_an_older_version(lab: Lab) -> None:
     old = read_experiment(path)
     assert registration_lines(old) == ["not registered (record of an older version)"]
     assert exploratory_reasons(old) == ["not registered"]
-    assert registration_lines(lab.record()) == ["registered after 4 of 4 runs had finished"]
+    assert registration_lines(lab.record()) == [KNOWN]
 
 
 @pytest.mark.parametrize("damage", ["{", '{"name": 3}'])
@@ -237,7 +254,7 @@ def test_a_damaged_record_is_set_aside_and_the_new_one_says_so(lab: Lab, damage:
     record = lab.record()
     assert (path.parent / "rates.json.old1").read_text() == damage
     first, second = registration_lines(record)
-    assert first == "registered after 4 of 4 runs had finished"
+    assert first == KNOWN
     assert second.startswith("the record was begun again (the earlier one is ")
     assert "it was set aside as rates.json.old1" in second
     assert exploratory_reasons(record) == [first]

@@ -300,7 +300,8 @@ def test_the_choices_behind_an_experiment_are_in_the_log_and_on_the_page(
     runs: Path, tmp_path: Path
 ) -> None:
     record = json.loads((runs / "experiments/04-windows.json").read_text())
-    name = next(iter(record["cells"][0]["runs"].values()))
+    (cell,) = (c for c in record["cells"] if (c["arm"], c["condition"]) == ("window:4", "long"))
+    name = cell["runs"]["1"]
     shutil.copytree(runs / name, runs / f"{name}.old1")
     write_report(runs, tmp_path / "out")
     log = (tmp_path / "out/EXPERIMENTS.md").read_text()

@@ -39,16 +39,17 @@ def test_alike_arms_lend_no_more_than_four_degrees_of_freedom(rng: np.random.Gen
 def test_two_arms_and_arms_equal_to_the_bit_borrow_nothing() -> None:
     assert prior_of([1.0, 2.0], [2, 2]) is None
     assert prior_of([0.0, 0.0, 0.0], [2, 2, 2]) is None
-    (own, other) = moderated_intervals([[0.1, 0.2, 0.4], [0.0, 0.3, 0.1]])
+    (own, other), variance = moderated_intervals([[0.1, 0.2, 0.4], [0.0, 0.3, 0.1]])
+    assert variance == "own"
     assert own is not None and other is not None
     assert own.p == pytest.approx(stats.ttest_1samp([0.1, 0.2, 0.4], 0).pvalue)
-    zeros = moderated_intervals([[0.0] * 3] * 4)
+    zeros, _ = moderated_intervals([[0.0] * 3] * 4)
     assert all(i is not None and i.p == 1.0 and i.ends(1e-9) == (0.0, 0.0) for i in zeros)
 
 
 def test_a_moderated_error_is_between_its_own_and_that_of_all(rng: np.random.Generator) -> None:
     values = rng.normal(0, 0.01, (5, 3)) * np.array([1, 1, 1, 1, 4])[:, None]
-    for own, i in zip(values, moderated_intervals(values.tolist()), strict=True):
+    for own, i in zip(values, moderated_intervals(values.tolist())[0], strict=True):
         assert i is not None and i.estimate == pytest.approx(own.mean())
         assert 2 < i.df <= 6 and i.n == 3
 

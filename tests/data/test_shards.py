@@ -16,7 +16,8 @@ from storylab.data.dataset import (
     narrow_ids,
     token_dtype,
 )
-from storylab.data.tokenizer import Tokenizer, train_tokenizer
+from storylab.data.tokenizer import Tokenizer
+from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
 
 

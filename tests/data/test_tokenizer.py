@@ -23,8 +23,10 @@ from list_source import stories_in
 from story_files import END, data_from, stories_of
 from storylab.data import builtin
 from storylab.data import tokenizer as tokenizers_here
+from storylab.data import vocabulary as vocabularies
 from storylab.data.prepare import PrepareConfig, prepare
-from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
+from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
 
 
@@ -214,7 +216,7 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
 @pytest.mark.posix
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     # The trainer reads without end, so that the signal always finds it at work.
-    monkeypatch.setattr(tokenizers_here, "TRAINING_BYTES", 10**15)
+    monkeypatch.setattr(vocabularies, "TRAINING_BYTES", 10**15)
     started, given_up = threading.Event(), time.monotonic() + 600
 
     def endless() -> Iterator[str]:

@@ -13,7 +13,8 @@ from executors import train_here
 from record_folders import Opened
 from samples import SMALL_EXPERIMENT
 from storylab.data.dataset import Dataset
-from storylab.experiments.plan import plan_runs, write_record
+from storylab.experiments.plan import plan_runs
+from storylab.experiments.recording import write_record
 from storylab.experiments.spec import load_experiment
 from storylab.reporting import report as reporting
 

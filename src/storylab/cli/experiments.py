@@ -119,14 +119,14 @@ def print_plan(
 def print_results(record: Path, runs: Path, cache: RunCache) -> Outcome:
     """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
     in ``cache``. Returns the outcome of the experiment."""
+    from storylab.experiments.effect_words import verdict_lines
     from storylab.experiments.outcome import load_outcome
-    from storylab.experiments.verdicts import verdict_line
     from storylab.reporting.report import write_report
 
     outcome = load_outcome(record, cache)
     print()
-    for comparison in outcome.comparisons:
-        print(verdict_line(comparison))
+    for line in verdict_lines(outcome):
+        print(line)
     for problem in outcome.problems:
         print(f"not in the comparison: {problem}")
     folder = write_report(runs, runs / "report", cache, {record: outcome})
@@ -152,7 +152,7 @@ def closing_code(outcome: Outcome, states: Sequence[str], by_verdict: bool, as_j
         print_document(lambda: experiment_document(outcome))
     if "finished" not in states:
         return 1
-    return exit_code(c.verdict for c in outcome.comparisons) if by_verdict else 0
+    return exit_code(outcome.verdicts) if by_verdict else 0
 
 
 @contextmanager
@@ -178,6 +178,7 @@ def plan_lines(
     Raises:
         Interrupted: a signal stopped a calibration.
     """
+    from storylab.experiments.effect_words import design_lines
     from storylab.planning.estimate import estimate_runs
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
@@ -202,11 +203,18 @@ def plan_lines(
         "before, or predicted by a calibration of seconds)"
     )
     yield from rows
+    if experiment.factorial:
+        seeds = len({run.seed for run in planned})
+        yield from design_lines(experiment.factorial, seeds, len(experiment.conditions))
     if others >= SOME_CORES:
-        yield (
-            f"Other programs used up to {others:.1f} of {os.cpu_count()} cores during the calibrations: "
-            "the runs are faster without them"
-        )
+        yield _other_programs(others)
+
+
+def _other_programs(cores: float) -> str:
+    return (
+        f"Other programs used up to {cores:.1f} of {os.cpu_count()} cores during the calibrations: the "
+        "runs are faster without them"
+    )
 
 
 def _estimate_columns(estimate: Estimate | None) -> str:

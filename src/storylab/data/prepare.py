@@ -27,7 +27,8 @@ from storylab.data.layout import SPLITS, TEST, TRAIN
 from storylab.data.shards import CHUNK_BYTES, OverlapFilter, SplitWriter
 from storylab.data.sources import BuiltinSource, Source, hub_source, local_source
 from storylab.data.tally import Tally
-from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
+from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer
+from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
 from storylab.files import (
     exclusive,

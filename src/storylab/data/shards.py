@@ -15,7 +15,8 @@ import numpy as np
 
 from storylab.data.dataset import narrow_ids
 from storylab.data.layout import TRAIN
-from storylab.data.tokenizer import NO_STORIES, Tokenizer
+from storylab.data.tokenizer import Tokenizer
+from storylab.data.vocabulary import NO_STORIES
 from storylab.errors import UserError
 from storylab.files import atomic_path
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Struct
 
-from storylab.documents.compared import ComparedArm
+from storylab.documents.compared import ComparedArm, PairedRatio, VerdictInterval
 from storylab.documents.fields import about
 
 
@@ -17,6 +17,9 @@ class RegisteredPlan(Struct, frozen=True, kw_only=True):
     time: Annotated[str, about("when it was registered, as ISO 8601 with its offset from UTC")]
     runs_finished: Annotated[int, about("runs of the experiment that had ended by then")]
     runs_shared: Annotated[int, about("of these, runs that another experiment had listed")]
+    differences_known: Annotated[
+        int, about("pairs of an arm's and the baseline's run that had both ended by then")
+    ]
     runs_planned: Annotated[int, about("all runs of the plan")]
 
 
@@ -62,6 +65,35 @@ class CheckedExpectation(Struct, frozen=True, kw_only=True):
     met: Annotated[bool | None, about("whether it is within the bounds; null: not resolved")]
 
 
+class EstimatedEffect(Struct, frozen=True, kw_only=True):
+    """A main effect of a factorial experiment, or an interaction of two factors."""
+
+    effect: Annotated[str, about("names of its factors, joined by ` x `")]
+    condition: Annotated[str | None, about("the condition of the experiment; null without one")]
+    levels: Annotated[str | None, about("second level vs first; null for an interaction")]
+    interaction: Annotated[bool, about("whether it is an interaction")]
+    aliases: Annotated[list[str], about("effects that share its estimate in a fraction")]
+    verdict: Annotated[str, about("as in the guide to experiments")]
+    exploratory: Annotated[list[str], about("why the verdict is exploratory; empty if it is not")]
+    preliminary: Annotated[bool, about("whether it rests on fewer than 5 seeds")]
+    settled: Annotated[bool, about("whether more seeds are of no use to it")]
+    difference_nats_per_token: Annotated[
+        float | None,
+        about("second level minus first, or the difference of differences", "nats per token"),
+    ]
+    verdict_interval: Annotated[
+        VerdictInterval | None, about("the interval that belongs to the verdict; null without one")
+    ]
+    look: Annotated[int | None, about("seeds at the look that judged it; null before the first")]
+    next_look: Annotated[int | None, about("seeds at the next look; null if there is none")]
+    seeds: Annotated[int, about("seeds that it rests on")]
+    speed: Annotated[
+        PairedRatio | None,
+        about("tokens a second, second level over first; null for interactions"),
+    ]
+    sentence: Annotated[str, about("the effect in words, for people; its wording may change")]
+
+
 class ExperimentDocument(
     Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.experiment/1"
 ):
@@ -89,7 +121,14 @@ class ExperimentDocument(
     comparisons: Annotated[
         list[ComparedArm], about("one for every arm but the baseline, under every condition")
     ]
-    exit_code: Annotated[int, about("code of all verdicts with `--exit_code`")]
+    effects: Annotated[
+        list[EstimatedEffect],
+        about("of a factorial experiment, whose verdicts these are; else empty"),
+    ]
+    exit_code: Annotated[
+        int,
+        about("code of all verdicts with `--exit_code`; of main effects in a factorial experiment"),
+    ]
     expectations: Annotated[
         list[CheckedExpectation], about("the expectations of the file, with what was measured")
     ]

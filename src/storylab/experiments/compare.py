@@ -16,7 +16,7 @@ from storylab.experiments.comparison import DIVERGED, Arm, Comparison, Noise
 from storylab.experiments.confounds import comparison_notes, loss_confounds, speed_confounds
 from storylab.experiments.curve_comparison import equal_time, ratio_of, reach
 from storylab.experiments.factors import changed_fields, infer_factor
-from storylab.experiments.family import Judgement, Rules, Trial, judge
+from storylab.experiments.family import Judgement, Rules, Trial, describe, judge
 from storylab.experiments.noise import noise_floor, noise_of, same_recipe
 from storylab.experiments.statistics import Interval
 from storylab.record.index import RunCache
@@ -91,6 +91,11 @@ class Contest:
         return tuple(dict.fromkeys(found))
 
     @cached_property
+    def speed_confounds(self) -> tuple[str, ...]:
+        """Everything but the factor in which the arms differ and that can move their speed."""
+        return tuple(dict.fromkeys(c for pair in self.met for c in speed_confounds(*pair)))
+
+    @cached_property
     def known_noise(self) -> Noise | None:
         """The noise that was given, or that of the baseline's runs, or of the other seeds in the folder
         of a single one."""
@@ -146,12 +151,15 @@ class Contest:
         return None
 
 
-def compare_contests(contests: Sequence[Contest], rules: Rules) -> list[Comparison]:
-    """Compare arms with their baselines, judged together.
+def compare_contests(
+    contests: Sequence[Contest], rules: Rules, judged: bool = True
+) -> list[Comparison]:
+    """Compare arms with their baselines, judged together; or only described, if not ``judged``.
 
     Each is compared by the runs of the look that it is judged at; before its first look by all.
     """
-    judgements = judge([contest.trial for contest in contests], rules)
+    found_by = judge if judged else describe
+    judgements = found_by([contest.trial for contest in contests], rules)
     found = []
     for contest, judgement in zip(contests, judgements, strict=True):
         if judgement.look is not None:
@@ -177,7 +185,7 @@ def compare_arms(
 def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
     """The comparison with its judgement and all measurements."""
     arm, baseline, pairs = contest.arm, contest.baseline, contest.pairs
-    of_speed = tuple(dict.fromkeys(c for pair in contest.met for c in speed_confounds(*pair)))
+    of_speed = contest.speed_confounds
     # Without pairs, speeds and memory are still those of like runs: one by one, in order.
     both = pairs if contest.paired else list(zip(arm.finished, baseline.finished, strict=False))
     met = (

@@ -18,12 +18,15 @@ BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecid
 BETTER_WITHIN = "better by less than the margin"
 WORSE_WITHIN = "worse by less than the margin"
 DIVERGED, CONFOUNDED = "diverged", "confounded"
+# Of one cell of a factorial experiment, whose verdicts are those of its effects.
+NOT_JUDGED = "not judged by itself"
 # Exit codes of --exit_code: the higher, the further from better.
 EXIT_CODES = {
     BETTER: 0,
     BETTER_WITHIN: 0,
     EQUIVALENT: 10,
     UNDECIDED: 11,
+    NOT_JUDGED: 11,
     WORSE: 12,
     WORSE_WITHIN: 12,
     DIVERGED: 13,
@@ -117,6 +120,25 @@ class Reach:
     flops: Ratio
 
 
+def judged_word(j: Judgement) -> str:
+    """The verdict of a judgement, of losses that may be compared."""
+    if j.interval is None or not j.different:
+        return EQUIVALENT if j.equivalent else UNDECIDED
+    if j.interval.estimate < 0:
+        return BETTER_WITHIN if j.equivalent else BETTER
+    return WORSE_WITHIN if j.equivalent else WORSE
+
+
+def judged_ends(j: Judgement) -> tuple[float, float] | None:
+    """The interval that belongs to the verdict of a judgement; None where there is none or the sign alone
+    is settled."""
+    if j.ends is None:
+        return None
+    if judged_word(j) == EQUIVALENT:
+        return j.equivalence_ends
+    return None if j.different and j.ends[0] <= 0 <= j.ends[1] else j.ends
+
+
 @dataclass(frozen=True)
 class Comparison:
     """An arm compared with its baseline. Losses in nats, arm minus baseline."""
@@ -164,30 +186,22 @@ class Comparison:
         # The runs that are left are a biased choice: those that happened not to diverge.
         if any(self.diverged):
             return DIVERGED
-        j = self.judgement
-        if j.interval is None or not j.different:
-            return EQUIVALENT if j.equivalent else UNDECIDED
-        if j.interval.estimate < 0:
-            return BETTER_WITHIN if j.equivalent else BETTER
-        return WORSE_WITHIN if j.equivalent else WORSE
+        return NOT_JUDGED if self.judgement.described else judged_word(self.judgement)
 
     @property
     def ends(self) -> tuple[float, float] | None:
         """The interval that belongs to the verdict, for all arms together; None where nothing is compared
         or the sign alone is settled."""
-        j = self.judgement
-        if self.verdict in (CONFOUNDED, DIVERGED) or j.ends is None:
+        if self.verdict in (CONFOUNDED, DIVERGED):
             return None
-        if self.verdict == EQUIVALENT:
-            return j.equivalence_ends
-        return None if j.different and j.ends[0] <= 0 <= j.ends[1] else j.ends
+        return judged_ends(self.judgement)
 
     @property
     def settled(self) -> bool:
         """Whether more seeds are of no use to the verdict."""
         if self.verdict == DIVERGED:
             return any(d == n > 1 for d, n in zip(self.diverged, self.ended, strict=True))
-        return self.verdict not in (UNDECIDED, CONFOUNDED)
+        return self.verdict not in (UNDECIDED, CONFOUNDED, NOT_JUDGED)
 
     @property
     def preliminary(self) -> bool:
@@ -200,5 +214,9 @@ class Comparison:
         r = self.recipes
         if r is None or self.stories is None:
             return None
-        error = (r.standard_error**2 + self.stories.standard_error**2) ** 0.5
-        return Interval(r.estimate, error, r.df, r.n)
+        of_seeds, of_stories = r.standard_error**2, self.stories.standard_error**2
+        total = of_seeds + of_stories
+        # Degrees of freedom of a sum of variances (Satterthwaite 1946, doi 10.2307/3002019).
+        terms = of_seeds**2 / r.df + of_stories**2 / self.stories.df
+        df = total**2 / terms if terms else r.df
+        return Interval(r.estimate, total**0.5, df, r.n)

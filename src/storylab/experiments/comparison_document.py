@@ -15,6 +15,7 @@ from storylab.documents.compared import (
 )
 from storylab.documents.experiment import (
     CheckedExpectation,
+    EstimatedEffect,
     ExperimentDocument,
     PlanChange,
     RegisteredPlan,
@@ -29,7 +30,10 @@ from storylab.experiments.comparison import (
     Reach,
     exit_code,
 )
-from storylab.experiments.outcome import Checked, Outcome
+from storylab.experiments.effect_words import effect_line
+from storylab.experiments.effects import NO_INTERACTION, EffectResult
+from storylab.experiments.measures import Checked
+from storylab.experiments.outcome import Outcome
 from storylab.experiments.registration import registration_lines
 from storylab.experiments.statistics import ALPHA, Interval
 from storylab.experiments.verdicts import verdict_line
@@ -37,7 +41,7 @@ from storylab.record.experiment_schema import ExperimentRecord
 
 
 def compared_arm(c: Comparison) -> ComparedArm:
-    """A comparison as values."""
+    """A comparison as values: a line for each field, so it is longer than other functions."""
     j = c.judgement
     return ComparedArm(
         arm=c.arm,
@@ -85,10 +89,33 @@ def compared_arm(c: Comparison) -> ComparedArm:
     )
 
 
-def _verdict_interval(c: Comparison) -> VerdictInterval | None:
+def estimated_effect(e: EffectResult) -> EstimatedEffect:
+    """An effect of a factorial experiment as values."""
+    j = e.judgement
+    return EstimatedEffect(
+        effect=e.name,
+        condition=e.condition or None,
+        levels=e.change or None,
+        interaction=e.is_interaction,
+        aliases=list(e.aliases),
+        verdict=e.verdict,
+        exploratory=list(e.exploratory),
+        preliminary=e.preliminary,
+        settled=e.settled,
+        difference_nats_per_token=j.interval.estimate if j.interval else None,
+        verdict_interval=_verdict_interval(e),
+        look=j.look,
+        next_look=j.next_look,
+        seeds=j.interval.n if j.interval else 0,
+        speed=_ratio(e.speed),
+        sentence=effect_line(e),
+    )
+
+
+def _verdict_interval(c: Comparison | EffectResult) -> VerdictInterval | None:
     if c.ends is None:
         return None
-    sides = 2 if c.verdict == EQUIVALENT else 1
+    sides = 2 if c.verdict in (EQUIVALENT, NO_INTERACTION) else 1
     return VerdictInterval(
         low_nats_per_token=c.ends[0],
         high_nats_per_token=c.ends[1],
@@ -167,7 +194,8 @@ def experiment_document(outcome: Outcome) -> ExperimentDocument:
         looks_taken=[TakenLook(**structs.asdict(look)) for look in record.looks_taken],
         openings=[TestOpening(**structs.asdict(opening)) for opening in record.openings],
         comparisons=[compared_arm(c) for c in outcome.comparisons],
-        exit_code=exit_code(c.verdict for c in outcome.comparisons),
+        exit_code=exit_code(outcome.verdicts),
+        effects=[estimated_effect(e) for e in outcome.effects],
         expectations=[_expectation(checked) for checked in outcome.expectations],
         problems=list(outcome.problems),
     )
@@ -182,6 +210,7 @@ def _registration(record: ExperimentRecord) -> RegisteredPlan | None:
         time=found.time,
         runs_finished=found.runs_finished,
         runs_shared=found.runs_shared,
+        differences_known=found.differences_known,
         runs_planned=found.runs_planned,
     )
 

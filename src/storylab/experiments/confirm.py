@@ -52,9 +52,7 @@ def confirmation(
     earlier = read_experiment(path) if exists(path) else None
     arms = _chosen_arms(experiment, only, earlier)
     taken = tuple(earlier.seeds) if earlier else ()
-    count = (len(taken) or FEWEST_SEEDS) if seeds is None else seeds
-    if not FEWEST_SEEDS <= count <= MOST_SEEDS:
-        raise UserError(f"seeds is {count}: it must be {FEWEST_SEEDS} to {MOST_SEEDS:,} to confirm")
+    count = _count_of(seeds, taken)
     if len(taken) < count:
         used = used_seeds(runs, dataset.fingerprint, cache)
         used |= {*experiment.first_seeds(max(len(experiment.seeds), *experiment.looks)), *taken}
@@ -67,6 +65,14 @@ def confirmation(
         expectations=tuple(entry for entry in experiment.expectations if entry.arm in arms),
         cells=tuple(cell for cell in experiment.cells if cell.arm in arms),
     )
+
+
+def _count_of(seeds: int | None, taken: tuple[int, ...]) -> int:
+    """The number of seeds that is asked for, or that of an earlier call, or 5."""
+    count = (len(taken) or FEWEST_SEEDS) if seeds is None else seeds
+    if not FEWEST_SEEDS <= count <= MOST_SEEDS:
+        raise UserError(f"seeds is {count}: it must be {FEWEST_SEEDS} to {MOST_SEEDS:,} to confirm")
+    return count
 
 
 def require_test(dataset: Dataset) -> None:
@@ -102,6 +108,12 @@ def _chosen_arms(
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
+    if experiment.factorial:
+        if only:
+            raise UserError(
+                "a factorial experiment is confirmed whole, without --only: its effects need all cells"
+            )
+        return experiment.arms
     others = [arm for arm in experiment.arms if arm != experiment.baseline]
     chosen = set(only) or (set(earlier.arms) if earlier else set())
     if not chosen and len(others) == 1:

@@ -9,6 +9,7 @@ from typing import Literal
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig, at_most
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import UserError
+from storylab.experiments.factorial import Factorial
 
 # Numbers that an expectation may name.
 METRICS = {
@@ -84,6 +85,8 @@ class Experiment:
     expectations: tuple[Expectation, ...]
     data: PrepareConfig
     cells: tuple[Cell, ...]
+    factorial: Factorial | None = None
+    """The design, where the arms are the cells of crossed factors."""
 
     @property
     def label(self) -> str:

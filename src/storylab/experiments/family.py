@@ -27,12 +27,14 @@ class Rules:
         seeds: the seeds in the order of the plan, at least as many as the last look needs.
         variance: how the noise of a difference is estimated.
         margin: the largest difference in nats that counts as none; None for no test of equivalence.
+        shared_baseline: whether all differences are to one baseline; else they are independent.
     """
 
     looks: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
     variance: Variance = "moderated"
     margin: float | None = None
+    shared_baseline: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Trial:
             planned looks.
         testable: whether a loss may be compared at all.
         void: seeds with which none may be: they are confounded, or a run diverged.
+        scale: the standard deviation of its differences is expected to be this many times that of a trial
+            of scale 1.
     """
 
     group: str
@@ -55,6 +59,7 @@ class Trial:
     other: Interval | None = None
     testable: bool = True
     void: frozenset[int] = frozenset()
+    scale: float = 1.0
 
     def testable_with(self, seeds: Sequence[int] | None) -> bool:
         """Whether the losses of these seeds may be compared; of all its seeds, if None."""
@@ -83,6 +88,8 @@ class Judgement:
     """Seeds beyond the look, which the judgement leaves out."""
     e: float | None = None
     """Always-valid evidence of all seeds; None where no seed is unplanned."""
+    described: bool = False
+    """Whether the interval describes a cell of a factorial experiment, which has no verdict of its own."""
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -114,6 +121,15 @@ def judge(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
     for number in range(len(rules.looks or (None,))):
         judging.look(number)
     return [_with_extras(trial, j, rules) for trial, j in zip(trials, judging.found, strict=True)]
+
+
+def describe(trials: Sequence[Trial], rules: Rules) -> list[Judgement]:
+    """The 95 % interval of every trial alone, by all of its seeds, without a verdict."""
+    every = dataclasses.replace(rules, looks=(), margin=None)
+    return [
+        dataclasses.replace(j, family=1, alpha=ALPHA, different=False, described=True)
+        for j in judge(trials, every)
+    ]
 
 
 class _Judging:
@@ -163,8 +179,16 @@ class _Judging:
                 for index, values in used.items()
                 if len(values) > 1 and (index in open_now or self._rules.variance != "pooled")
             ]
-            values, variance = intervals([used[index] for index in members], self._rules.variance)
-            known = dict(zip(members, values, strict=True))
+            scales = [self._trials[index].scale for index in members]
+            values, variance = intervals(
+                [[d / scale for d in used[i]] for i, scale in zip(members, scales, strict=True)],
+                self._rules.variance,
+                self._rules.shared_baseline,
+            )
+            known = {
+                index: value.scaled(scale) if value else None
+                for index, value, scale in zip(members, values, scales, strict=True)
+            }
             for index in open_now & used.keys():
                 other = None if self._rules.looks else self._trials[index].other
                 self.found[index] = dataclasses.replace(
@@ -174,7 +198,7 @@ class _Judging:
                 )
 
     def _differences(self, index: int, seeds: Sequence[int] | None) -> list[float]:
-        """Differences of the ``seeds`` of a look; None stands for those of the trial's own last look."""
+        """Differences of the ``seeds`` of a look; without them those of the trial's own last look."""
         differences = self._trials[index].differences
         if seeds is None:
             if not self._rules.looks:

@@ -136,19 +136,28 @@ def _typical_deviation(samples: Iterable[Sequence[float]]) -> float | None:
 
 
 def detectable_at_looks(experiment: Experiment, spread: float) -> list[tuple[int, float]]:
-    """The true difference in nats that each planned look finds in one arm with a chance of 80 %; infinite
-    for a single seed.
+    """The true difference in nats that each planned look finds in one arm, or in one main effect of a
+    factorial experiment, with a chance of 80 %; infinite for a single seed.
 
     Args:
         experiment: the plan, with at least two arms.
         spread: standard deviation of the paired differences.
     """
-    arms = len(experiment.arms) - 1
+    arms = _tests(experiment)
+    if experiment.factorial:
+        # Means over half of the cells are more precise than cells.
+        spread *= math.sqrt(2 / len(experiment.arms))
     levels = look_levels(experiment.looks, ALPHA / (arms * len(experiment.conditions)))
     return [
         (n, detectable_difference(spread, n, level, _df(experiment, arms, n)))
         for n, level in zip(experiment.looks, levels, strict=True)
     ]
+
+
+def _tests(experiment: Experiment) -> int:
+    """Differences that are judged under every condition: of arms, or effects."""
+    design = experiment.factorial
+    return len(design.effects) if design else len(experiment.arms) - 1
 
 
 def _df(experiment: Experiment, arms: int, n: int) -> float:
@@ -165,7 +174,7 @@ def foresight_lines(
     experiment: Experiment, fingerprint: str, runs: Path, cache: RunCache
 ) -> Iterator[str]:
     """Say what the plan can see, and whether that is enough for its margin; nothing for a single arm."""
-    count = (len(experiment.arms) - 1) * len(experiment.conditions)
+    count = _tests(experiment) * len(experiment.conditions)
     if count < 1:
         return
     spread, margin = expected_spread(experiment, fingerprint, runs, cache), experiment.margin
@@ -176,10 +185,12 @@ def foresight_lines(
         f"{n} seeds: {difference:.{4 if known else 1}f} {unit}" if n > 1 else "1 seed: nothing"
         for n, difference in found
     ]
-    arms = "1 arm" if count == 1 else f"{count} arms"
+    arms = f"{'1 arm' if count == 1 else f'{count} arms'} against the baseline"
+    if experiment.factorial:
+        arms = f"main effects, of {count} effects (interactions: twice as much)"
     value = f"{spread.nats:.4f} nats, " if spread.nats is not None else ""
     yield (
-        f"Seen with a chance of 80 %, {arms} against the baseline: {'; '.join(sizes)}"
+        f"Seen with a chance of 80 %, {arms}: {'; '.join(sizes)}"
         f"{'' if margin is None else f' (margin {margin:g})'}"
     )
     yield f"  (spread of the differences over seeds: {value}{spread.source})"

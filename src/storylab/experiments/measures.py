@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storylab.experiments.comparison import Comparison
 from storylab.experiments.curves import extrapolate
+from storylab.experiments.experiment import Expectation
 from storylab.experiments.statistics import mean_interval
 from storylab.record.run import Run
 
@@ -19,6 +21,39 @@ if TYPE_CHECKING:
 # A number with the ends of its interval, each None where it is not known.
 Measured = tuple[float | None, float | None, float | None]
 _UNKNOWN: Measured = (None, None, None)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An expectation with the measured number, or None if there is none."""
+
+    expectation: Expectation
+    condition: str
+    value: float | None
+    low: float | None = None
+    """Lower end of the number's 95 % interval, where it has one."""
+    high: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the number is within the bounds; None without one, without its interval, or if a bound
+        is inside it."""
+        if self.value is None or self.low is None or self.high is None:
+            return None
+        bounds = (self.expectation.at_least, self.expectation.at_most)
+        if any(b is not None and self.low <= b <= self.high for b in bounds):
+            return None
+        return self.missed_bound is None
+
+    @property
+    def missed_bound(self) -> float | None:
+        """The bound that the number is beyond, or None."""
+        low, high = self.expectation.at_least, self.expectation.at_most
+        if self.value is not None and low is not None and self.value < low:
+            return low
+        if self.value is not None and high is not None and self.value > high:
+            return high
+        return None
 
 
 def _comparison(cell: CellResult, outcome: Outcome) -> Comparison | None:

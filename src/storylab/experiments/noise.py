@@ -7,7 +7,7 @@ out of their differences: the spread of one recipe alone says little of what pai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,11 @@ def same_recipe(a: Run | RunHead, b: Run) -> bool:
 def noise_of(runs: Iterable[Run]) -> Noise | None:
     """Spread of final losses of one recipe over its seeds; None for fewer than two seeds, and where
     all are the same to the bit, as nothing is known then."""
-    losses = list({run.seeds: run.loss for run in runs if run.finished}.values())
+    by_seed: dict[tuple[int, int], float] = {}
+    for run in runs:
+        if run.finished:  # a run that was set aside comes after the one that replaced it
+            by_seed.setdefault(run.seeds, run.loss)
+    losses = list(by_seed.values())
     if len(losses) < 2 or len(set(losses)) < 2:
         return None
     return Noise(float(np.mean(losses)), float(np.std(losses, ddof=1)), len(losses))
@@ -86,11 +90,31 @@ def paired_spreads(runs: Iterable[Run], cache: RunCache | None = None) -> list[P
     least three common seeds; a folder that cannot be read is passed over.
     """
     cache = cache or RunCache()
-    ours = {run.seeds: run for run in runs if run.finished}
+    ours: dict[tuple[int, int], Run] = {}
+    for run in runs:
+        if run.finished:
+            ours.setdefault(run.seeds, run)
     if len(ours) < LEAST_PAIRS:
         return []
     first = next(iter(ours.values()))
     others: list[list[Run]] = []
+    for run in _like_runs(first, cache):
+        if run.seeds not in ours:
+            continue
+        group = next((group for group in others if same_recipe(run, group[0])), None)
+        if group is None:
+            others.append([run])
+        elif run.seeds not in {other.seeds for other in group}:
+            group.append(run)
+    return [
+        _paired_spread([(run.loss, ours[run.seeds].loss) for run in group])
+        for group in others
+        if len(group) >= LEAST_PAIRS
+    ]
+
+
+def _like_runs(first: Run, cache: RunCache) -> Iterator[Run]:
+    """Finished runs in the folder of ``first``, with its data and code, that differ in one factor."""
     for folder in run_folders(first.folder.parent):
         try:
             if not exists(folder / CONFIG):
@@ -103,18 +127,8 @@ def paired_spreads(runs: Iterable[Run], cache: RunCache | None = None) -> list[P
             run = cache.load(folder)
         except UserError:
             continue
-        if not run.finished or run.seeds not in ours or run.code_versions != first.code_versions:
-            continue
-        group = next((group for group in others if same_recipe(run, group[0])), None)
-        if group is None:
-            others.append([run])
-        elif run.seeds not in {other.seeds for other in group}:
-            group.append(run)
-    return [
-        _paired_spread([(run.loss, ours[run.seeds].loss) for run in group])
-        for group in others
-        if len(group) >= LEAST_PAIRS
-    ]
+        if run.finished and run.code_versions == first.code_versions:
+            yield run
 
 
 def _paired_spread(pairs: list[tuple[float, float]]) -> PairedSpread:

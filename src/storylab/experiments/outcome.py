@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from msgspec import structs
 
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
+from storylab.experiments.blocks import block_of, effects_of
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import Arm, Comparison
+from storylab.experiments.effects import EffectResult
 from storylab.experiments.experiment import METRICS, Expectation
+from storylab.experiments.factorial import Factorial, design_faults, fields_between
 from storylab.experiments.factors import allowed_fields, under
-from storylab.experiments.family import Rules
-from storylab.experiments.measures import MEASURES
+from storylab.experiments.family import Judgement, Rules
+from storylab.experiments.measures import MEASURES, Checked
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.experiments.registration import exploratory_reasons
 from storylab.files import exists, read_record, reading
@@ -43,39 +46,6 @@ class CellResult:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """An expectation with the measured number, or None if there is none."""
-
-    expectation: Expectation
-    condition: str
-    value: float | None
-    low: float | None = None
-    """Lower end of the number's 95 % interval, where it has one."""
-    high: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the number is within the bounds; None without one, without its interval, or if a bound
-        is inside it."""
-        if self.value is None or self.low is None or self.high is None:
-            return None
-        bounds = (self.expectation.at_least, self.expectation.at_most)
-        if any(b is not None and self.low <= b <= self.high for b in bounds):
-            return None
-        return self.missed_bound is None
-
-    @property
-    def missed_bound(self) -> float | None:
-        """The bound that the number is beyond, or None."""
-        low, high = self.expectation.at_least, self.expectation.at_most
-        if self.value is not None and low is not None and self.value < low:
-            return low
-        if self.value is not None and high is not None and self.value > high:
-            return high
-        return None
-
-
-@dataclass(frozen=True)
 class Outcome:
     """An experiment's record and everything computed from its runs."""
 
@@ -85,6 +55,8 @@ class Outcome:
     comparisons: tuple[Comparison, ...]
     expectations: tuple[Checked, ...]
     problems: tuple[str, ...]
+    effects: tuple[EffectResult, ...] = ()
+    """The verdicts of a factorial experiment, whose comparisons of cells only describe them."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -110,8 +82,30 @@ class Outcome:
         return next(c for c in self.arms(condition) if c.arm.name == self.baseline)
 
     def settled_arms(self) -> set[tuple[str, str]]:
-        """Condition and name of the arms to whose verdicts more seeds would add nothing."""
-        return {(c.condition, c.arm) for c in self.comparisons if c.settled}
+        """Condition and name of the arms to whose verdicts more seeds would add nothing. Every effect of a
+        factorial experiment needs all cells, so they settle together."""
+        if not self.effects:
+            return {(c.condition, c.arm) for c in self.comparisons if c.settled}
+        open_still = {e.condition for e in self.effects if not e.settled}
+        return {(c.condition, c.arm) for c in self.comparisons if c.condition not in open_still}
+
+    @property
+    def verdicts(self) -> list[str]:
+        """The verdicts that say whether something is better or worse: of every arm, or of the main effects
+        of a factorial experiment."""
+        if self.effects:
+            return [e.verdict for e in self.effects if not e.is_interaction]
+        return [c.verdict for c in self.comparisons]
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """The judgements that are verdicts: of the effects, or of every arm."""
+        return [result.judgement for result in self.effects or self.comparisons]
+
+    @property
+    def factorial(self) -> Factorial | None:
+        """The design of a factorial experiment."""
+        return Factorial.of(self.record.factorial) if self.record.factorial else None
 
     @property
     def runs(self) -> list[Run]:
@@ -164,6 +158,7 @@ def _record_faults(record: ExperimentRecord) -> Iterator[str]:
                 yield f"'{seed}' is no seed"
             if name in ("", ".", "..") or "/" in name or "\0" in name:
                 yield f"{name!r} is no name of a run folder"
+    yield from design_faults(record)
     for expectation in record.expectations:
         if expectation.metric not in METRICS:
             yield f"there is no metric '{expectation.metric}'"
@@ -189,17 +184,18 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
         cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
         if record.stage == "confirm":
             cells = tuple(_on_test(cell, problems) for cell in cells)
-        fields = {
-            condition: allowed_fields(record.factor, condition in record.matched)
-            for condition in record.conditions
-        }
+        allowed_fields(record.factor, matched=False)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
-    comparisons = compare_contests(_contests(outcome, fields, cache), rules_of(record))
+    contests, rules, design = _contests(outcome, cache), rules_of(record), outcome.factorial
+    comparisons = compare_contests(contests, rules, judged=design is None)
     reasons = tuple(exploratory_reasons(record))
-    comparisons = [dataclasses.replace(c, exploratory=reasons) for c in comparisons]
-    outcome = dataclasses.replace(outcome, comparisons=tuple(comparisons))
+    outcome = dataclasses.replace(
+        outcome,
+        comparisons=tuple(dataclasses.replace(c, exploratory=reasons) for c in comparisons),
+        effects=tuple(_effects(outcome, design, contests, rules)) if design else (),
+    )
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
     if missing:
@@ -217,15 +213,36 @@ def rules_of(record: ExperimentRecord) -> Rules:
     return Rules(tuple(record.looks), tuple(seeds), record.variance, record.margin)
 
 
-def _contests(
-    outcome: Outcome, fields: Mapping[str, frozenset[str]], cache: RunCache
-) -> list[Contest]:
+def _effects(
+    outcome: Outcome, design: Factorial, contests: Sequence[Contest], rules: Rules
+) -> list[EffectResult]:
+    """The effects of a factorial experiment under every condition."""
+    blocks = []
+    for condition in outcome.conditions:
+        arms = {cell.arm.name: cell.arm for cell in outcome.arms(condition)}
+        blocks.append(
+            block_of(
+                condition,
+                [arms[name] for name in outcome.record.arms],
+                [contest for contest in contests if contest.condition == condition],
+            )
+        )
+    return effects_of(design, blocks, rules, tuple(exploratory_reasons(outcome.record)))
+
+
+def _contests(outcome: Outcome, cache: RunCache) -> list[Contest]:
     """Every arm against the baseline of its condition."""
     return [
         Contest(
             cell.arm,
             outcome.baseline_of(condition).arm,
-            fields[condition],
+            fields_between(
+                outcome.factorial,
+                outcome.factor,
+                outcome.record.arms,
+                (cell.arm.name, outcome.baseline),
+                condition in outcome.record.matched,
+            ),
             condition,
             cache=cache,
         )

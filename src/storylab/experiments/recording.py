@@ -74,9 +74,7 @@ def write_record(
         cells, listed = _listed_cells(found, known, planned)
         plan = plan_of(experiment, cells, dataset.fingerprint)
         folders = {name for cell in (*known.values(), *listed) for name in cell.runs.values()}
-        seeds = experiment.first_seeds(max(len(experiment.seeds), experiment.looks[-1]))
-        possible = {cell.folder_name(seed) for cell in found for seed in seeds}
-        progress = _progress(path, folders, possible, planned[0].cache)
+        progress = _progress(path, folders, _pairs(experiment, found), planned[0].cache)
         values = dataclasses.asdict(experiment)
         del values["data"], values["cells"]
         values["cells"] = [_plain(cell) for cell in listed]
@@ -172,17 +170,33 @@ def _resolved_before(cell: Cell, earlier: CellRecord) -> Cell | None:
     return dataclasses.replace(cell, config=config) if same else None
 
 
-def _progress(path: Path, listed: set[str], possible: set[str], cache: RunCache) -> Progress:
-    """How far the runs of an experiment are: those ``listed``, and others ``possible`` in its plan."""
+def _pairs(experiment: Experiment, cells: Sequence[ResolvedCell]) -> list[tuple[str, str]]:
+    """The run folders of every arm with those of its baseline, by seed, up to the last look; the
+    baseline is paired with itself."""
+    seeds = experiment.first_seeds(max(len(experiment.seeds), experiment.looks[-1]))
+    baselines = {c.cell.condition: c for c in cells if c.cell.arm == experiment.baseline}
+    return [
+        (cell.folder_name(seed), baselines[cell.cell.condition].folder_name(seed))
+        for cell in cells
+        for seed in seeds
+    ]
+
+
+def _progress(
+    path: Path, listed: set[str], pairs: Sequence[tuple[str, str]], cache: RunCache
+) -> Progress:
+    """How far the runs of an experiment are: those ``listed``, and those of the ``pairs`` of its plan."""
     runs = path.parent.parent
-    ended = {name for name in listed | possible if cache.state(runs / name)[0] in ENDED}
+    names = listed.union(*pairs)
+    ended = {name for name in names if cache.state(runs / name)[0] in ENDED}
     others: set[str] = set()
     for other in experiment_records(runs):
         if other != path:
             with contextlib.suppress(UserError):  # the report names a damaged one
                 cells = read_experiment(other).cells
                 others |= {name for cell in cells for name in cell.runs.values()}
-    return Progress(len(ended), len(ended & others), len(listed | ended))
+    known = sum(arm != baseline and {arm, baseline} <= ended for arm, baseline in pairs)
+    return Progress(len(ended), len(ended & others), len(listed | ended), known)
 
 
 def _plain(cell: CellRecord) -> dict[str, Any]:

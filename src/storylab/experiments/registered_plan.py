@@ -46,6 +46,7 @@ def plan_of(experiment: Experiment, cells: Iterable[Cell], fingerprint: str) -> 
         "margin": experiment.margin,
         "expectations": [dataclasses.asdict(entry) for entry in experiment.expectations],
         "hypothesis": experiment.hypothesis,
+        "factorial": dataclasses.asdict(experiment.factorial) if experiment.factorial else None,
         "data": fingerprint,
         "code": code_sha256(),
     }

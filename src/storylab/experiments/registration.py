@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
+from storylab.data.tally import plural
 from storylab.experiments.factors import under
 from storylab.experiments.registered_plan import (
     Arms,
@@ -33,11 +34,13 @@ class Progress:
         finished: runs that have ended.
         shared: of these, runs that another experiment lists.
         planned: all runs.
+        differences: pairs of an arm's and the baseline's run that have both ended.
     """
 
     finished: int
     shared: int
     planned: int
+    differences: int = 0
 
 
 def register(plan: dict[str, Any], progress: Progress) -> Registration:
@@ -48,6 +51,7 @@ def register(plan: dict[str, Any], progress: Progress) -> Registration:
         runs_finished=progress.finished,
         runs_shared=progress.shared,
         runs_planned=progress.planned,
+        differences_known=progress.differences,
         plan=plan,
     )
 
@@ -98,7 +102,8 @@ def exploratory_reasons(record: ExperimentRecord) -> list[str]:
     if registered is None:
         return ["not registered"]
     reasons = []
-    if registered.runs_finished > registered.runs_shared:
+    # Runs of other experiments are harmless as long as no arm could be compared by them.
+    if registered.runs_finished > registered.runs_shared or registered.differences_known:
         reasons.append(_registered_line(registered))
     reasons += [
         f"{change.what} changed {_when(change)}"
@@ -117,9 +122,12 @@ def _registered_line(registered: Registration) -> str:
     if not finished:
         return "registered before any run"
     line = f"registered after {finished} of {registered.runs_planned} runs had finished"
-    if shared == finished:
-        return f"{line}, all of them for another experiment"
-    return f"{line}, {shared} of them for another experiment" if shared else line
+    if shared:
+        some = "all" if shared == finished else str(shared)
+        line += f", {some} of them for another experiment"
+    if registered.differences_known:
+        line += f", so that {plural(registered.differences_known, 'difference')} could be known"
+    return line
 
 
 def _when(change: Amendment) -> str:
@@ -138,7 +146,7 @@ def _change_words(change: Amendment) -> str:
         return f"code {str(before)[:8]} -> {str(after)[:8]}"
     if what == "arms":
         return "; ".join(_arm_words(before, after))
-    if what in ("hypothesis", "expectations"):
+    if what in ("hypothesis", "expectations", "factorial"):
         return f"{what} changed"
     return f"{what} {_value_words(before)} -> {_value_words(after)}"
 

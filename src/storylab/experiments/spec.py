@@ -19,13 +19,10 @@ from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
-from storylab.experiments.factors import (
-    allowed_fields,
-    changed_fields,
-    factor_fields,
-    unexplained,
-)
+from storylab.experiments.factorial import Factorial, fields_between
+from storylab.experiments.factors import changed_fields, factor_fields, unexplained
 from storylab.experiments.matching import equally_compiled, matched_cells
+from storylab.experiments.spec_factors import check_levels, read_factorial
 from storylab.experiments.spec_values import (
     read_expectations,
     read_looks,
@@ -49,7 +46,7 @@ from storylab.flags import default_for, parse, perhaps
 TEXTS = ("title", "purpose", "hypothesis", "waits_for")
 SCALED = (
     *("config", "data", "arms", "conditions", "baseline", "seeds", "looks", "variance", "margin"),
-    *("note", "expect"),
+    *("note", "expect", "factors", "fraction"),
 )
 KEYS = {*TEXTS, "factor", "scales", *SCALED}
 ONLY_CONDITION = ""
@@ -104,17 +101,18 @@ class _Reader:
 
     def experiment(self) -> Experiment:
         """The experiment, with all its cells, checked."""
-        arms = get_tables(self.table, "arms")
-        experiment, conditions = self._without_cells(arms)
+        factorial, arms = read_factorial(self.table)
+        experiment, conditions = self._without_cells(arms, factorial)
         # Check the shared config first, so that its errors name [config] and not the first arm.
         self._config({}, "[config]")
         for name, values in conditions.items():
             self._config(values, f"condition '{name}'")
-            factor = experiment.factor
-            if factor and (taken := factor_fields(factor) & values.keys()):
+            if taken := _factor_fields(experiment) & values.keys():
                 raise UserError(
                     f"condition '{name}' sets {listed(taken)}, which is for the arms: it is the factor"
                 )
+            if factorial:
+                check_levels(factorial, arms, values, self._config)
         cells = [
             Cell(condition, arm, self._config(values | arms[arm], f"arm '{arm}'"))
             for condition, values in conditions.items()
@@ -127,19 +125,21 @@ class _Reader:
         return experiment
 
     def _without_cells(
-        self, arms: dict[str, dict[str, Any]]
+        self, arms: dict[str, dict[str, Any]], factorial: Factorial | None
     ) -> tuple[Experiment, dict[str, dict[str, Any]]]:
         """The experiment without its cells, and the settings of every condition."""
         table, texts = self.table, self._texts()
         if not arms and not texts["waits_for"]:
-            raise UserError("it needs [arms]: a table with the changed values of each arm")
+            raise UserError(
+                "it needs [arms]: a table with the changed values of each arm; or [factors]"
+            )
         conditions = get_tables(table, "conditions")
         matched = tuple(name for name, values in conditions.items() if read_matched(name, values))
         conditions = {
             name: {k: v for k, v in values.items() if k != "match"}
             for name, values in conditions.items()
         } or {ONLY_CONDITION: {}}
-        factor, baseline = self._factor_and_baseline(arms)
+        factor, baseline = ("", next(iter(arms))) if factorial else self._factor_and_baseline(arms)
         seeds = read_seeds(table)
         experiment = Experiment(
             name=self.name,
@@ -159,6 +159,7 @@ class _Reader:
             expectations=tuple(read_expectations(table, arms, conditions, baseline)),
             data=self.data,
             cells=(),
+            factorial=factorial,
         )
         return experiment, conditions
 
@@ -210,6 +211,13 @@ class _Reader:
         return config
 
 
+def _factor_fields(experiment: Experiment) -> frozenset[str]:
+    """The fields that arms may change, which no condition may."""
+    if experiment.factorial:
+        return frozenset(name for factor in experiment.factorial.factors for name in factor.fields)
+    return factor_fields(experiment.factor) if experiment.factor else frozenset()
+
+
 def _check_arms(experiment: Experiment) -> None:
     """Every arm differs from the others in the factor, and in nothing else."""
     for i, condition in enumerate(experiment.conditions):
@@ -222,16 +230,27 @@ def _check_arms(experiment: Experiment) -> None:
     if len(experiment.arms) < 2:
         return
     for condition in experiment.conditions:
-        allowed = allowed_fields(experiment.factor, condition in experiment.matched)
         where = f" under '{condition}'" if condition else ""
         for i, arm in enumerate(experiment.arms):
             for other in experiment.arms[:i]:
                 a, b = (experiment.cell(condition, name).config for name in (other, arm))
+                allowed = fields_between(
+                    experiment.factorial,
+                    experiment.factor,
+                    experiment.arms,
+                    (other, arm),
+                    condition in experiment.matched,
+                )
                 if not changed_fields(a, b):
                     raise UserError(
                         f"arm '{arm}' changes nothing{where}: it has the same result as '{other}'"
                     )
                 if extra := set(unexplained(a, b, allowed)):
+                    if experiment.factorial:
+                        raise UserError(
+                            f"'{arm}' differs from '{other}' in {listed(extra)}{where}, which none of "
+                            "their factors changes"
+                        )
                     raise UserError(
                         f"arm '{arm}' changes {listed(extra)}{where} besides the factor "
                         f"'{experiment.factor}': one factor at a time, or name a factor that "

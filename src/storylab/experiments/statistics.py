@@ -36,6 +36,10 @@ class Interval:
             reach = 0.0
         return self.estimate - reach, self.estimate + reach
 
+    def scaled(self, factor: float) -> Interval:
+        """The interval of ``factor`` times the difference."""
+        return Interval(self.estimate * factor, self.standard_error * factor, self.df, self.n)
+
     @property
     def low(self) -> float:
         """Lower end of the 95 % interval."""

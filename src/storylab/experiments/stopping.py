@@ -9,6 +9,7 @@ from msgspec import structs
 
 from storylab.data.dataset import Dataset
 from storylab.execution.job import Executor
+from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.experiment import Experiment
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import Outcome, load_outcome, read_experiment
@@ -16,7 +17,6 @@ from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
 from storylab.experiments.registration import now, registration_lines
 from storylab.experiments.scheduler import ExperimentReporter, run_experiment
-from storylab.experiments.verdicts import verdict_line
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken
 from storylab.record.run import ENDED
 
@@ -70,14 +70,21 @@ def run_by_looks(
         states += run_experiment(part, executor, reporter, fresh)
         trained = fresh or _ended(part) > ended
         outcome = load_outcome(record, planned[0].cache)
-        looks = [comparison.judgement.look or 0 for comparison in outcome.comparisons]
-        if stop in experiment.looks and stop <= max(looks, default=0):
-            note_look(record, stop, outcome.settled_arms() - settled, trained)
+        if stop in experiment.looks:
+            _note_if_reached(record, outcome, stop, settled, trained)
         if stop < len(seeds) and trained:
             for line in look_lines(outcome, stop, settled):
                 reporter.line(line)
         settled, done = settled | outcome.settled_arms(), stop
     return record, states
+
+
+def _note_if_reached(
+    record: Path, outcome: Outcome, look: int, settled: set[CellKey], trained: bool
+) -> None:
+    """Note a look in the record, if some arm was judged at it."""
+    if look <= max((judgement.look or 0 for judgement in outcome.judgements), default=0):
+        note_look(record, look, outcome.settled_arms() - settled, trained)
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:
@@ -128,9 +135,8 @@ def is_open(
 def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Iterator[str]:
     """The verdicts of a look, of the arms that were not ``settled`` before it."""
     yield f"Look at {stop} seeds:"
-    for comparison in outcome.comparisons:
-        if (comparison.condition, comparison.arm) not in settled:
-            yield f"  {verdict_line(comparison)}"
+    for line in verdict_lines(outcome, settled):
+        yield f"  {line}"
     names = [under(arm, condition) for condition, arm in sorted(outcome.settled_arms())]
     if names:
         yield f"Settled, so not trained with more seeds: {', '.join(names)}"

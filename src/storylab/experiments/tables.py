@@ -32,6 +32,16 @@ def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
                 name: _one_spelling(values, f"{kind} '{name}'")
                 for name, values in table[key].items()
             }
+    if isinstance(table.get("factors"), dict):
+        table["factors"] = {
+            name: {
+                level: _one_spelling(changes, f"factor '{name}', level '{level}'")
+                for level, changes in levels.items()
+            }
+            if isinstance(levels, dict)
+            else levels
+            for name, levels in table["factors"].items()
+        }
     if isinstance(table.get("expect"), list):
         table["expect"] = [_one_spelling(entry, "[[expect]]") for entry in table["expect"]]
     if isinstance(table.get("scales"), dict):

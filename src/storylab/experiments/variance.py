@@ -60,8 +60,11 @@ def prior_of(variances: Sequence[float], dfs: Sequence[float]) -> Prior | None:
     return Prior(variance, df)
 
 
-def moderated_intervals(differences: Sequence[Sequence[float]]) -> list[Interval | None]:
-    """Every arm's difference with its moderated error; None for fewer than two pairs.
+def moderated_intervals(
+    differences: Sequence[Sequence[float]],
+) -> tuple[list[Interval | None], Variance]:
+    """Every arm's difference with its moderated error, None for fewer than two pairs; and ``own`` instead
+    of ``moderated`` where nothing could be borrowed.
 
     Args:
         differences: of each arm, arm minus baseline by seed; their numbers may differ.
@@ -69,14 +72,44 @@ def moderated_intervals(differences: Sequence[Sequence[float]]) -> list[Interval
     own = [mean_interval(values) for values in differences]
     known = [interval for interval in own if interval]
     prior = prior_of([i.standard_error**2 * i.n for i in known], [i.df for i in known])
+    if prior is None:
+        return own, "own"
     total = sum(i.df for i in known)
-    return [_moderated(i, prior, total) if i and prior else i for i in own]
+    return [_moderated(i, prior, total) if i else None for i in own], "moderated"
 
 
 def _moderated(own: Interval, prior: Prior, total: float) -> Interval:
     df = prior.df + own.df
     variance = (prior.df * prior.variance + own.df * own.standard_error**2 * own.n) / df
     return Interval(own.estimate, math.sqrt(variance / own.n), min(df, total), own.n)
+
+
+def pooled_contrasts(contrasts: Sequence[Sequence[float]]) -> list[Interval | None] | None:
+    """Every contrast with one error for all: their mean variance. Contrasts of a factorial design are
+    independent, unlike differences to a shared baseline.
+
+    Args:
+        contrasts: of each effect by seed, scaled to equal variance.
+
+    Returns:
+        None as :func:`pooled_intervals`.
+    """
+    effects, n = len(contrasts), len(contrasts[0])
+    if not _can_be_pooled(contrasts):
+        return None
+    variance = float(np.var(np.asarray(contrasts, float), axis=1, ddof=1).mean())
+    error, df = math.sqrt(variance / n), effects * (n - 1)
+    return [Interval(float(np.mean(values)), error, df, n) for values in contrasts]
+
+
+def _can_be_pooled(differences: Sequence[Sequence[float]]) -> bool:
+    """Whether all have equal numbers of seeds, and noise that Bartlett's test does not find unlike."""
+    n = len(differences[0])
+    if n < 2 or any(len(values) != n for values in differences):
+        return False
+    table = np.asarray(differences, float)
+    known = len(differences) > 1 and (table.var(axis=1) > 0).all()
+    return not (known and stats.bartlett(*table).pvalue < UNLIKE)
 
 
 def pooled_intervals(differences: Sequence[Sequence[float]]) -> list[Interval | None] | None:
@@ -87,11 +120,9 @@ def pooled_intervals(differences: Sequence[Sequence[float]]) -> list[Interval | 
         None if arms have other numbers of seeds, or Bartlett's test finds their noise unlike.
     """
     arms, n = len(differences), len(differences[0])
-    if n < 2 or any(len(values) != n for values in differences):
+    if not _can_be_pooled(differences):
         return None
     table = np.asarray(differences, float)
-    if arms > 1 and (table.var(axis=1) > 0).all() and stats.bartlett(*table).pvalue < UNLIKE:
-        return None
     # The baseline's own differences are zero; what seeds share drops out as the blocks' effect.
     table = np.vstack((np.zeros(n), table))
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
@@ -101,14 +132,21 @@ def pooled_intervals(differences: Sequence[Sequence[float]]) -> list[Interval | 
 
 
 def intervals(
-    differences: Sequence[Sequence[float]], variance: Variance
+    differences: Sequence[Sequence[float]], variance: Variance, shared_baseline: bool = True
 ) -> tuple[list[Interval | None], Variance]:
     """Every arm's difference with its error, and the way in which the error was estimated: arms that are
-    too unlike to be pooled are moderated."""
+    too unlike to be pooled are moderated.
+
+    Args:
+        differences: of each arm by seed.
+        variance: how to estimate their noise.
+        shared_baseline: whether all are differences to one baseline; else they are independent.
+    """
     if len(differences) == 0:
         return [], variance
     if variance == "own":
         return [mean_interval(values) for values in differences], "own"
-    if variance == "pooled" and (found := pooled_intervals(differences)) is not None:
+    pooled = pooled_intervals if shared_baseline else pooled_contrasts
+    if variance == "pooled" and (found := pooled(differences)) is not None:
         return found, "pooled"
-    return moderated_intervals(differences), "moderated"
+    return moderated_intervals(differences)

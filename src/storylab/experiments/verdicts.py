@@ -11,6 +11,7 @@ from storylab.experiments.comparison import (
     CONFOUNDED,
     DIVERGED,
     EQUIVALENT,
+    NOT_JUDGED,
     UNDECIDED,
     WORSE,
     WORSE_WITHIN,
@@ -18,6 +19,7 @@ from storylab.experiments.comparison import (
     Ratio,
 )
 from storylab.experiments.factors import under
+from storylab.experiments.family import Judgement
 from storylab.experiments.statistics import ALPHA, Interval
 
 
@@ -58,37 +60,54 @@ def loss_text(c: Comparison) -> str:
     j, r = c.judgement, c.recipes
     if r is None or j.ends is None:
         return f"{UNDECIDED}: {_why_nothing(c)}"
+    if c.verdict == NOT_JUDGED:
+        return f"{interval_text(r)}); {NOT_JUDGED}"
+    return judgement_text(j, c.verdict, c.ends)
+
+
+def judgement_text(
+    j: Judgement, verdict: str, ends: tuple[float, float] | None, kind: str = "arms"
+) -> str:
+    """A verdict of a measured difference with its interval.
+
+    Args:
+        j: the judgement, with an interval.
+        verdict: one of the words of a comparison that compares losses.
+        ends: of the interval that belongs to it.
+        kind: the things that are judged together.
+    """
+    if j.ends is None or j.interval is None:
+        raise ValueError("a judgement without an interval has no text")
+    together = f"holds for all {j.family} {kind} together" if j.family > 1 else ""
     margin = f"the margin of {j.margin:g} nats" if j.margin else ""
-    if c.verdict in (EQUIVALENT, UNDECIDED) and c.ends:
-        within = f", within {margin}" if c.verdict == EQUIVALENT else ""
-        return f"{c.verdict}: {_span(*c.ends)}{within}{_together(c)}"
-    word = BETTER if c.verdict in (BETTER, BETTER_WITHIN) else WORSE
-    if c.ends is None:
+    if verdict in (EQUIVALENT, UNDECIDED) and ends:
+        within = f", within {margin}" if verdict == EQUIVALENT else ""
+        return f"{verdict}: {span_text(*ends)}{within}{f' ({together})' if together else ''}"
+    word = BETTER if verdict in (BETTER, BETTER_WITHIN) else WORSE
+    if ends is None:
         # Holm's method can settle the sign before the interval for all arms leaves zero.
         most = -j.ends[0] if word == BETTER else j.ends[1]
-        text = f"{word}; by how much is not settled: up to {_size(most)} nats{_together(c)}"
+        text = f"{word}; by how much is not settled: up to {size_text(most)} nats"
+        text += f" ({together})" if together else ""
     else:
-        near, far = sorted(map(abs, c.ends))
-        together = _together(c).replace(" (", "; ").rstrip(")")
-        text = f"{word} by {_size(r.estimate)} nats ({_size(near)} to {_size(far)}{together})"
-    if c.verdict in (BETTER_WITHIN, WORSE_WITHIN):
+        near, far = sorted(map(abs, ends))
+        more = f"; {together}" if together else ""
+        span = f"{size_text(near)} to {size_text(far)}"
+        text = f"{word} by {size_text(j.interval.estimate)} nats ({span}{more})"
+    if verdict in (BETTER_WITHIN, WORSE_WITHIN):
         text += f", which is less than {margin}"
     return text
 
 
-def _size(value: float) -> str:
+def size_text(value: float) -> str:
+    """The size of a difference in nats, without its sign."""
     return f"{abs(value):.4f}" if abs(value) < 0.01 else f"{abs(value):.3f}"
 
 
-def _span(low: float, high: float) -> str:
+def span_text(low: float, high: float) -> str:
     """``0.012 better to 0.024 worse`` for -0.012 to +0.024."""
-    words = [f"{_size(v)} {'better' if v < 0 else 'worse'}" for v in (low, high)]
+    words = [f"{size_text(v)} {'better' if v < 0 else 'worse'}" for v in (low, high)]
     return " to ".join(words)
-
-
-def _together(c: Comparison) -> str:
-    family = c.judgement.family
-    return f" (holds for all {family} arms together)" if family > 1 else ""
 
 
 def _why_nothing(c: Comparison) -> str:
@@ -120,15 +139,27 @@ def _closing(c: Comparison) -> Iterator[str]:
             yield f"{c.recipes.n} unpaired seeds{': preliminary' if c.preliminary else ''}"
         else:
             yield f"{c.recipes.n} seeds{': preliminary' if c.preliminary else ''}"
-    if j.next_look is not None and j.look is not None and c.verdict != DIVERGED:
-        yield f"Next planned look: {j.next_look} seeds"
+    if c.verdict != DIVERGED:
+        yield from next_look_text(j)
     if j.e is not None:
-        yield (
-            f"With all {c.recipes.n + j.extra_seeds if c.recipes else j.extra_seeds} seeds, unplanned: "
-            f"e-value {j.e:.3g} ({j.family / ALPHA:.0f} or more would show a difference)"
-        )
+        yield evidence_text(j)
     if c.exploratory:
         yield f"Exploratory: {'; '.join(c.exploratory)}"
+
+
+def next_look_text(j: Judgement) -> Iterator[str]:
+    """The next planned look of a judgement that an earlier one has left open."""
+    if j.next_look is not None and j.look is not None:
+        yield f"Next planned look: {j.next_look} seeds"
+
+
+def evidence_text(j: Judgement) -> str:
+    """The always-valid evidence of seeds that no look has planned."""
+    seeds = (j.interval.n if j.interval else 0) + j.extra_seeds
+    return (
+        f"With all {seeds} seeds, unplanned: "
+        f"e-value {j.e:.3g} ({j.family / ALPHA:.0f} or more would show a difference)"
+    )
 
 
 def _speed_parts(c: Comparison) -> list[str]:
@@ -144,8 +175,8 @@ def _speed_parts(c: Comparison) -> list[str]:
     if e and e.low is not None and e.high is not None and told_apart and c.verdict != DIVERGED:
         word = "better" if e.difference < 0 else "worse"
         parts.append(
-            f"at equal time {word} by {_size(e.difference)} ({_span(e.low, e.high)}; {e.slower} was at "
-            f"{e.progress:.0%} of its schedule)"
+            f"at equal time {word} by {size_text(e.difference)} ({span_text(e.low, e.high)}; {e.slower} "
+            f"was at {e.progress:.0%} of its schedule)"
         )
     return parts
 
@@ -181,9 +212,8 @@ def _loss_details(c: Comparison) -> Iterator[str]:
     j = c.judgement
     if c.recipes is not None and not c.confounds:
         source = f"{j.variance} variance" if c.paired and c.recipes.n > 1 else "its own variance"
-        of_all = f"; for {j.family} arms together{_ends_text(j.alpha, c.recipes)}" * (
-            j.alpha < ALPHA
-        )
+        arms = "at this look" if j.family == 1 else f"for {j.family} arms together"
+        of_all = f"; {arms}{_ends_text(j.alpha, c.recipes)}" * (j.alpha < ALPHA)
         yield f"recipes: {interval_text(c.recipes)}{of_all}), {source}, {p_text(c.recipes.p)}"
     if c.stories is not None:
         yield (

@@ -43,6 +43,8 @@ class Registration(Struct, frozen=True, kw_only=True):
     runs_shared: Count = 0
     """Of these, runs that another experiment of the folder had listed."""
     runs_planned: Count = 0
+    differences_known: Count = 0
+    """Pairs of an arm's and the baseline's run that had both ended by then."""
     plan: dict[str, Any]
     """See :func:`storylab.experiments.registered_plan.plan_of`."""
 
@@ -78,6 +80,26 @@ class Opening(Struct, frozen=True, kw_only=True):
     seeds: Count
 
 
+class FactorRecord(Struct, frozen=True, kw_only=True):
+    """A factor of a factorial experiment."""
+
+    name: str
+    levels: Annotated[list[str], Meta(min_length=2, max_length=2)]
+    """The base first."""
+    fields: list[str]
+    """Config fields that it may change."""
+
+
+class FactorialRecord(Struct, frozen=True, kw_only=True):
+    """A factorial design: two-level factors crossed."""
+
+    factors: Annotated[list[FactorRecord], Meta(min_length=2)]
+    fraction: Annotated[int, Meta(ge=1)]
+    """One in how many of the crossed cells is trained."""
+    cells: list[list[Annotated[int, Meta(ge=0, le=1)]]]
+    """The level of every factor in each arm, in the order of the arms; 0 is the base."""
+
+
 class ExperimentRecord(Struct, frozen=True, kw_only=True):
     """``experiments/LABEL.json``: the runs that make up an experiment."""
 
@@ -106,3 +128,5 @@ class ExperimentRecord(Struct, frozen=True, kw_only=True):
     amendments: list[Amendment] = []
     looks_taken: list[LookTaken] = []
     openings: list[Opening] = []
+    factorial: FactorialRecord | None = None
+    """The design of an experiment whose arms are crossed factors."""

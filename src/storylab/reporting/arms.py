@@ -12,6 +12,7 @@ from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.registration import registration_lines
 from storylab.experiments.verdicts import nats, ratio_text
+from storylab.reporting.effects import effects_headline
 from storylab.reporting.tables import low_precision_share, mean_of, training_seconds
 from storylab.training.log_format import format_duration
 
@@ -52,6 +53,8 @@ def repeat_command(outcome: Outcome) -> str:
 
 def headline(outcome: Outcome) -> str:
     """An experiment's verdict in one sentence."""
+    if outcome.effects:
+        return effects_headline(outcome)
     if not outcome.comparisons:
         losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
         if not losses:

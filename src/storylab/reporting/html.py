@@ -11,7 +11,6 @@ import numpy as np
 import vl_convert
 
 from storylab.experiments.outcome import Outcome
-from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.reporting.arms import (
     headline,
     plan_text,
@@ -19,6 +18,7 @@ from storylab.reporting.arms import (
     section_title,
     table_rows,
 )
+from storylab.reporting.effects import effect_table, factor_text, verdicts_in_full
 from storylab.reporting.figures.style import AXES, COLORS, Spec
 from storylab.reporting.observations import observations
 from storylab.reporting.tables import curve_rows, flat_config
@@ -68,6 +68,7 @@ def _section(
 ) -> dict[str, Any]:
     record = outcome.record
     headings, rows = table_rows(outcome)
+    effect_headings, effect_rows = effect_table(outcome)
     arms = list(dict.fromkeys(cell.arm.name for cell in outcome.cells))
     facts = [
         ["Purpose", record.purpose],
@@ -75,7 +76,7 @@ def _section(
         ["Scale", record.note],
         ["Plan", plan_text(outcome)],
         ["Choices", "; ".join(choices)],
-        ["Factor", f"{record.factor or 'none'}; baseline: {outcome.baseline}"],
+        ["Factor", f"{factor_text(outcome)}; baseline: {outcome.baseline}"],
     ]
     return {
         "label": outcome.label,
@@ -89,8 +90,9 @@ def _section(
         "arms": [{"name": name, "colour": COLORS[i % len(COLORS)]} for i, name in enumerate(arms)],
         "figures": [[caption, spec] for caption, spec in figures.items()],
         "table": {"headings": headings, "rows": rows},
+        "effects": {"headings": effect_headings, "rows": effect_rows},
         "observations": observations(outcome),
-        "verdicts": [" | ".join((verdict_line(c), *detail_lines(c))) for c in outcome.comparisons],
+        "verdicts": [" | ".join(lines) for lines in verdicts_in_full(outcome)],
         "samples": _samples(outcome),
         "configs": [{"name": cell.name, "config": flat_config(cell)} for cell in outcome.cells],
     }

@@ -13,11 +13,10 @@ import numpy as np
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
+from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
-from storylab.experiments.verdicts import detail_lines, verdict_line
 from storylab.files import open_file
-from storylab.optim import OPTIMIZERS, REST
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import LOG
 from storylab.record.run import Run
@@ -28,13 +27,12 @@ from storylab.reporting.arms import (
     section_title,
     table_rows,
 )
+from storylab.reporting.effects import effect_table, factor_text, verdicts_in_full
 from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
+from storylab.reporting.setup_facts import setup_facts
 from storylab.training.log_format import printable, summary_lines
-
-# Values of a fact that are shown before "and N more".
-MOST_VALUES = 6
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def markdown(
     return _template().render(
         page=page,
         sections=[_view(section, remarks) for section in sections],
-        facts=list(_setup(section.outcome for section in sections)),
+        facts=list(setup_facts(section.outcome for section in sections)),
         problems=problems,
         kept=[(label, text) for label, text in remarks.items() if label not in shown],
         begin_remarks=BEGIN_REMARKS,
@@ -110,8 +108,10 @@ class _SectionView:
     repeat: str
     problems: Sequence[str]
     pictures: list[tuple[str, str]]
+    factor: str
     headings: list[str]
     rows: list[list[str]]
+    effects: tuple[list[str], list[list[str]]]
     samples: list[tuple[str, str]]
     verdicts: list[str]
     observations: list[str]
@@ -138,10 +138,12 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         repeat=repeat_command(o),
         problems=o.problems,
         pictures=list(section.pictures.items()),
+        factor=factor_text(o),
         headings=headings,
         rows=rows,
+        effects=effect_table(o),
         samples=list(_samples(o)),
-        verdicts=[verdict_line(c) for c in o.comparisons],
+        verdicts=verdict_lines(o),
         observations=observations(o),
         comparisons=_comparison_lines(o),
         training_lines=_training_lines(o),
@@ -167,64 +169,6 @@ def _dates(runs: Sequence[Run]) -> str:
     """``2026-11-01 to 2026-11-03``, from the first start to the last; empty without runs."""
     dates = sorted({run.environment.started[:10] for run in runs})
     return " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
-
-
-def _setup(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, str]]:
-    """Machine, software, data, model and optimizer of all runs; each value once."""
-    runs = {run.folder: run for outcome in outcomes for run in outcome.runs}
-    facts: dict[str, list[str]] = {}
-    for run in runs.values():
-        for name, value in _facts(run):
-            values = facts.setdefault(name, [])
-            if value not in values:
-                values.append(value)
-    for name, values in facts.items():
-        more = len(values) - MOST_VALUES
-        yield name, "; ".join(values[:MOST_VALUES]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _facts(run: Run) -> Iterable[tuple[str, str]]:
-    e, c, data = run.environment, run.config, run.data
-    memory = f", {e.memory_bytes / 1e9:.0f} GB"
-    yield "machine", f"{e.processor} ({e.cpu}), {e.cores} cores{memory}"
-    yield "device", e.gpu or f"{e.device}, {e.threads} threads"
-    yield "software", f"storylab {e.storylab}, torch {e.packages.torch}, Python {e.python}"
-    commits = sorted({stage.git_commit[:12] for stage in run.stages if stage.git_commit})
-    version = ", ".join(sorted({stage.code_sha256[:12] for stage in run.stages}))
-    yield "code", version + (f" (git {', '.join(commits)})" if commits else "")
-    tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data.tokens.items())
-    yield (
-        "data",
-        f"{tokens}, {data.tokenizer.name} tokenizer of {data.tokenizer.vocab_size:,} ids, "
-        f"fingerprint {data.fingerprint[:12]}",
-    )
-    m = c.model
-    parameters = m.parameter_count(data.tokenizer.vocab_size)
-    yield (
-        "models",
-        f"{c.preset}: {m.n_layer} layers, width {m.n_embd}, {m.n_head} query and {m.n_kv_head} "
-        f"key/value heads, hidden {m.n_hidden}, {parameters:,} parameters",
-    )
-    yield "batch", f"{c.tokens_per_iteration:,} tokens an iteration, in windows of {c.block_size:,}"
-    yield (
-        "optimizer",
-        ("" if c.method == "record" else f"method {c.method}: ")
-        + _optimizers(c.optimizer)
-        + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
-        f"clipped at {c.grad_clip:g}"
-        + (
-            f"; weights averaged over about {c.average_share:.0%} of the run"
-            if c.average_share
-            else ""
-        ),
-    )
-
-
-def _optimizers(name: str) -> str:
-    entry = OPTIMIZERS[name]
-    if entry.matrices_only:
-        return f"{entry.label} for the blocks' matrices, else {REST.label}"
-    return entry.label
 
 
 def _anchor(label: str) -> str:
@@ -274,10 +218,8 @@ def _plain(text: str) -> str:
 
 
 def _comparison_lines(o: Outcome) -> list[str]:
-    lines = []
-    for c in o.comparisons:
-        lines += [verdict_line(c), *(f"  {line}" for line in detail_lines(c)), ""]
-    return lines[:-1]
+    texts = verdicts_in_full(o)
+    return "\n\n".join("\n  ".join(lines) for lines in texts).splitlines()
 
 
 def _training_lines(o: Outcome) -> list[str]:

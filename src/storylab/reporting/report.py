@@ -14,7 +14,7 @@ from storylab.experiments.outcome import Outcome, experiment_records, load_outco
 from storylab.files import exists, make_folder, read_text, write_text
 from storylab.record.index import RunCache
 from storylab.reporting.choices import choices
-from storylab.reporting.figures import cost, curves, precision
+from storylab.reporting.figures import cost, curves, effects, precision
 from storylab.reporting.figures.style import Spec, condition_of, static
 from storylab.reporting.html import html
 from storylab.reporting.markdown import Section, markdown
@@ -105,10 +105,15 @@ def _renumbered(svg: str) -> str:
 def _figures(outcome: Outcome) -> Iterator[tuple[str, Spec]]:
     """Every figure that an experiment has the numbers for, by caption; the most important ones first."""
     made = [
+        (
+            "Effects on the final loss: intervals that hold for all effects together",
+            effects.effects(outcome),
+        ),
+        *effects.pairs(outcome),
         ("Final loss against peak learning rate", curves.learning_rates(outcome)),
         ("Final loss against training time and size", curves.pareto(outcome)),
         (
-            "Final loss against the baseline: 95 % intervals"
+            "Final loss against the baseline: intervals of the verdicts"
             + (" over the band of the margin" if outcome.record.margin is not None else ""),
             curves.finals(outcome),
         ),

@@ -60,8 +60,8 @@ def differences(outcome: Outcome) -> Spec | None:
 
 
 def finals(outcome: Outcome) -> Spec | None:
-    """Final losses minus the baseline's: dots with 95 % intervals, over a band of the margin if the
-    experiment has one."""
+    """Final losses minus the baseline's: dots with the intervals of the verdicts, over a band of the
+    margin if the experiment has one."""
     rows = final_rows(outcome)
     if not rows:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from storylab.experiments.curves import HORIZON
 from storylab.experiments.experiment import METRICS
 from storylab.experiments.factors import under
-from storylab.experiments.outcome import Checked
+from storylab.experiments.measures import Checked
 
 # Why a number is missing, where it is no measurement.
 NOT_KNOWN = {"plateau_iteration": f"not predicted, or beyond {HORIZON} times the run"}
