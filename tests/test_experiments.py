@@ -703,7 +703,7 @@ def test_an_update_is_charged_once_an_iteration(
     config = dataclasses.replace(planned[0].cell.config, gradient_accumulation_steps=accumulation)
     run = dataclasses.replace(planned[0], cell=dataclasses.replace(planned[0].cell, config=config))
 
-    def step(self: StepTimer, sequences: int) -> float:
+    def step(self: StepTimer, sequences: int, in_a_row: int = 1) -> float:
         return 100.0 * sequences / self.config.batch_size + 300.0
 
     monkeypatch.setattr(StepTimer, "step", step)
