@@ -195,8 +195,8 @@ def _curves(rng: np.random.Generator, n: int, count: int) -> tuple[float, float]
     for _ in range(count):
         pairs = [_pair(rng) for _ in range(n)]
         e, r = equal_time("a", "b", pairs), reach(pairs, True)
-        if e and e.low is not None and e.high is not None:
-            covered[0] += e.low <= time.difference <= e.high
+        if e and e.interval:
+            covered[0] += e.interval.low <= time.difference <= e.interval.high
         if r and r.tokens.low and r.tokens.high:
             covered[1] += r.tokens.low <= tokens.tokens.value <= r.tokens.high
     return float(covered[0] / count), float(covered[1] / count)

@@ -156,7 +156,7 @@ def test_the_verdicts(
     assert c.verdict == verdict
     line = verdict_line(c)
     if verdict == UNDECIDED:
-        assert re.search(r"undecided: 0\.\d+ better to 0\.\d+ worse", line)
+        assert re.search(r"undecided: 0\.\d+ \w+ so far, from 0\.\d+ better to 0\.\d+ worse", line)
     if verdict == EQUIVALENT:
         assert re.search(
             r"equivalent: .* better to .* worse, within the margin of 0\.02 nats", line

@@ -101,8 +101,8 @@ class EqualTime:
     """
 
     difference: float
-    low: float | None
-    high: float | None
+    interval: Interval | None
+    """None for one pair."""
     progress: float
     slower: str
 

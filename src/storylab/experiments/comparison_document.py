@@ -159,8 +159,8 @@ def _equal_time(e: EqualTime | None) -> EqualTimeDifference | None:
         return None
     return EqualTimeDifference(
         difference_nats_per_token=e.difference,
-        low_nats_per_token=e.low,
-        high_nats_per_token=e.high,
+        low_nats_per_token=e.interval.low if e.interval else None,
+        high_nats_per_token=e.interval.high if e.interval else None,
         slower=e.slower,
         slower_progress=e.progress,
     )

@@ -53,11 +53,9 @@ def equal_time(arm: str, baseline: str, pairs: Pairs) -> EqualTime | None:
         slower_arm += ends[0] > ends[1]
     if not differences:
         return None
-    interval = statistics.mean_interval(differences)
     return EqualTime(
         float(np.mean(differences)),
-        interval.low if interval else None,
-        interval.high if interval else None,
+        statistics.mean_interval(differences),
         float(np.mean(progress)),
         arm if 2 * slower_arm > len(pairs) else baseline,
     )

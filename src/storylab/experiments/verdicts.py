@@ -82,7 +82,9 @@ def judgement_text(
     margin = f"the margin of {j.margin:g} nats" if j.margin else ""
     if verdict in (EQUIVALENT, UNDECIDED) and ends:
         within = f", within {margin}" if verdict == EQUIVALENT else ""
-        return f"{verdict}: {span_text(*ends)}{within}{f' ({together})' if together else ''}"
+        so_far = f"{span_text(j.interval.estimate)} so far, from " if verdict == UNDECIDED else ""
+        more = f" ({together})" if together else ""
+        return f"{verdict}: {so_far}{span_text(*ends)}{within}{more}"
     word = BETTER if verdict in (BETTER, BETTER_WITHIN) else WORSE
     if ends is None:
         # Holm's method can settle the sign before the interval for all arms leaves zero.
@@ -104,10 +106,13 @@ def size_text(value: float) -> str:
     return f"{abs(value):.4f}" if abs(value) < 0.01 else f"{abs(value):.3f}"
 
 
-def span_text(low: float, high: float) -> str:
-    """``0.012 better to 0.024 worse`` for -0.012 to +0.024."""
-    words = [f"{size_text(v)} {'better' if v < 0 else 'worse'}" for v in (low, high)]
-    return " to ".join(words)
+def span_text(*ends: float) -> str:
+    """``0.012 better to 0.024 worse`` for -0.012 to +0.024; ``0.010 to 0.024 worse`` for one sign."""
+    words = ["better" if value < 0 else "worse" for value in ends]
+    if len(set(words)) == 1:
+        near_first = sorted(ends, key=abs)
+        return f"{' to '.join(map(size_text, near_first))} {words[0]}"
+    return " to ".join(f"{size_text(v)} {word}" for v, word in zip(ends, words, strict=True))
 
 
 def _why_nothing(c: Comparison) -> str:
@@ -171,13 +176,14 @@ def _speed_parts(c: Comparison) -> list[str]:
     if c.speed:
         parts.append(ratio_text(c.speed, "faster", "slower", "speed", c.paired))
     e = c.equal_time
-    told_apart = e and e.low is not None and e.high is not None and not e.low <= 0 <= e.high
-    if e and e.low is not None and e.high is not None and told_apart and c.verdict != DIVERGED:
-        word = "better" if e.difference < 0 else "worse"
-        parts.append(
-            f"at equal time {word} by {size_text(e.difference)} ({span_text(e.low, e.high)}; {e.slower} "
-            f"was at {e.progress:.0%} of its schedule)"
-        )
+    if e and e.interval and c.verdict != DIVERGED:
+        # Named in the line at the level of the verdict alone: it is one more claim about the same arms.
+        low, high = e.interval.ends(c.judgement.alpha)
+        if not low <= 0 <= high:
+            parts.append(
+                f"at equal time {span_text(low, high)} ({e.slower} was at {e.progress:.0%} of its "
+                "schedule)"
+            )
     return parts
 
 
@@ -273,7 +279,7 @@ def _curve_details(c: Comparison) -> Iterator[str]:
         yield f"for an equal loss, that at which the worse of the two ends: {told}"
     if c.equal_time is not None:
         e = c.equal_time
-        spread = f" (95 % CI {e.low:+.3f} to {e.high:+.3f})" if e.low is not None else ""
+        spread = f" (95 % CI {e.interval.low:+.3f} to {e.interval.high:+.3f})" if e.interval else ""
         yield (
             f"at equal training time: {e.difference:+.3f} nats{spread}, read off the curves of the "
             f"estimates during training; "
