@@ -19,7 +19,8 @@ from msgspec import structs
 
 from storylab.experiments.compare import compare_arms
 from storylab.experiments.comparison import BETTER, WORSE, Arm
-from storylab.experiments.outcome import experiment_records, load_outcome
+from storylab.experiments.outcome import load_outcome
+from storylab.experiments.records import experiment_records
 from storylab.experiments.statistics import (
     ALPHA,
     detectable_difference,

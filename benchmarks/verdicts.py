@@ -23,7 +23,8 @@ import intervals_cover
 from storylab.experiments.experiment import Variance
 from storylab.experiments.family import Judgement, Rules, Trial, judge
 from storylab.experiments.looks import DEFAULT_LOOKS, e_value
-from storylab.experiments.outcome import experiment_records, load_outcome
+from storylab.experiments.outcome import load_outcome
+from storylab.experiments.records import experiment_records
 from storylab.experiments.statistics import ALPHA
 
 NOISE = 0.005

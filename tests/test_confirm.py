@@ -14,7 +14,7 @@ from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.experiments.confirm import fresh_seeds
-from storylab.experiments.outcome import read_experiment
+from storylab.experiments.records import read_experiment
 from storylab.experiments.selection import (
     Selection,
     expected_largest,

@@ -25,9 +25,10 @@ from storylab.experiments.experiment import Variance
 from storylab.experiments.factorial import Factor, Factorial, design_cells, generators
 from storylab.experiments.family import Judgement, Rules, judge
 from storylab.experiments.foresight import detectable_at_looks
-from storylab.experiments.outcome import Outcome, load_outcome, read_experiment
+from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
+from storylab.experiments.records import read_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
 from storylab.record.index import RunCache

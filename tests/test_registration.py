@@ -14,9 +14,9 @@ from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import registered_plan
 from storylab.experiments.experiment import Experiment
-from storylab.experiments.outcome import read_experiment
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
+from storylab.experiments.records import read_experiment
 from storylab.experiments.registered_plan import amended_plan, plan_of
 from storylab.experiments.registration import exploratory_reasons, registration_lines
 from storylab.experiments.scheduler import run_experiment

@@ -9,7 +9,7 @@ import pytest
 from executors import InProcess, Unused
 from storylab.cli import main
 from storylab.data.dataset import Dataset
-from storylab.experiments.outcome import read_experiment
+from storylab.experiments.records import read_experiment
 from storylab.experiments.stopping import stops, unplanned_line
 from storylab.record.experiment_schema import ExperimentRecord
 from test_registration import TEXT

@@ -19,7 +19,7 @@ from damage import (
 )
 from storylab.decode import decode
 from storylab.errors import UserError
-from storylab.experiments.outcome import read_experiment
+from storylab.experiments.records import read_experiment
 from storylab.files import read_json
 from storylab.record.run import load_run
 from storylab.record.schema import Summary

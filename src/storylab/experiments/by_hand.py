@@ -14,7 +14,8 @@ from storylab.experiments.compare import compare_runs, group_runs
 from storylab.experiments.comparison import Arm, Comparison
 from storylab.experiments.factors import under
 from storylab.experiments.neighbors import Neighbors, find_neighbors
-from storylab.experiments.outcome import experiment_records, load_outcome, read_experiment
+from storylab.experiments.outcome import load_outcome
+from storylab.experiments.records import experiment_records, read_experiment
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import CONFIG

@@ -11,8 +11,8 @@ from msgspec import structs
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import MOST_SEEDS, Experiment
-from storylab.experiments.outcome import read_experiment
 from storylab.experiments.recording import record_path, update_record
+from storylab.experiments.records import read_experiment
 from storylab.experiments.registration import now
 from storylab.experiments.selection import used_seeds
 from storylab.files import exists

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +15,16 @@ from storylab.experiments.blocks import block_of, effects_of
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import Arm, Comparison
 from storylab.experiments.effects import EffectResult
-from storylab.experiments.experiment import METRICS, Expectation
-from storylab.experiments.factorial import Factorial, design_faults, fields_between
+from storylab.experiments.experiment import Expectation, counted_up
+from storylab.experiments.factorial import Factorial, fields_between
 from storylab.experiments.factors import allowed_fields, under
 from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES, Checked
-from storylab.experiments.plan import EXPERIMENTS
-from storylab.experiments.registration import exploratory_reasons
-from storylab.files import exists, read_record, reading
+from storylab.experiments.records import read_experiment
+from storylab.experiments.registration import exploratory_reasons, reasons_of_runs
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
-from storylab.record.run import FAILED, NEW, Run
+from storylab.record.run import FAILED, NEW, UNFINISHED, Run
 
 
 @dataclass(frozen=True)
@@ -114,56 +112,6 @@ class Outcome:
         return list(found.values())
 
 
-def experiment_records(runs: Path) -> list[Path]:
-    """Records of the experiments in a folder of runs, in the order of their names.
-
-    Raises:
-        UserError: the folder cannot be read.
-    """
-    folder = runs / EXPERIMENTS
-    if not exists(folder):
-        return []
-    with reading(folder):
-        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
-
-
-def read_experiment(path: Path) -> ExperimentRecord:
-    """Read an experiment's record.
-
-    Raises:
-        UserError: it cannot be read, or something in it is missing, of another type or does not fit the
-            rest.
-    """
-    record = read_record(path, ExperimentRecord)
-    if fault := next(_record_faults(record), None):
-        raise UserError(f"{path} is damaged: {fault}")
-    return record
-
-
-def _record_faults(record: ExperimentRecord) -> Iterator[str]:
-    """Contradictions within a record."""
-    cells = [(cell.condition, cell.arm) for cell in record.cells]
-    if not cells:
-        yield "it has no cells"
-    if len(set(cells)) < len(cells):
-        yield "a cell is there twice"
-    for condition, arm in cells:
-        if arm not in record.arms or condition not in record.conditions:
-            yield f"the cell '{under(arm, condition)}' is not of its arms and conditions"
-        if (condition, record.baseline) not in cells:
-            yield f"there is no baseline '{under(record.baseline, condition)}'"
-    for cell in record.cells:
-        for seed, name in cell.runs.items():
-            if not re.fullmatch(r"\d{1,19}", seed, re.ASCII):
-                yield f"'{seed}' is no seed"
-            if name in ("", ".", "..") or "/" in name or "\0" in name:
-                yield f"{name!r} is no name of a run folder"
-    yield from design_faults(record)
-    for expectation in record.expectations:
-        if expectation.metric not in METRICS:
-            yield f"there is no metric '{expectation.metric}'"
-
-
 def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     """Read an experiment's record and its runs, and compare its arms.
 
@@ -183,18 +131,21 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     try:
         cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
         if record.stage == "confirm":
-            cells = tuple(_on_test(cell, problems) for cell in cells)
+            cells = _on_test(record, cells, problems)
         allowed_fields(record.factor, matched=False)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     outcome = Outcome(path.stem, record, cells, (), (), ())
     contests, rules, design = _contests(outcome, cache), rules_of(record), outcome.factorial
     comparisons = compare_contests(contests, rules, judged=design is None)
-    reasons = tuple(exploratory_reasons(record))
+    reasons = (
+        *exploratory_reasons(record),
+        *reasons_of_runs(record, (pair for c in contests for pair in c.pairs)),
+    )
     outcome = dataclasses.replace(
         outcome,
         comparisons=tuple(dataclasses.replace(c, exploratory=reasons) for c in comparisons),
-        effects=tuple(_effects(outcome, design, contests, rules)) if design else (),
+        effects=tuple(_effects(outcome, design, contests, rules, reasons)) if design else (),
     )
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
@@ -207,14 +158,18 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
 
 def rules_of(record: ExperimentRecord) -> Rules:
     """How a record's experiment is judged: by its plan, or, without one, at whatever it has."""
-    seeds = list(record.seeds)
+    seeds = record.seeds
     if record.looks and seeds:
-        seeds += range(max(seeds) + 1, max(seeds) + 1 + record.looks[-1] - len(seeds))
+        seeds = counted_up(seeds, max(len(seeds), record.looks[-1]))
     return Rules(tuple(record.looks), tuple(seeds), record.variance, record.margin)
 
 
 def _effects(
-    outcome: Outcome, design: Factorial, contests: Sequence[Contest], rules: Rules
+    outcome: Outcome,
+    design: Factorial,
+    contests: Sequence[Contest],
+    rules: Rules,
+    reasons: tuple[str, ...],
 ) -> list[EffectResult]:
     """The effects of a factorial experiment under every condition."""
     blocks = []
@@ -227,7 +182,7 @@ def _effects(
                 [contest for contest in contests if contest.condition == condition],
             )
         )
-    return effects_of(design, blocks, rules, tuple(exploratory_reasons(outcome.record)))
+    return effects_of(design, blocks, rules, reasons)
 
 
 def _contests(outcome: Outcome, cache: RunCache) -> list[Contest]:
@@ -273,7 +228,27 @@ def _read_cell(
     return CellResult(cell.condition, arm, config, len(cell.runs))
 
 
-def _on_test(cell: CellResult, problems: list[str]) -> CellResult:
+def _on_test(
+    record: ExperimentRecord, cells: tuple[CellResult, ...], problems: list[str]
+) -> tuple[CellResult, ...]:
+    """The cells with final losses on the test split; no runs before all planned ones have ended, as a
+    look at some of them is a look."""
+    ended = {
+        (cell.condition, cell.arm.name, run.config.seed)
+        for cell in cells
+        for run in cell.arm.runs
+        if run.state != UNFINISHED
+    }
+    planned = {(c.condition, c.arm.name, seed) for c in cells for seed in record.seeds}
+    if not planned <= ended:
+        problems.append(
+            f"the test split stays closed: {len(planned & ended)} of {len(planned)} runs have ended"
+        )
+        return tuple(dataclasses.replace(c, arm=Arm(c.arm.name, ())) for c in cells)
+    return tuple(_cell_on_test(cell, problems) for cell in cells)
+
+
+def _cell_on_test(cell: CellResult, problems: list[str]) -> CellResult:
     """A cell whose final losses are those on the test split; runs without them are named in
     ``problems`` and left out."""
     found = []

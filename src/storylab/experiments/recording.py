@@ -15,8 +15,8 @@ from storylab.errors import UserError
 from storylab.experiments.attempts import set_aside
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import changed_fields
-from storylab.experiments.outcome import experiment_records, read_experiment
 from storylab.experiments.plan import EXPERIMENTS, PlannedRun, ResolvedCell, resolved_cells
+from storylab.experiments.records import experiment_records, read_experiment
 from storylab.experiments.registered_plan import plan_of
 from storylab.experiments.registration import Progress, registered_values
 from storylab.files import (

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from msgspec import structs
@@ -20,6 +21,7 @@ from storylab.experiments.registered_plan import (
     plan_changes,
 )
 from storylab.record.experiment_schema import Amendment, ExperimentRecord, Registration
+from storylab.record.run import Run
 
 # Changes that leave the verdicts as they are: the report says them all the same.
 HARMLESS = {"hypothesis", "code", "record", "runs"}
@@ -111,6 +113,28 @@ def exploratory_reasons(record: ExperimentRecord) -> list[str]:
         if _is_exploratory(change)
     ]
     return list(dict.fromkeys(reasons))
+
+
+def reasons_of_runs(record: ExperimentRecord, pairs: Iterable[tuple[Run, Run]]) -> Iterator[str]:
+    """A reason for doubt if runs of an arm and its baseline began before the plan was registered: runs that
+    were elsewhere at that moment, say, so that the registration did not see them."""
+    if record.registered is None or record.registered.differences_known:
+        return
+    registered = _moment(record.registered.time)
+    early = sum(
+        max(_moment(a.environment.started), _moment(b.environment.started)) < registered
+        for a, b in pairs
+    )
+    if early:
+        yield f"the runs of {plural(early, 'difference')} began before the plan was registered"
+
+
+def _moment(text: str) -> datetime:
+    """A recorded time; the latest one of all for a text that is none."""
+    try:
+        return datetime.strptime(text, TIME_FORMAT)
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)
 
 
 def _is_exploratory(change: Amendment) -> bool:

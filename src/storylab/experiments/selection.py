@@ -14,7 +14,7 @@ from scipy import integrate, stats
 
 from storylab.errors import UserError
 from storylab.experiments.experiment import counted_up
-from storylab.experiments.outcome import experiment_records, read_experiment
+from storylab.experiments.records import experiment_records, read_experiment
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import CONFIG

@@ -12,9 +12,10 @@ from storylab.execution.job import Executor
 from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.experiment import Experiment
 from storylab.experiments.factors import under
-from storylab.experiments.outcome import Outcome, load_outcome, read_experiment
+from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
+from storylab.experiments.records import read_experiment
 from storylab.experiments.registration import now, registration_lines
 from storylab.experiments.scheduler import ExperimentReporter, run_experiment
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken

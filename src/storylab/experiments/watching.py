@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storylab.errors import UserError
-from storylab.experiments.outcome import experiment_records, read_experiment
+from storylab.experiments.records import experiment_records, read_experiment
 from storylab.files import exists, held, open_file
 from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache

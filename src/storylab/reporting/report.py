@@ -10,7 +10,8 @@ import vl_convert
 
 from storylab.errors import UserError
 from storylab.experiments.factors import under
-from storylab.experiments.outcome import Outcome, experiment_records, load_outcome
+from storylab.experiments.outcome import Outcome, load_outcome
+from storylab.experiments.records import experiment_records
 from storylab.files import exists, make_folder, read_text, write_text
 from storylab.record.index import RunCache
 from storylab.reporting.choices import choices
