@@ -21,8 +21,8 @@ from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.statistics import (
     Interval,
     mean_interval,
-    noise_interval,
     share_interval,
+    single_interval,
     story_interval,
     unpaired_interval,
 )
@@ -150,7 +150,12 @@ def _one_run(rng: np.random.Generator, n: int, count: int, noisier: float) -> fl
     for _ in range(count):
         baseline, run = rng.standard_normal(n), float(noisier * rng.standard_normal())
         deviation = float(baseline.std(ddof=1))
-        covered += _holds(noise_interval(run, float(baseline.mean()), deviation, n), 0.0)
+        covered += _holds(
+            single_interval(
+                run - float(baseline.mean()), [(deviation, n)] * 2, (1, n), shared=True
+            ),
+            0.0,
+        )
     return covered / count
 
 

@@ -229,13 +229,29 @@ def test_one_seed_cannot_tell_without_a_noise_floor(low: Run, tmp_path: Path) ->
     assert "One run, and the noise of 5 seeds: preliminary" in line
 
 
-def test_one_run_is_compared_with_the_mean_of_all_seeds_of_the_baseline(low: Run) -> None:
+def test_one_run_is_compared_with_the_mean_of_all_seeds_of_the_baseline(
+    low: Run, tmp_path: Path
+) -> None:
+    low = dataclasses.replace(low, folder=tmp_path / "alone-s1")
     c = compared(low, [3.40], [3.50, 3.52, 3.48])
     assert c.recipes is not None and c.recipes.estimate == pytest.approx(-0.1)
     assert c.recipes.standard_error == pytest.approx(0.02 * (1 + 1 / 3) ** 0.5)
     back = compared(low, [3.50, 3.52, 3.48], [3.40])
     assert back.recipes is not None and back.recipes.estimate == pytest.approx(0.1)
     assert back.recipes.standard_error == pytest.approx(c.recipes.standard_error)
+
+
+def test_one_pair_uses_the_noise_of_both_recipes_and_mirrors(trained: Path) -> None:
+    low, high = load_run(trained / "low-s1"), load_run(trained / "high-s1")
+    (c,), (back,) = compare_runs([low, high]), compare_runs([high, low])
+    deviations = [
+        float(np.std([load_run(trained / f"{name}-s{seed}").loss for seed in (1, 2)], ddof=1))
+        for name in ("low", "high")
+    ]
+    assert c.recipes is not None and back.recipes is not None
+    assert c.recipes.standard_error == pytest.approx(math.hypot(*deviations))
+    assert c.recipes.estimate == pytest.approx(high.loss - low.loss)
+    assert back.recipes.ends() == pytest.approx(tuple(-end for end in reversed(c.recipes.ends())))
 
 
 def test_overlapping_seeds_are_all_used_where_that_is_the_better_design(low: Run) -> None:
@@ -284,7 +300,8 @@ def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Run) -> None:
 def test_a_seed_counts_once(runs: Path, low: Run) -> None:
     """A copy of a run, or one set aside, is no second measurement."""
     shutil.copytree(runs / "low-s1", runs / "low-s1.old1")
-    shutil.rmtree(runs / "low-s2")
+    for other in ("low-s2", "high-s2"):
+        shutil.rmtree(runs / other)
     assert noise_floor(load_run(runs / "low-s1")) is None
     folders = [runs / "low-s1", runs / "low-s1.old1", runs / "high-s1"]
     (c,) = compare_runs([load_run(folder) for folder in folders])
@@ -335,7 +352,8 @@ def test_hardware_of_a_resume_counts(runs: Path) -> None:
 
 
 def test_runs_of_different_seeds_are_not_called_a_pair(runs: Path) -> None:
-    shutil.rmtree(runs / "low-s2")
+    for other in ("low-s2", "high-s1"):
+        shutil.rmtree(runs / other)
     (c,) = compare_runs([load_run(runs / "low-s1"), load_run(runs / "high-s2")])
     line = verdict_line(c)
     assert c.verdict == UNDECIDED and "runs of different seeds, other weights" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.experiments.confirm import fresh_seeds
+from storylab.experiments.outcome import load_outcome
 from storylab.experiments.records import read_experiment
 from storylab.experiments.selection import (
     Selection,
@@ -187,3 +189,34 @@ def test_arms_are_counted_once_over_all_searches(bench: Bench) -> None:
     assert selection_on(bench.runs, "other", RunCache()) == Selection(0, 0)
     assert selection_line(found, None) == "Chosen among 3 arms on 2 seeds"
     assert selection_line(found, 0.01).endswith("would look better by 0.0042 nats")
+
+
+def test_a_deleted_record_does_not_make_the_test_split_new(bench: Bench) -> None:
+    bench("run")
+    bench("confirm", "--only", "high")
+    (bench.runs / "experiments" / "rates-confirm.json").unlink()
+    _, out = bench("confirm", "--only", "high")
+    assert "The test split of this data was opened once before" in out
+
+
+def test_the_test_split_stays_closed_before_all_runs_have_ended(bench: Bench) -> None:
+    bench("run")
+    bench("confirm", "--only", "high")
+    path = bench.runs / "experiments" / "rates-confirm.json"
+    shown = load_outcome(path)
+    losses = {run.loss for run in shown.runs}
+    assert losses == {run.results.test.loss for run in shown.runs if run.results.test}
+    shutil.rmtree(shown.runs[0].folder)
+    closed = load_outcome(path)
+    assert closed.runs == [] and any("stays closed" in problem for problem in closed.problems)
+
+
+def test_runs_that_began_before_the_registration_are_named(bench: Bench) -> None:
+    """They were moved away while the plan was registered, and back."""
+    bench("run")
+    path = bench.runs / "experiments" / "rates.json"
+    record = json.loads(path.read_text())
+    record["registered"]["time"] = "2999-01-01T00:00:00+0000"
+    path.write_text(json.dumps(record))
+    (c, *_) = load_outcome(path).comparisons
+    assert any("began before the plan was registered" in reason for reason in c.exploratory)

@@ -224,6 +224,7 @@ def test_the_document_of_an_experiment_has_its_plan(runs: Path) -> None:
 def verdict_words() -> set[str]:
     """Every verdict that a comparison can have, from the names of the module."""
     names = ("BETTER", "WORSE", "EQUIVALENT", "UNDECIDED", "BETTER_WITHIN", "WORSE_WITHIN")
+    names = (*names, "NOT_JUDGED")
     return {getattr(words, name) for name in (*names, "DIVERGED", "CONFOUNDED")}
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Struct
 
 from storylab.documents.compared import ComparedArm
+from storylab.documents.experiment import EstimatedEffect
 from storylab.documents.fields import about
 
 
@@ -37,6 +38,13 @@ class CompareDocument(
         ),
     ]
     comparisons: Annotated[list[ComparedArm], about("one for every arm but the baseline")]
-    exit_code: Annotated[int, about("code of all verdicts with `--exit_code`")]
+    effects: Annotated[
+        list[EstimatedEffect],
+        about("those of a factorial experiment, which are its verdicts; else empty"),
+    ]
+    exit_code: Annotated[
+        int,
+        about("code of all verdicts with `--exit_code`; of main effects in a factorial experiment"),
+    ]
     neighbors: Annotated[list[ArmNeighbors], about("arms of which other runs were found")]
     left_out: Annotated[list[str], about("faults of runs that could not be read, one line each")]

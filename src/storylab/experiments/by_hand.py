@@ -12,6 +12,7 @@ from pathlib import Path
 from storylab.errors import UserError
 from storylab.experiments.compare import compare_runs, group_runs
 from storylab.experiments.comparison import Arm, Comparison
+from storylab.experiments.effects import EffectResult
 from storylab.experiments.factors import under
 from storylab.experiments.neighbors import Neighbors, find_neighbors
 from storylab.experiments.outcome import load_outcome
@@ -31,15 +32,24 @@ class GivenRuns:
 
     Attributes:
         comparisons: one for every arm but the baseline.
+        effects: those of a factorial experiment, which are its verdicts.
         experiment: name of the experiment whose plan judged them; empty without one.
         neighbors: for every arm, runs of its recipe that were not given.
         problems: runs of the experiment that are missing or damaged.
     """
 
     comparisons: tuple[Comparison, ...]
+    effects: tuple[EffectResult, ...] = ()
     experiment: str = ""
     neighbors: tuple[Neighbors, ...] = ()
     problems: tuple[str, ...] = ()
+
+    @property
+    def verdicts(self) -> list[str]:
+        """The verdicts that say whether something is better or worse; see :attr:`Outcome.verdicts`."""
+        if self.effects:
+            return [e.verdict for e in self.effects if not e.is_interaction]
+        return [c.verdict for c in self.comparisons]
 
 
 def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) -> GivenRuns:
@@ -61,7 +71,7 @@ def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) ->
             arms = [Arm(cell.name, cell.arm.runs) for cell in outcome.cells if cell.arm.runs]
             near = find_neighbors(arms, cache)
             noted = tuple(_noted(comparison, near) for comparison in outcome.comparisons)
-            return GivenRuns(noted, outcome.label, tuple(near), outcome.problems)
+            return GivenRuns(noted, outcome.effects, outcome.label, tuple(near), outcome.problems)
     near = find_neighbors(group_runs(runs), cache)
     compared = (_noted(comparison, near) for comparison in compare_runs(runs, margin, cache))
     explored = tuple(_explored(comparison, reasons, near) for comparison in compared)

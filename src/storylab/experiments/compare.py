@@ -139,16 +139,25 @@ class Contest:
         ours, theirs = self.arm.losses, self.baseline.losses
         if min(len(ours), len(theirs)) > 1:
             return statistics.unpaired_interval(ours, theirs)
-        if len(ours) == 1 and theirs and (noise := self.known_noise):
-            return statistics.noise_interval(
-                ours[0], noise.mean, noise.standard_deviation, noise.seeds
-            )
-        if len(theirs) == 1 and (noise := noise_of(self.arm.finished)):
-            mirrored = statistics.noise_interval(
-                theirs[0], noise.mean, noise.standard_deviation, noise.seeds
-            )
-            return dataclasses.replace(mirrored, estimate=-mirrored.estimate)
-        return None
+        if not ours or not theirs:
+            return None
+        known = [
+            noise_of(self.arm.finished) or noise_floor(self.arm.finished[0], self.cache),
+            self.known_noise,
+        ]
+        # Where the noise of one recipe alone is known, the other is taken to be as noisy.
+        noises = [noise for noise in known if noise]
+        if not noises:
+            return None
+        return statistics.single_interval(
+            float(np.mean(ours)) - float(np.mean(theirs)),
+            [
+                (n.standard_deviation, n.seeds)
+                for n in (known[0] or noises[0], known[1] or noises[0])
+            ],
+            (len(ours), len(theirs)),
+            shared=len(noises) == 1,
+        )
 
 
 def compare_contests(

@@ -219,4 +219,6 @@ class Comparison:
         # Degrees of freedom of a sum of variances (Satterthwaite 1946, doi 10.2307/3002019).
         terms = of_seeds**2 / r.df + of_stories**2 / self.stories.df
         df = total**2 / terms if terms else r.df
-        return Interval(r.estimate, total**0.5, df, r.n)
+        both = Interval(r.estimate, total**0.5, df, r.n)
+        # More degrees of freedom can make it narrower than that of the seeds alone, which cannot be.
+        return both if both.low < r.low else r

@@ -11,6 +11,7 @@ from msgspec import structs
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import MOST_SEEDS, Experiment
+from storylab.experiments.openings import OpeningLine, log_opening
 from storylab.experiments.recording import record_path, update_record
 from storylab.experiments.records import read_experiment
 from storylab.experiments.registration import now
@@ -126,15 +127,19 @@ def _chosen_arms(
     return tuple(arm for arm in experiment.arms if arm in chosen or arm == experiment.baseline)
 
 
-def note_opening(path: Path, seeds: int) -> None:
-    """Add to a record that the losses on the test split of ``seeds`` seeds are shown.
+def note_opening(path: Path, seeds: int, fingerprint: str) -> None:
+    """Add to a record, and to the folder's log of openings, that the losses on the test split of ``seeds``
+    seeds are shown.
 
     Raises:
         UserError: the record cannot be read or written.
     """
 
+    moment = now()
+    log_opening(path.parent, OpeningLine(moment, fingerprint, path.stem, seeds))
+
     def change(record: ExperimentRecord) -> dict[str, object]:
-        opening = Opening(time=now(), seeds=seeds)
+        opening = Opening(time=moment, seeds=seeds)
         return {"openings": [structs.asdict(entry) for entry in (*record.openings, opening)]}
 
     update_record(path, change)

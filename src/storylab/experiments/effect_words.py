@@ -101,9 +101,9 @@ def _interaction_text(e: EffectResult) -> str:
     low, high = (f"{end:+.4f}" if abs(end) < 0.01 else f"{end:+.3f}" for end in ends)
     span = f"{low} to {high}"
     if e.word == UNDECIDED:
-        return f"{UNDECIDED}: {span}{together}"
+        return f"{UNDECIDED}: {span} nats{together.replace('; ', ' (')}{')' if together else ''}"
     if e.word == EQUIVALENT:
-        return f"{NO_INTERACTION} of {j.margin:g} nats ({span}{together})"
+        return f"{NO_INTERACTION} of {j.margin:g} nats ({span} nats{together})"
     near, far = sorted(map(abs, ends))
     size = size_text(j.interval.estimate) if j.interval else ""
     sign = "better" if ends[1] < 0 else "worse"

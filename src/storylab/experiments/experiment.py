@@ -95,7 +95,7 @@ class Experiment:
         return "-".join(part for part in (self.name, self.scale, stage) if part)
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:
-        """The first ``count`` seeds of the file, or as many as it has; more count up from the last.
+        """The first ``count`` seeds of the file, or as many as it has; more count up from the largest.
 
         Raises:
             UserError: ``count`` is below 1, or more than anyone can train.

@@ -59,10 +59,10 @@ def expected_spread(
         for a, b in combinations(recipes, 2)
         if len(common := sorted(a.keys() & b.keys())) > 1 and _is_one_factor(a, b)
     ]
-    if (nats := _typical_deviation(pairs)) is not None:
+    if (nats := typical_deviation(pairs)) is not None:
         count = "a pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
         return Spread(nats, f"that of {count} of like recipes in {runs}")
-    noise = _typical_deviation([[run.loss for run in recipe.values()] for recipe in recipes])
+    noise = typical_deviation([[run.loss for run in recipe.values()] for recipe in recipes])
     if noise is not None:
         return Spread(
             math.sqrt(2) * noise,
@@ -119,7 +119,7 @@ def _is_one_factor(a: dict[tuple[int, int], Run], b: dict[tuple[int, int], Run])
     return infer_factor(set(changed_fields(one.config, other.config))) is not None
 
 
-def _typical_deviation(samples: Iterable[Sequence[float]]) -> float | None:
+def typical_deviation(samples: Iterable[Sequence[float]]) -> float | None:
     """Root of the median variance of samples, each corrected to be right in the median; None without any.
 
     The median keeps a pair with a broken arm from deciding.

@@ -14,6 +14,8 @@ from scipy import integrate, stats
 
 from storylab.errors import UserError
 from storylab.experiments.experiment import counted_up
+from storylab.experiments.openings import logged_openings
+from storylab.experiments.plan import EXPERIMENTS
 from storylab.experiments.records import experiment_records, read_experiment
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord
@@ -129,4 +131,6 @@ def used_seeds(runs: Path, fingerprint: str, cache: RunCache) -> set[int]:
 
 def openings_of(runs: Path, fingerprint: str, cache: RunCache) -> int:
     """How often the test split of a data set was opened, over all experiments in a folder of runs."""
-    return sum(len(record.openings) for _, record in records_on(runs, fingerprint, cache))
+    recorded = sum(len(record.openings) for _, record in records_on(runs, fingerprint, cache))
+    # The log knows of records that were deleted.
+    return max(recorded, logged_openings(runs / EXPERIMENTS, fingerprint))

@@ -15,7 +15,6 @@ from scipy import optimize, special, stats
 ALPHA = 0.05
 LEVEL = 1 - ALPHA
 POWER = 0.8
-MOST_SEEDS = 1000
 QUANTILES = 4000
 
 
@@ -86,19 +85,29 @@ def unpaired_interval(arm: Sequence[float], baseline: Sequence[float]) -> Interv
     return Interval(estimate, math.sqrt(a + b), df, min(n, m))
 
 
-def noise_interval(loss: float, mean: float, noise: float, seeds: int) -> Interval:
-    """Interval of a single run's difference to a recipe of which several seeds are known.
-
-    It is right for an arm that is as noisy as the baseline; one run cannot show whether it is.
+def single_interval(
+    difference: float,
+    noises: Sequence[tuple[float, int]],
+    runs: tuple[int, int],
+    shared: bool,
+) -> Interval:
+    """Interval of a difference between means of which one is a single run, from known seed noise.
 
     Args:
-        loss: loss of the one run.
-        mean: mean loss of the baseline's seeds.
-        noise: standard deviation of the loss over those seeds.
-        seeds: their number, two or more.
+        difference: mean loss of the arm minus that of the baseline.
+        noises: standard deviation of the loss over seeds, and number of those seeds, of each recipe.
+        runs: runs behind each mean.
+        shared: whether the noise of one recipe counts for both. It is right for recipes that are equally
+            noisy; one run cannot show whether they are.
     """
     # The losses as if independent: shared weights and order can only make the spread less.
-    return Interval(loss - mean, math.sqrt(1 + 1 / seeds) * noise, seeds - 1, 1)
+    terms = [s**2 / n for (s, _), n in zip(noises, runs, strict=True)]
+    dfs = [seeds - 1 for _, seeds in noises]
+    total = sum(terms)
+    df = float(dfs[0])
+    if not shared and total:  # Welch's degrees of freedom
+        df = total**2 / sum(term**2 / f for term, f in zip(terms, dfs, strict=True))
+    return Interval(difference, math.sqrt(total), df, 1)
 
 
 def story_interval(
@@ -211,18 +220,3 @@ def detectable_difference(
         most *= 4
     unit = optimize.brentq(lambda d: power(d, 1.0, n, alpha, df) - POWER, 1e-6, most)
     return float(unit) * spread
-
-
-def seeds_needed(difference: float, spread: float, alpha: float = ALPHA) -> int | None:
-    """Pairs of seeds that find a true ``difference`` with a chance of 80 %; None if over 1,000.
-
-    For a difference that matters, chosen before any run: never for the one that was observed.
-    """
-    low, high = 2, MOST_SEEDS
-    if power(difference, spread, high, alpha) < POWER:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        enough = power(difference, spread, middle, alpha) >= POWER
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low

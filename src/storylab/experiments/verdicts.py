@@ -235,8 +235,8 @@ def _loss_details(c: Comparison) -> Iterator[str]:
         )
     if c.correlation is not None:
         yield (
-            f"correlation of the arms over {c.pairs} seeds: {c.correlation:.2f}; pairing by seed removes "
-            "that part of the noise"
+            f"correlation of the arms over {c.pairs} seeds: {c.correlation:.2f}"
+            + ("; pairing by seed removes that part of the noise" if c.correlation > 0 else "")
         )
     if any(c.diverged):
         yield from _divergence(c)

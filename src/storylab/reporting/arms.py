@@ -7,7 +7,7 @@ import shlex
 
 import numpy as np
 
-from storylab.experiments.comparison import UNDECIDED, Comparison
+from storylab.experiments.comparison import CONFOUNDED, DIVERGED, UNDECIDED, Comparison
 from storylab.experiments.factors import under
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.registration import registration_lines
@@ -41,20 +41,26 @@ def plan_text(outcome: Outcome) -> str:
 def repeat_command(outcome: Outcome) -> str:
     """The command that trains the same experiment again."""
     record = outcome.record
+    if record.stage == "confirm":
+        others = [arm for arm in record.arms if arm != record.baseline]
+        return (
+            f"storylab experiment confirm {shlex.quote(record.file)}"
+            f"{f' --scale {record.scale}' if record.scale else ''} --only {shlex.join(others)} "
+            f"--seeds {len(record.seeds)}"
+        )
     seeds = {run.config.seed for run in outcome.runs}
     scale = f" --scale {record.scale}" if record.scale else ""
     count = f" --seeds {len(seeds)}" if seeds and len(seeds) != len(record.seeds) else ""
     planned = list(dict.fromkeys(cell.arm.name for cell in outcome.cells if cell.planned))
     some = planned and len(planned) < len(record.arms)
     only = f" --only {shlex.join(planned)}" if some else ""
-    verb = "confirm" if record.stage == "confirm" else "run"
-    return f"storylab experiment {verb} {shlex.quote(record.file)}{scale}{count}{only}"
+    return f"storylab experiment run {shlex.quote(record.file)}{scale}{count}{only}"
 
 
 def headline(outcome: Outcome) -> str:
     """An experiment's verdict in one sentence."""
     if outcome.effects:
-        return effects_headline(outcome)
+        return effects_headline(outcome) + _reservations(outcome)
     if not outcome.comparisons:
         losses = outcome.baseline_of(outcome.conditions[0]).arm.losses
         if not losses:
@@ -69,7 +75,19 @@ def headline(outcome: Outcome) -> str:
         difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
         kinds.setdefault(c.verdict, []).append(under(c.arm, c.condition) + difference)
     told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
-    return f"Against {outcome.baseline}, in nats: {told}."
+    return f"Against {outcome.baseline}, in nats: {told}.{_reservations(outcome)}"
+
+
+def _reservations(outcome: Outcome) -> str:
+    """Facts that a reader of the headline alone needs: exploratory, preliminary, on the test split."""
+    judged = outcome.effects or outcome.comparisons
+    kinds = [
+        ("exploratory", any(entry.exploratory for entry in judged)),
+        ("preliminary", any(entry.preliminary for entry in judged)),
+    ]
+    words = [word for word, holds in kinds if holds]
+    text = f" {' and '.join(words).capitalize()}." if words else ""
+    return text + " Confirmation on the test split." * (outcome.record.stage == "confirm")
 
 
 def table_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -139,8 +157,9 @@ def _row(cell: CellResult, c: Comparison | None) -> list[str]:
 def _difference(c: Comparison | None) -> str:
     if c is None:
         return "baseline"
-    if c.recipes is None or c.ends is None:
+    if c.recipes is None or c.judgement.ends is None or c.verdict in (CONFOUNDED, DIVERGED):
         return ""
-    low, high = c.ends
+    low, high = c.ends or c.judgement.ends
     unpaired = "" if c.paired else ", unpaired"
+    unpaired += "" if c.ends else ": the sign alone is settled"
     return f"{c.recipes.estimate:+.4f} ({low:+.4f} to {high:+.4f}{unpaired})"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 from storylab.data.tally import plural
 from storylab.experiments.attempts import SET_ASIDE
-from storylab.experiments.comparison import Comparison
+from storylab.experiments.foresight import typical_deviation
 from storylab.experiments.neighbors import named
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.selection import records_on, selection_line, selection_on
@@ -37,9 +35,10 @@ def choices(outcomes: Sequence[Outcome], runs: Path, cache: RunCache) -> dict[st
     found = {}
     for outcome in outcomes:
         lines = list(_rolled_again(outcome, folders))
-        if outcome.comparisons and (known := tried.get(_fingerprint(outcome))):
+        chosen = outcome.comparisons and not outcome.effects
+        if chosen and (known := tried.get(_fingerprint(outcome))):
             selection, count = known
-            line = selection_line(selection, _spread(outcome.comparisons))
+            line = selection_line(selection, _spread(outcome))
             lines.insert(0, f"{line} ({plural(count, 'experiment')} on this data in this folder)")
         found[outcome.label] = lines
     return found
@@ -50,14 +49,16 @@ def _fingerprint(outcome: Outcome) -> str:
     return next((run.data.fingerprint for run in outcome.runs), "")
 
 
-def _spread(comparisons: Sequence[Comparison]) -> float | None:
+def _spread(outcome: Outcome) -> float | None:
     """The typical standard deviation of a paired difference over seeds, if it is known."""
-    spreads = [
-        c.recipes.standard_error * math.sqrt(c.recipes.n)
-        for c in comparisons
-        if c.paired and c.recipes and c.recipes.n > 1
-    ]
-    return median(spreads) if spreads else None
+    samples = []
+    for condition in outcome.conditions:
+        baseline = {run.seeds: run.loss for run in outcome.baseline_of(condition).arm.finished}
+        for cell in outcome.arms(condition):
+            if cell.arm.name != outcome.baseline:
+                pairs = [run for run in cell.arm.finished if run.seeds in baseline]
+                samples.append([run.loss - baseline[run.seeds] for run in pairs])
+    return typical_deviation(samples)
 
 
 def _rolled_again(outcome: Outcome, folders: Sequence[str]) -> Iterator[str]:

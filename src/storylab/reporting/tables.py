@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat
-from storylab.experiments.comparison import Arm
+from storylab.experiments.comparison import BETTER, WORSE, Arm
 from storylab.experiments.order import common_values, front_of
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.statistics import mean_interval
@@ -120,15 +120,16 @@ def final_rows(outcome: Outcome) -> list[Row]:
     """Final loss of every arm minus the baseline's, with its interval and the margin, if there is one."""
     rows = []
     for c in outcome.comparisons:
-        if c.recipes is None or c.ends is None:
+        ends = c.ends or (c.judgement.ends if c.verdict in (BETTER, WORSE) else None)
+        if c.recipes is None or ends is None:
             continue
         rows.append(
             {
                 "condition": c.condition,
                 "arm": c.arm,
                 "difference": rounded(c.recipes.estimate),
-                "low": rounded(c.ends[0]),
-                "high": rounded(c.ends[1]),
+                "low": rounded(ends[0]),
+                "high": rounded(ends[1]),
                 "margin": rounded(c.judgement.margin),
                 "verdict": c.verdict,
             }

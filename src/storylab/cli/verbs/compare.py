@@ -49,7 +49,7 @@ def run(call: Call) -> int:
         _print(found)
     if faults:
         raise UserError(f"left out: {'; '.join(faults)}")
-    return exit_code(c.verdict for c in found.comparisons) if command.exit_code else 0
+    return exit_code(found.verdicts) if command.exit_code else 0
 
 
 def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
@@ -82,10 +82,13 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
 
 
 def _print(found: GivenRuns) -> None:
+    from storylab.experiments.effect_words import effect_line
     from storylab.experiments.verdicts import detail_lines, verdict_line
 
     if found.experiment:
         print(f"All runs of {found.experiment}, judged by its registered plan")
+    for effect in found.effects:
+        print(effect_line(effect))
     for comparison in found.comparisons:
         print(verdict_line(comparison))
         for line in detail_lines(comparison):
@@ -96,13 +99,14 @@ def _print(found: GivenRuns) -> None:
 
 def _document(command: CompareCommand, found: GivenRuns, faults: list[str]) -> CompareDocument:
     from storylab.experiments.comparison import exit_code
-    from storylab.experiments.comparison_document import compared_arm
+    from storylab.experiments.comparison_document import compared_arm, estimated_effect
 
     return CompareDocument(
         runs=list(map(str, command.runs)),
         experiment=found.experiment or None,
         comparisons=list(map(compared_arm, found.comparisons)),
-        exit_code=exit_code(c.verdict for c in found.comparisons),
+        effects=list(map(estimated_effect, found.effects)),
+        exit_code=exit_code(found.verdicts),
         neighbors=[
             ArmNeighbors(
                 arm=near.arm,

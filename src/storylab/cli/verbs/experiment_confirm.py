@@ -92,7 +92,7 @@ def _results(
     if "finished" not in states:
         return load_outcome(record, planned[0].cache), states
     print(openings_line(openings_of(*on_data)))
-    note_opening(record, len(experiment.seeds))
+    note_opening(record, len(experiment.seeds), dataset.fingerprint)
     return print_results(record, runs, planned[0].cache), states
 
 
