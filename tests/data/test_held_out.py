@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TINY
+from samples import TINY
 from stepping import VOCAB
 from storylab.cli import main
 from storylab.cli.datasets import describe_dataset

@@ -14,7 +14,7 @@ from storylab.experiments.family import Judgement
 from storylab.experiments.looks import DEFAULT_LOOKS
 from storylab.experiments.statistics import Interval
 
-PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"
+PAGE = Path(__file__).parents[2] / "docs" / "statistics.md"
 
 
 @pytest.mark.parametrize("kind", verdicts.KINDS)

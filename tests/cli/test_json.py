@@ -1,6 +1,6 @@
 """--json: one strict document on standard output, of the type that the guide describes.
 
-`python tests/test_json.py` brings the tables of docs/guide/json.md up to date, and adds new fields to
+`python tests/cli/test_json.py` brings the tables of docs/guide/json.md up to date, and adds new fields to
 json_fields.txt, where no line is ever changed or removed.
 """
 
@@ -45,7 +45,7 @@ from storylab.training.evaluation import Evaluation
 from storylab.training.precision import ComputePolicy
 from storylab.training.train import train
 
-PAGE = Path(__file__).parents[1] / "docs/guide/json.md"
+PAGE = Path(__file__).parents[2] / "docs/guide/json.md"
 FIELDS = Path(__file__).with_name("json_fields.txt")
 
 
@@ -432,14 +432,16 @@ def field_lines() -> list[str]:
 def test_the_guide_lists_every_field() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(sections())
-    assert page == with_tables(page), "run python tests/test_json.py"
+    assert page == with_tables(page), "run python tests/cli/test_json.py"
 
 
 def test_no_field_of_a_version_has_changed() -> None:
     """A line of json_fields.txt is a promise: a changed field needs a new version of its document."""
     promised = FIELDS.read_text(encoding="utf-8").splitlines()
     assert set(promised) <= set(field_lines()), "a field was changed or removed: raise the version"
-    assert set(promised) == set(field_lines()), "fields were added: run python tests/test_json.py"
+    assert set(promised) == set(field_lines()), (
+        "fields were added: run python tests/cli/test_json.py"
+    )
 
 
 if __name__ == "__main__":

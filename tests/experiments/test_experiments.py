@@ -52,7 +52,7 @@ from storylab.record.run import run_state
 from storylab.record.schema import IterationRow, Row
 from storylab.training.measure import StepTimer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
 STUDIES = sorted((ROOT / "experiments").glob("*/*.toml"))
 

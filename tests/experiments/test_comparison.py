@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 import calibration
-from conftest import TINY
+from samples import TINY
 from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset

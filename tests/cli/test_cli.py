@@ -38,7 +38,7 @@ if sys.platform != "win32":
     import pty
     import resource
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = """--preset nano --n_layer 1 --n_embd 64 --n_hidden 64 --dtype float32 --max_iters 6
   --batch_size 4 --gradient_accumulation_steps 1 --block_size 16 --eval_interval 3 --eval_iters 1
   --log_interval 1 --warmup_iters 2 --device cpu""".split()

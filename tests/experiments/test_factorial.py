@@ -35,7 +35,7 @@ from storylab.record.index import RunCache
 from storylab.record.run import Run
 from storylab.reporting.report import write_report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = """
 title = "Two parts"
 purpose = "To test factors."

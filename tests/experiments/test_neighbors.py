@@ -31,7 +31,7 @@ from storylab.record.index import RunCache
 from storylab.record.run import load_run
 from test_registration import TEXT, Quiet
 
-GUIDE = Path(__file__).parents[1] / "docs/guide"
+GUIDE = Path(__file__).parents[2] / "docs/guide"
 
 
 @pytest.fixture(scope="module")
