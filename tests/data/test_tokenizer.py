@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -217,6 +218,8 @@ def test_a_long_word_among_stories_is_learned_from(tmp_path: Path) -> None:
 def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     # The trainer reads without end, so that the signal always finds it at work.
     monkeypatch.setattr(vocabularies, "TRAINING_BYTES", 10**15)
+    # A shell that starts the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started, given_up = threading.Event(), time.monotonic() + 600
 
     def endless() -> Iterator[str]:
@@ -231,5 +234,8 @@ def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> 
         os.kill(os.getpid(), 2)
 
     threading.Thread(target=press).start()
-    with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(endless(), 300)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(endless(), 300)
+    finally:
+        signal.signal(signal.SIGINT, before)
