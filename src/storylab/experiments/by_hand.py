@@ -12,7 +12,7 @@ from pathlib import Path
 from storylab.errors import UserError
 from storylab.experiments.compare import compare_runs, group_runs
 from storylab.experiments.comparison import Arm, Comparison
-from storylab.experiments.effects import EffectResult
+from storylab.experiments.effects import EffectResult, verdicts_of
 from storylab.experiments.factors import under
 from storylab.experiments.neighbors import Neighbors, find_neighbors
 from storylab.experiments.outcome import load_outcome
@@ -46,10 +46,8 @@ class GivenRuns:
 
     @property
     def verdicts(self) -> list[str]:
-        """The verdicts that say whether something is better or worse; see :attr:`Outcome.verdicts`."""
-        if self.effects:
-            return [e.verdict for e in self.effects if not e.is_interaction]
-        return [c.verdict for c in self.comparisons]
+        """See :func:`storylab.experiments.effects.verdicts_of`."""
+        return verdicts_of(self.comparisons, self.effects)
 
 
 def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) -> GivenRuns:

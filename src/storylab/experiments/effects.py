@@ -7,7 +7,7 @@ the second level of the other one than at its first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from storylab.experiments.comparison import (
     FEW_SEEDS,
     WORSE,
     WORSE_WITHIN,
+    Comparison,
     Ratio,
     judged_ends,
     judged_word,
@@ -146,6 +147,14 @@ def trial_of(
     if ended is None:
         ended = frozenset(losses)
     return Trial(group, differences, ended, void=void, scale=effect.scale)
+
+
+def verdicts_of(comparisons: Iterable[Comparison], effects: Sequence[EffectResult]) -> list[str]:
+    """The verdicts that say whether something is better or worse: of the main effects of a factorial
+    experiment, or of every arm."""
+    if effects:
+        return [effect.verdict for effect in effects if not effect.is_interaction]
+    return [comparison.verdict for comparison in comparisons]
 
 
 def effect_title(result: EffectResult) -> str:

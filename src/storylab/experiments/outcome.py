@@ -14,7 +14,7 @@ from storylab.errors import UserError
 from storylab.experiments.blocks import block_of, effects_of
 from storylab.experiments.compare import Contest, compare_contests
 from storylab.experiments.comparison import Arm, Comparison
-from storylab.experiments.effects import EffectResult
+from storylab.experiments.effects import EffectResult, verdicts_of
 from storylab.experiments.experiment import Expectation, counted_up
 from storylab.experiments.factorial import Factorial, fields_between
 from storylab.experiments.factors import allowed_fields, under
@@ -89,11 +89,8 @@ class Outcome:
 
     @property
     def verdicts(self) -> list[str]:
-        """The verdicts that say whether something is better or worse: of every arm, or of the main effects
-        of a factorial experiment."""
-        if self.effects:
-            return [e.verdict for e in self.effects if not e.is_interaction]
-        return [c.verdict for c in self.comparisons]
+        """See :func:`storylab.experiments.effects.verdicts_of`."""
+        return verdicts_of(self.comparisons, self.effects)
 
     @property
     def judgements(self) -> list[Judgement]:

@@ -118,11 +118,11 @@ def _read_or_set_aside(path: Path) -> tuple[ExperimentRecord | None, str]:
     """
     if not exists(path):
         return None, ""
-    with open_file(path) as file:
-        file.read()
     try:
         return read_experiment(path), ""
     except UserError as error:
+        with open_file(path) as file:  # whole, perhaps, if this fails
+            file.read()
         why = str(error).removeprefix(f"{path} ").replace(f"{path.parent}/", "")
         return None, f"the earlier one {why}; it was set aside as {set_aside(path).name}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
@@ -83,8 +83,13 @@ def _fingerprint(record: ExperimentRecord, runs: Path, cache: RunCache) -> str |
 
 def selection_on(runs: Path, fingerprint: str, cache: RunCache) -> Selection:
     """The arms that search experiments in a folder of runs have tried on a data set."""
+    return selection_of(record for _, record in records_on(runs, fingerprint, cache))
+
+
+def selection_of(records: Iterable[ExperimentRecord]) -> Selection:
+    """The arms that the search experiments among ``records`` have tried."""
     seeds: dict[str, set[str]] = {}
-    for _, record in records_on(runs, fingerprint, cache):
+    for record in records:
         for cell in record.cells:
             if record.stage == "search" and cell.arm != record.baseline:
                 for seed, name in cell.runs.items():

@@ -10,7 +10,7 @@ from storylab.experiments.attempts import SET_ASIDE
 from storylab.experiments.foresight import typical_deviation
 from storylab.experiments.neighbors import named
 from storylab.experiments.outcome import Outcome
-from storylab.experiments.selection import records_on, selection_line, selection_on
+from storylab.experiments.selection import records_on, selection_line, selection_of
 from storylab.files import reading
 from storylab.record.index import RunCache
 
@@ -29,7 +29,7 @@ def choices(outcomes: Sequence[Outcome], runs: Path, cache: RunCache) -> dict[st
     with reading(runs):
         folders = sorted(folder.name for folder in runs.iterdir())
     tried = {
-        data: (selection_on(runs, data, cache), sum(1 for _ in records_on(runs, data, cache)))
+        data: [record for _, record in records_on(runs, data, cache)]
         for data in {_fingerprint(outcome) for outcome in outcomes} - {""}
     }
     found = {}
@@ -37,9 +37,10 @@ def choices(outcomes: Sequence[Outcome], runs: Path, cache: RunCache) -> dict[st
         lines = list(_rolled_again(outcome, folders))
         chosen = outcome.comparisons and not outcome.effects
         if chosen and (known := tried.get(_fingerprint(outcome))):
-            selection, count = known
-            line = selection_line(selection, _spread(outcome))
-            lines.insert(0, f"{line} ({plural(count, 'experiment')} on this data in this folder)")
+            line = selection_line(selection_of(known), _spread(outcome))
+            lines.insert(
+                0, f"{line} ({plural(len(known), 'experiment')} on this data in this folder)"
+            )
         found[outcome.label] = lines
     return found
 
