@@ -101,7 +101,8 @@ class Executor(Protocol):
         """Carry a job out, pass its events on, and return its outcome.
 
         Up to :attr:`slots` threads call it at the same time. A fault of the job is an outcome, not an
-        exception.
+        exception. One of the threads handles the signals, between its waits: wait for the next event
+        or for seconds, not in one piece until the job ends.
         """
         ...
 
