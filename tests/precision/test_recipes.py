@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from storylab.config import WIDE_DTYPES, Dtype, ModelConfig
+from storylab.config import NATIVE_DTYPES, Dtype, ModelConfig
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import (
     ALIASES,
@@ -50,4 +50,4 @@ def test_share_of_the_work_in_low_precision() -> None:
 
 
 def test_every_recipe_has_a_flag() -> None:
-    assert {*RECIPES, *ALIASES, *WIDE_DTYPES} == set(get_args(Dtype))
+    assert {*RECIPES, *ALIASES, *NATIVE_DTYPES} == set(get_args(Dtype))

@@ -14,7 +14,7 @@ from typing import Any
 
 from storylab.config.marks import ALWAYS, Effect, Group, Marks, marks_of
 from storylab.config.model import ModelConfig
-from storylab.config.train import WIDE_DTYPES, TrainConfig
+from storylab.config.train import NATIVE_DTYPES, TrainConfig
 from storylab.decode import convert, is_unicode, shown
 from storylab.errors import UserError
 
@@ -77,7 +77,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         values["model"] = without_removed(values["model"], "model.")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
-    if "backend" not in given and values.get("dtype") not in WIDE_DTYPES:
+    if "backend" not in given and values.get("dtype") not in NATIVE_DTYPES:
         values["backend"] = "emulated"  # before there was a choice
     odd = set(values) ^ names
     if not odd:

@@ -96,7 +96,7 @@ class ModelConfig:
         patterns = parse_attention(self.attention)
         return tuple(patterns[layer % len(patterns)] for layer in range(self.n_layer))
 
-    def adds_values(self, layer: int) -> bool:
+    def has_value_residual(self, layer: int) -> bool:
         """Whether ``layer`` adds to its attention values, see ``value_residual``."""
         return self.value_residual == "first_layer" and layer > 0
 
@@ -124,6 +124,6 @@ class ModelConfig:
     def parameter_count(self, vocab_size: int) -> int:
         """Number of trained parameters with a vocabulary of ``vocab_size`` (the head is tied)."""
         block = sum(matrix.size for matrix in self.matrices()) + 2 * self.n_embd
-        scales = sum(self.adds_values(layer) for layer in range(self.n_layer))
+        scales = sum(self.has_value_residual(layer) for layer in range(self.n_layer))
         scales += 2 * self.n_layer * self.embedding_residual
         return vocab_size * self.n_embd + self.n_layer * block + self.n_embd + scales

@@ -37,7 +37,7 @@ Dtype = Literal[
     "fp4",
     "nvf4",
 ]
-WIDE_DTYPES = ("float32", "bfloat16", "float16")
+NATIVE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao"]
 MethodName = Literal["record", "fast"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]

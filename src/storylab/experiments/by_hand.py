@@ -13,7 +13,7 @@ from storylab.errors import UserError
 from storylab.experiments.compare import compare_runs, group_runs
 from storylab.experiments.comparison import Arm, Comparison
 from storylab.experiments.effects import EffectResult, verdicts_of
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.neighbors import Neighbors, find_neighbors
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.records import experiment_records, read_experiment
@@ -125,5 +125,7 @@ def _explored(
 
 def _of_both(comparison: Comparison, neighbors: Sequence[Neighbors]) -> list[Neighbors]:
     """Those of the arm and of the baseline."""
-    names = {under(side, comparison.condition) for side in (comparison.arm, comparison.baseline)}
+    names = {
+        qualified_name(side, comparison.condition) for side in (comparison.arm, comparison.baseline)
+    }
     return [near for near in neighbors if near.arm in names]

@@ -16,7 +16,7 @@ from storylab.experiments.factors import (
 from storylab.record.run import Run
 
 # Mean and median speed further apart than this show that the machine did other work.
-UNSTEADY = 0.05
+SPEED_SPREAD_WARNING = 0.05
 
 
 def loss_confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Iterable[str]:
@@ -96,4 +96,4 @@ def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
 
 def _unsteady(run: Run) -> bool:
     mean = run.results.tokens_per_second
-    return run.speed is not None and abs(run.speed / mean - 1) > UNSTEADY
+    return run.speed is not None and abs(run.speed / mean - 1) > SPEED_SPREAD_WARNING

@@ -27,7 +27,7 @@ from storylab.experiments.comparison import (
     judged_word,
 )
 from storylab.experiments.factorial import Effect, Levels
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.family import Judgement, Trial
 from storylab.experiments.statistics import Interval
 
@@ -160,4 +160,4 @@ def verdicts_of(comparisons: Iterable[Comparison], effects: Sequence[EffectResul
 def effect_title(result: EffectResult) -> str:
     """Name and condition of an effect, with the levels of a main effect."""
     change = f" ({result.change})" if result.change else ""
-    return under(f"{result.name}{change}", result.condition)
+    return qualified_name(f"{result.name}{change}", result.condition)

@@ -37,7 +37,7 @@ WEIGHT_FIELDS = frozenset(name for name, marks in FIELDS.items() if marks.weight
 WHOLE_RECIPES = ("method", "training")
 
 
-def under(name: str, condition: str) -> str:
+def qualified_name(name: str, condition: str) -> str:
     """An arm's name, or another text, followed by its condition, if any."""
     return f"{name} @ {condition}" if condition else name
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from storylab.config import (
-    WIDE_DTYPES,
+    NATIVE_DTYPES,
     TrainConfig,
 )
 from storylab.experiments.experiment import Cell, Experiment
@@ -35,7 +35,7 @@ def equally_compiled(experiment: Experiment, device: str = "cpu") -> Iterable[Ce
     """The cells with the same choice of compiling, as arms must not differ in it. Unless the file
     decides, all are uncompiled if one cannot be compiled or is too short for it on this type of device."""
     short = any(
-        cell.config.dtype not in WIDE_DTYPES or not worth_compiling(cell.config, device)
+        cell.config.dtype not in NATIVE_DTYPES or not worth_compiling(cell.config, device)
         for cell in experiment.cells
     )
     for cell in experiment.cells:

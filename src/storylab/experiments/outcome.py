@@ -17,7 +17,7 @@ from storylab.experiments.comparison import Arm, Comparison
 from storylab.experiments.effects import EffectResult, verdicts_of
 from storylab.experiments.experiment import Expectation, counted_up
 from storylab.experiments.factorial import Factorial, fields_between
-from storylab.experiments.factors import allowed_fields, under
+from storylab.experiments.factors import allowed_fields, qualified_name
 from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES, Checked
 from storylab.experiments.records import read_experiment
@@ -40,7 +40,7 @@ class CellResult:
     @property
     def name(self) -> str:
         """Arm and condition."""
-        return under(self.arm.name, self.condition)
+        return qualified_name(self.arm.name, self.condition)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _read_cell(
     """Read a cell with its runs; those that cannot be read are named in ``problems`` or ``missing``."""
     found = []
     for seed, name in cell.runs.items():
-        where = under(cell.arm, cell.condition)
+        where = qualified_name(cell.arm, cell.condition)
         try:
             found.append(cache.load(runs / name))
         except UserError as error:

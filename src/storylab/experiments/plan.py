@@ -13,7 +13,7 @@ from storylab.config import TrainConfig, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.matching import equally_compiled
 from storylab.record.index import RunCache
 from storylab.record.provenance import code_sha256, representative
@@ -46,7 +46,7 @@ class PlannedRun:
     @property
     def label(self) -> str:
         """Arm, condition and seed, for the user."""
-        return f"{under(self.cell.arm, self.cell.condition)}, seed {self.seed}"
+        return f"{qualified_name(self.cell.arm, self.cell.condition)}, seed {self.seed}"
 
     @property
     def tokens(self) -> int:

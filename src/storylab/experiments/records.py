@@ -9,7 +9,7 @@ from pathlib import Path
 from storylab.errors import UserError
 from storylab.experiments.experiment import METRICS
 from storylab.experiments.factorial import design_faults
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.plan import EXPERIMENTS
 from storylab.files import exists, read_record, reading
 from storylab.record.experiment_schema import ExperimentRecord
@@ -50,9 +50,9 @@ def _record_faults(record: ExperimentRecord) -> Iterator[str]:
         yield "a cell is there twice"
     for condition, arm in cells:
         if arm not in record.arms or condition not in record.conditions:
-            yield f"the cell '{under(arm, condition)}' is not of its arms and conditions"
+            yield f"the cell '{qualified_name(arm, condition)}' is not of its arms and conditions"
         if (condition, record.baseline) not in cells:
-            yield f"there is no baseline '{under(record.baseline, condition)}'"
+            yield f"there is no baseline '{qualified_name(record.baseline, condition)}'"
     for cell in record.cells:
         for seed, name in cell.runs.items():
             if not re.fullmatch(r"\d{1,19}", seed, re.ASCII):

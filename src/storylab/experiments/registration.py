@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import structs
 
 from storylab.data.tally import plural
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.registered_plan import (
     Arms,
     amended_plan,
@@ -185,7 +185,7 @@ def _arm_words(before: Arms, after: Arms) -> Iterator[str]:
     for condition in {**before, **after}:
         old, new = before.get(condition, {}), after.get(condition, {})
         for arm in {**old, **new}:
-            name = under(arm, condition)
+            name = qualified_name(arm, condition)
             if arm not in old:
                 yield f"arm '{name}' added"
             elif arm not in new:

@@ -11,7 +11,7 @@ from storylab.data.dataset import Dataset
 from storylab.execution.job import Executor
 from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.experiment import Experiment
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
@@ -138,7 +138,7 @@ def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Ite
     yield f"Look at {stop} seeds:"
     for line in verdict_lines(outcome, settled):
         yield f"  {line}"
-    names = [under(arm, condition) for condition, arm in sorted(outcome.settled_arms())]
+    names = [qualified_name(arm, condition) for condition, arm in sorted(outcome.settled_arms())]
     if names:
         yield f"Settled, so not trained with more seeds: {', '.join(names)}"
 
@@ -157,7 +157,7 @@ def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) 
         taken = record.looks_taken
         if not again and any(look.seeds == stop for look in taken):
             return {}
-        names = [under(arm, condition) for condition, arm in sorted(settled)]
+        names = [qualified_name(arm, condition) for condition, arm in sorted(settled)]
         look = LookTaken(time=now(), seeds=stop, settled=names)
         return {"looks_taken": [structs.asdict(entry) for entry in (*taken, look)]}
 

@@ -18,7 +18,7 @@ from storylab.experiments.comparison import (
     Comparison,
     Ratio,
 )
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.family import Judgement
 from storylab.experiments.statistics import ALPHA, Interval
 
@@ -45,7 +45,7 @@ def p_text(p: float) -> str:
 
 def verdict_line(c: Comparison) -> str:
     """The comparison in one short line, with the interval that belongs to its verdict."""
-    title = under(f"{c.arm} vs {c.baseline}", c.condition)
+    title = qualified_name(f"{c.arm} vs {c.baseline}", c.condition)
     if c.verdict == CONFOUNDED:
         return f"{title}: {CONFOUNDED}, no winner is given: {'; '.join(c.confounds)}"
     text = "; ".join([f"{title}: {loss_text(c)}", *_speed_parts(c)])

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         # Query, key and value rows in one matrix: one product instead of three, two of them thin.
         self.qkv = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        if config.adds_values(layer):
+        if config.has_value_residual(layer):
             self.value_scale = nn.Parameter(torch.empty(()))
 
     def forward(

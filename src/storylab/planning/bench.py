@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from storylab.config import WIDE_DTYPES, Dtype, ModelConfig, TrainConfig
+from storylab.config import NATIVE_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.cost import StepPart, training_flops
@@ -31,7 +31,7 @@ def variants(
 
     def timed(dtype: Dtype, model: ModelConfig) -> TrainConfig:
         # A wide dtype has no recipe to change, and nothing but torch to compute it.
-        plain: dict[str, Any] = {"recipe": "", "backend": "auto"} if dtype in WIDE_DTYPES else {}
+        plain: dict[str, Any] = {"recipe": "", "backend": "auto"} if dtype in NATIVE_DTYPES else {}
         return dataclasses.replace(config, dtype=dtype, model=model, **plain)
 
     for dtype in dtypes:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from storylab.config import PRESETS, WIDE_DTYPES, TrainConfig
+from storylab.config import NATIVE_DTYPES, PRESETS, TrainConfig
 from storylab.planning.roofline import memory_bytes
 
 # Tokens in a micro-batch from which on a GPU gains nothing: on an H100 113M parameters run at 348,000 tok/s
@@ -24,7 +24,7 @@ def fitted(config: TrainConfig, free_bytes: float) -> TrainConfig:
     A micro-batch is a divisor of an iteration, so that all have one shape. Low precision stays as it is, as
     its memory is not predicted.
     """
-    if config.dtype not in WIDE_DTYPES:
+    if config.dtype not in NATIVE_DTYPES:
         return config
     sequences, vocab_size = _sequences(config), PRESETS[config.preset].vocab_size
     most = min(sequences, max(1, ENOUGH_TOKENS // config.block_size))

@@ -11,7 +11,7 @@ from storylab.documents.plan import (
     RunShape,
     SoftwarePrediction,
 )
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.planning.predict import find_software
 from storylab.training.log_format import format_duration
 
@@ -100,7 +100,7 @@ def measured_line(plan: MeasuredPlan) -> str:
 
 def arm_line(arm: ArmPrediction) -> str:
     """The line of one arm of an experiment on a GPU, with one kind of software."""
-    name = under(arm.arm, arm.condition or "")
+    name = qualified_name(arm.arm, arm.condition or "")
     cost = arm.cost
     if cost is None:
         return f"  {name:<44} {arm.obstacle}"

@@ -133,7 +133,7 @@ def _block_weights(model: ModelConfig) -> int:
 def _options(model: ModelConfig, traffic: Traffic) -> tuple[float, int]:
     """Bytes per token, and kernels, of the elementwise work that the default model does not have."""
     layers, width = model.n_layer, model.n_embd
-    adding = sum(model.adds_values(layer) for layer in range(layers))
+    adding = sum(model.has_value_residual(layer) for layer in range(layers))
     norm_elements = model.qk_norm * layers * _rotated(model)
     norms = model.qk_norm * layers * 2
     mixed_elements = model.embedding_residual * layers * width

@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 
 from storylab.experiments.comparison import CONFOUNDED, DIVERGED, UNDECIDED, Comparison
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.registration import registration_lines
 from storylab.experiments.verdicts import nats, ratio_text
@@ -73,7 +73,7 @@ def headline(outcome: Outcome) -> str:
     for c in outcome.comparisons:
         shown = c.ends is not None and c.verdict != UNDECIDED
         difference = f" ({nats(c.recipes.estimate)})" if c.recipes and shown else ""
-        kinds.setdefault(c.verdict, []).append(under(c.arm, c.condition) + difference)
+        kinds.setdefault(c.verdict, []).append(qualified_name(c.arm, c.condition) + difference)
     told = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items())
     return f"Against {outcome.baseline}, in nats: {told}.{_reservations(outcome)}"
 

@@ -87,7 +87,7 @@ def _section(
         "problems": list(outcome.problems),
         "conditions": list(outcome.conditions),
         "axes": _measured_axes(outcome),
-        "arms": [{"name": name, "colour": COLORS[i % len(COLORS)]} for i, name in enumerate(arms)],
+        "arms": [{"name": name, "color": COLORS[i % len(COLORS)]} for i, name in enumerate(arms)],
         "figures": [[caption, spec] for caption, spec in figures.items()],
         "table": {"headings": headings, "rows": rows},
         "effects": {"headings": effect_headings, "rows": effect_rows},

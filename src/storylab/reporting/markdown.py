@@ -14,7 +14,7 @@ import numpy as np
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
 from storylab.experiments.effect_words import verdict_lines
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.files import open_file
 from storylab.record.experiment_schema import ExperimentRecord
@@ -201,7 +201,7 @@ def _samples(o: Outcome) -> Iterator[tuple[str, str]]:
     furthest = max(ready, key=lambda arm: abs(float(np.mean(arm.losses)) - least), default=None)
     for arm in (baseline, furthest) if furthest else (baseline,):
         run = arm.finished[0]
-        name = f"{under(arm.name, condition)}, seed {run.config.seed}"
+        name = f"{qualified_name(arm.name, condition)}, seed {run.config.seed}"
         yield name, _quoted(run.results.samples[0].text)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import vl_convert
 
 from storylab.errors import UserError
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.records import experiment_records
 from storylab.files import exists, make_folder, read_text, write_text
@@ -147,4 +147,4 @@ def _pictures(outcome: Outcome, specs: dict[str, Spec]) -> Iterator[tuple[str, S
             yield caption, spec
             continue
         for condition in outcome.conditions:
-            yield under(caption, condition), condition_of(spec, condition)
+            yield qualified_name(caption, condition), condition_of(spec, condition)

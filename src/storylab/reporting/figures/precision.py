@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import altair as alt
 
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome
 from storylab.reporting.figures.style import Spec, done, where
 from storylab.reporting.tables import Row, quantization_rows
@@ -26,7 +26,7 @@ def _mean_errors(rows: Sequence[Row]) -> tuple[str, Spec]:
     """The error of every arm by tensor and block."""
     places: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        name = under(row["arm"], row["condition"])
+        name = qualified_name(row["arm"], row["condition"])
         places.setdefault((name, row["tensor"], row["block"]), []).append(row)
     means = [
         {"arm": name, "place": _place(found[0]), "error": _mean_error(found)}

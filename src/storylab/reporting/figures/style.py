@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome
 from storylab.reporting.tables import Row
 
@@ -67,7 +67,7 @@ def color(outcome: Outcome) -> Any:
 
 def where(row: Row) -> str:
     """Arm and condition of a row."""
-    return under(row["arm"], row["condition"])
+    return qualified_name(row["arm"], row["condition"])
 
 
 def only(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storylab.experiments.curves import HORIZON
 from storylab.experiments.experiment import METRICS
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.measures import Checked
 
 # Why a number is missing, where it is no measurement.
@@ -14,7 +14,7 @@ NOT_KNOWN = {"plateau_iteration": f"not predicted, or beyond {HORIZON} times the
 def expectation_text(check: Checked) -> str:
     """An expectation, the number it was checked against, and by how much it was met or missed."""
     e = check.expectation
-    title = f"Hypothesis ({under(e.arm, check.condition)}): {e.text}"
+    title = f"Hypothesis ({qualified_name(e.arm, check.condition)}): {e.text}"
     if check.value is None:
         return f"{title} - {NOT_KNOWN.get(e.metric, 'not measured')}."
     span = ""

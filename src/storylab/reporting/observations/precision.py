@@ -8,7 +8,7 @@ import numpy as np
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig
 from storylab.experiments.comparison import EQUIVALENT, Arm
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.order import common_values, order_of
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.verdicts import nats
@@ -44,7 +44,8 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
         return
     known.sort(key=lambda entry: -entry[1].estimate)
     told = "; ".join(f"{c.arm} {nats(r.estimate)} ({c.verdict})" for c, r in known)
-    text = f"In order of harm{under('', condition)}, nats against {outcome.baseline}: {told}."
+    where = qualified_name("", condition)
+    text = f"In order of harm{where}, nats against {outcome.baseline}: {told}."
     yield text + unresolved_neighbors([cells[condition, c.arm].arm for c, _ in known])
     margin = known[0][0].judgement.margin
     if margin is None:
@@ -57,11 +58,11 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
     if shares:
         share, arm = max(shares)
         yield (
-            f"Of the arms that are equivalent within {margin:g} nats{under('', condition)}, {arm} has "
+            f"Of the arms that are equivalent within {margin:g} nats{where}, {arm} has "
             f"the most matrix multiplication in low precision: {share:.0%}."
         )
     else:
-        yield f"No arm is shown to be equivalent within {margin:g} nats{under('', condition)}."
+        yield f"No arm is shown to be equivalent within {margin:g} nats{where}."
 
 
 def unresolved_neighbors(arms: Sequence[Arm]) -> str:
@@ -110,10 +111,9 @@ def _worst_tensors(outcome: Outcome) -> Iterable[str]:
     if rows:
         for name, text in (("error", "errs most"), ("underflow", "loses most values to zero")):
             worst = max(rows, key=lambda row: row[name] or 0.0)
-            yield (
-                f"Quantization {text} in {under(worst['arm'], worst['condition'])}: {worst['tensor']}, "
-                f"block {worst['block']}, iteration {worst['iterations']} ({worst[name]:.2%})."
-            )
+            cell = qualified_name(worst["arm"], worst["condition"])
+            where = f"block {worst['block']}, iteration {worst['iterations']}"
+            yield f"Quantization {text} in {cell}: {worst['tensor']}, {where} ({worst[name]:.2%})."
 
 
 def _largest_gain(cell: CellResult) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from storylab.data.tally import plural
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.optimum import bracket, fit_optimum
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.record.run import ENDED
@@ -26,7 +26,7 @@ def rate_observations(outcome: Outcome) -> Iterable[str]:
             and _ended(cell)
         ]
         if len({cell.config.learning_rate for cell in grid}) >= 3:
-            where = under("", condition)
+            where = qualified_name("", condition)
             yield from _of_grid(grid, where)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from storylab.experiments.factors import under
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.order import common_values, order_of
 from storylab.experiments.outcome import CellResult, Outcome
 from storylab.experiments.statistics import mean_interval
@@ -36,7 +36,7 @@ def _group(group: Sequence[tuple[CellResult, float, float]]) -> str:
 def _best(outcome: Outcome, condition: str) -> Iterable[str]:
     cells = [cell for cell in outcome.arms(condition) if cell.arm.finished]
     losses = common_values([cell.arm for cell in cells], final_loss)
-    where = under("", condition)
+    where = qualified_name("", condition)
     if not cells:
         return
     if not losses.size:
