@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from storylab.errors import UserError
 from storylab.files import exists, reading
+from storylab.tracking import TRACKERS
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -17,6 +18,15 @@ AsJson = Annotated[bool, tyro.conf.arg(help="Print one JSON document (docs/guide
 ExitByVerdict = Annotated[
     bool,
     tyro.conf.arg(help="Exit with a code that says the verdict (docs/guide/command-line.md)."),
+]
+# The names are those of the entries, so that a new one is named in one place.
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(TRACKERS)]
+Track = Annotated[
+    tuple[TrackerName, ...],
+    tyro.conf.arg(help="Show the run in these trackers, too (docs/guide/trackers.md)."),
 ]
 CheckpointName = Literal["last", "best"]
 DEFAULT_RUNS_DIR = Path("runs")

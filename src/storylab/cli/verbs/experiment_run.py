@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile, Track
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
     closing_code,
@@ -14,6 +14,7 @@ from storylab.cli.experiments import (
     print_plan,
     print_results,
     require_document,
+    tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
@@ -52,6 +53,7 @@ class ExperimentRunCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    track: Track = ()
     exit_code: ExitByVerdict = False
     json: AsJson = False
 
@@ -60,8 +62,9 @@ def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
     require_document(command.json, command.dry_run)
+    executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
-        outcome, states = _results(command, call.executor)
+        outcome, states = _results(command, executor)
     if outcome is None:
         return 0
     return closing_code(outcome, states, command.exit_code, command.json)
