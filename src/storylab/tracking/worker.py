@@ -29,7 +29,7 @@ T = TypeVar("T")
 BATCH = 50
 # Seconds to send the rest after the run's process has gone; nobody else could end a tracker that hangs.
 ORPHAN_SECONDS = 120.0
-NICENESS = 10
+NICENESS = 5
 
 
 def serve(target: str, messages: BinaryIO) -> Answer:

@@ -15,7 +15,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.hparams.summary import session_end_pb, session_start_pb
+from tensorboard.plugins.hparams import metadata as hparams
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,
+    SessionEndInfo,
+    SessionStartInfo,
+)
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -34,18 +40,15 @@ class TensorBoardTracker:
 
     def __init__(self, run: TrackedRun) -> None:
         self._started = run.started
-        folder = log_folder(run)
-        self.place = f"tensorboard --logdir {folder.parent}"
+        root, folder = log_folders(run)
+        self.place = f"tensorboard --logdir {root}"
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(_EVENT_FILES):
             old.unlink()
         self._writer = EventFileWriter(str(folder), flush_secs=FLUSH_SECONDS)
         # A TensorBoard that runs meanwhile forgets the points of the file before.
         self._write(0, 0.0, session_log=SessionLog(status=SessionLog.START))
-        known = {name: value for name, value in run.config.items() if value is not None}
-        group, start = run.place.group, run.started
-        hparams = session_start_pb(known, group_name=group, start_time_secs=start)
-        self._write(0, 0.0, summary=hparams)
+        self._write(0, 0.0, summary=_session_start(run))
         lines = "\n".join(f"{name}: {value}" for name, value in run.config.items())
         self._write(0, 0.0, summary=_text("config", quoted(lines)))
 
@@ -64,21 +67,25 @@ class TensorBoardTracker:
                 self._write(end.step, seconds, summary=_text(f"samples/{number}", story))
             notes = "\n\n".join(f"{name}: {text}" for name, text in end.notes.items())
             self._write(end.step, seconds, summary=_text("final/notes", quoted(notes)))
-            status = "STATUS_SUCCESS" if end.status == "finished" else "STATUS_FAILURE"
-            closing = session_end_pb(status, end_time_secs=self._started + seconds)
-            self._write(end.step, seconds, summary=closing)
+            name = "STATUS_SUCCESS" if end.status == "finished" else "STATUS_FAILURE"
+            closing = SessionEndInfo(
+                status=Status.Value(name), end_time_secs=self._started + seconds
+            )
+            plugin_data = HParamsPluginData(session_end_info=closing)
+            content = _hparams(hparams.SESSION_END_INFO_TAG, plugin_data)
+            self._write(end.step, seconds, summary=content)
         self._writer.close()
 
     def _write(self, step: int, seconds: float, **content: object) -> None:
         self._writer.add_event(Event(wall_time=self._started + seconds, step=step, **content))
 
 
-def log_folder(run: TrackedRun) -> Path:
-    """The folder of a run's events."""
+def log_folders(run: TrackedRun) -> tuple[Path, Path]:
+    """The folder of all runs' events, and that of one run's."""
     chosen = os.environ.get(FOLDER_VARIABLE)
-    root = Path(chosen) if chosen else Path(run.folder).parent / "tensorboard"
+    root = (Path(chosen) if chosen else Path(run.folder).parent / "tensorboard").absolute()
     names = (run.place.project or DEFAULT_PROJECT, run.place.group, run.label)
-    return root.absolute().joinpath(*(_safe(name) for name in names if name))
+    return root, root.joinpath(*(_safe(name) for name in names if name))
 
 
 def _safe(name: str) -> str:
@@ -89,6 +96,25 @@ def _safe(name: str) -> str:
 def _scalars(values: object) -> Summary:
     assert isinstance(values, dict)
     return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+
+
+def _session_start(run: TrackedRun) -> Summary:
+    """The config for the HParams page, which averages over the seeds of a group."""
+    start = SessionStartInfo(group_name=run.place.group, start_time_secs=run.started)
+    for name, value in run.config.items():
+        match value:
+            case bool():  # before int, which bool is a kind of
+                start.hparams[name].bool_value = value
+            case int() | float():
+                start.hparams[name].number_value = value
+            case str():
+                start.hparams[name].string_value = value
+    return _hparams(hparams.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
+
+
+def _hparams(tag: str, content: HParamsPluginData) -> Summary:
+    metadata = hparams.create_summary_metadata(content)
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=hparams.NULL_TENSOR)])
 
 
 def _text(name: str, text: str) -> Summary:
