@@ -1,0 +1,93 @@
+"""Seconds an iteration with a tracker that hangs, over those without one.
+
+python benchmarks/tracker_overhead.py [PAIRS] [ITERATIONS]
+
+Trains pairs of equal short runs, one with a tracker whose process sleeps for ever and one without any, in turns,
+and prints the ratio of their median steps: pair by pair, and over all. Then times the one call that a run makes
+for a row. A small model is the worst case: its steps are the shortest.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from storylab.config import ModelConfig, TrainConfig
+from storylab.data.prepare import PrepareConfig, prepare
+from storylab.record.schema import EvaluationRow, IterationRow
+from storylab.tracking import TrackerEntry
+from storylab.tracking.link import TrackerLink
+from storylab.tracking.observer import TrackerObserver, plain_place
+from storylab.tracking.run import tracked_run
+from storylab.training.train import train
+
+HANGING = TrackerEntry("tracker_overhead:Hanging")
+CALLS = 50_000
+
+
+class Hanging:
+    """A tracker that never answers."""
+
+    def __init__(self, run: object) -> None:
+        time.sleep(3600)
+
+
+def median_step(config: TrainConfig, tracked: bool) -> float:
+    """Median seconds of an iteration, without the first ten."""
+    observers = [TrackerObserver("hanging", entry=HANGING, end_seconds=0.1)] if tracked else []
+    rows = train(config, *observers).read_rows()
+    steps = [row.step_seconds for row in rows if isinstance(row, IterationRow)]
+    return statistics.median(steps[10:])
+
+
+def main(pairs: int, iterations: int) -> None:
+    """Print both measurements."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with tempfile.TemporaryDirectory() as place:
+        data = prepare(
+            PrepareConfig(
+                source="builtin", tokenizer="bpe:300", out=Path(place) / "data", builtin_stories=300
+            )
+        )
+
+        def config(name: str) -> TrainConfig:
+            return TrainConfig(
+                model=ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_hidden=128),
+                data_dir=data.folder,
+                out_dir=Path(place) / name,
+                device="cpu",
+                max_iters=iterations,
+                batch_size=4,
+                gradient_accumulation_steps=1,
+                block_size=64,
+                eval_interval=iterations,
+                eval_iters=1,
+            )
+
+        ratios = []
+        for pair in range(pairs):
+            # Whichever comes first finds caches colder, so they take turns.
+            order = (False, True) if pair % 2 else (True, False)
+            seconds = {kind: median_step(config(f"{pair}-{kind}"), kind) for kind in order}
+            ratios.append(seconds[True] / seconds[False])
+            print(
+                f"pair {pair}: {1000 * seconds[False]:.2f} ms, ratio {ratios[-1]:.3f}", flush=True
+            )
+        print(f"median ratio {statistics.median(ratios):.3f} of {pairs} pairs")
+        folder = Path(place) / "0-True"
+        link = TrackerLink(HANGING.target, tracked_run(folder, plain_place(folder)))
+        row = EvaluationRow(iteration=1, train_loss=1.0, val_loss=1.0, best=False)
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(CALLS):
+            link.put(row)
+        seconds, used = time.perf_counter() - began, time.process_time() - cpu
+        link.kill()
+        print(f"a row: {1e6 * seconds / CALLS:.1f} us, {1e6 * used / CALLS:.1f} us of CPU time")
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in (sys.argv[1:] + ["7", "200"][len(sys.argv) - 1 :])))
