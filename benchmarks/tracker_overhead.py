@@ -2,9 +2,9 @@
 
 python benchmarks/tracker_overhead.py [PAIRS] [ITERATIONS]
 
-Trains pairs of equal short runs, one with a tracker whose process sleeps for ever and one without any, in turns,
-and prints the ratio of their median steps: pair by pair, and over all. Then times the one call that a run makes
-for a row. A small model is the worst case: its steps are the shortest.
+Trains pairs of equal short runs, one with a tracker whose process sleeps for ever and one without any, in
+turns, and prints the ratio of their median steps: by pair, and over all. Then times the one call that a
+run makes for a row. A small model is the worst case: its steps are the shortest.
 """
 
 from __future__ import annotations
