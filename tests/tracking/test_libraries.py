@@ -247,9 +247,9 @@ def test_a_resumed_run_goes_on_as_the_same_run(
     folder = tmp_path / "runs/b"
     config = TrainConfig(**{**vars(config), "out_dir": folder})
     with pytest.raises(Interrupted):
-        train(config, TrackerObserver(name), StopAfter(10), Older(folder, 6))
+        train(config, TrackerObserver(name, end_seconds=300), StopAfter(10), Older(folder, 6))
     with_older(folder)
-    resume(folder, None, TrackerObserver(name))
+    resume(folder, None, TrackerObserver(name, end_seconds=300))
     lines = (folder / "log.txt").read_text()
     assert "no longer watches" not in lines
     assert_equal(READERS[name](folder), recorded(folder), clocks=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import time
@@ -20,8 +21,9 @@ from storylab.tracking import TrackerEntry
 from storylab.tracking.link import TrackerLink
 from storylab.tracking.observer import TrackerObserver, trackers
 from storylab.tracking.points import EVALUATION_NAMES, ITERATION_NAMES
-from storylab.tracking.protocol import Place, TrackedRun
+from storylab.tracking.protocol import Place, Rows, TrackedRun
 from storylab.tracking.run import tracked_run
+from storylab.tracking.worker import serve
 from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.train import train
@@ -156,6 +158,20 @@ def test_output_of_a_library_blocks_nothing(some_run: TrackedRun, tmp_path: Path
     link.finish(None, 60)
     assert not link.late and link.answer is not None and not link.answer.failed
     assert [kind for kind, _ in kept(tmp_path / "a")] == ["config", "point", "end"]
+
+
+def test_a_tracker_ends_when_the_process_of_the_run_is_gone(
+    some_run: TrackedRun, tmp_path: Path
+) -> None:
+    run = msgspec.structs.replace(some_run, folder=str(tmp_path / "a"))
+    messages = [run, Rows([row(1)])]
+    pipe = io.BytesIO(b"".join(msgspec.json.encode(message) + b"\n" for message in messages))
+    answer = serve("stand_in_trackers:Keeping", pipe)
+    assert answer.place == str(tmp_path / "kept.jsonl") and not answer.failed
+    assert kept(tmp_path / "a")[1:] == [
+        ["point", [1, 0.0, {n: float(n != "evaluation/best") for n in EVALUATION_NAMES.values()}]],
+        ["end", None],
+    ]
 
 
 class StopAfter(Observer):

@@ -71,6 +71,7 @@ def _pass_on(run: TrackedRun, tracker: Tracker, messages: BinaryIO) -> None:
     watchdog.daemon = True
     watchdog.start()
     tracker.finish(None)
+    watchdog.cancel()
 
 
 def _history(run: TrackedRun) -> list[Row]:
