@@ -84,9 +84,9 @@ def main(pairs: int, iterations: int) -> None:
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(CALLS):
             link.put(row)
-        seconds, used = time.perf_counter() - began, time.process_time() - cpu
+        wall, used = time.perf_counter() - began, time.process_time() - cpu
         link.kill()
-        print(f"a row: {1e6 * seconds / CALLS:.1f} us, {1e6 * used / CALLS:.1f} us of CPU time")
+        print(f"a row: {1e6 * wall / CALLS:.1f} us, {1e6 * used / CALLS:.1f} us of CPU time")
 
 
 if __name__ == "__main__":

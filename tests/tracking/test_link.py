@@ -16,7 +16,7 @@ from samples import MakeConfig
 from storylab.errors import Interrupted, UserError
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder
-from storylab.record.schema import EvaluationRow, IterationRow
+from storylab.record.schema import EvaluationRow, IterationRow, Summary
 from storylab.tracking import TrackerEntry
 from storylab.tracking.link import TrackerLink
 from storylab.tracking.observer import TrackerObserver, trackers
@@ -113,28 +113,33 @@ def test_a_broken_tracker_changes_nothing_and_is_named_once(
 ) -> None:
     monkeypatch.setenv("STAND_IN_API_KEY", "sesame-open")
     alone = train(tiny_config(out_dir=tmp_path / "alone"))
-    watching = observer(kind, end_seconds=8)
-    began = time.monotonic()
+    watching, waited = observer(kind, end_seconds=8), []
+    end = watching.end
+
+    def timed(summary: Summary | None) -> None:
+        began = time.monotonic()
+        try:
+            end(summary)
+        finally:
+            waited.append(time.monotonic() - began)
+
+    monkeypatch.setattr(watching, "end", timed)
     watched = train(tiny_config(out_dir=tmp_path / "watched"), watching)
-    seconds = time.monotonic() - began
     assert bits(watched) == bits(alone)
     (remark,) = remarks(watched)
     assert remark.endswith(f"storylab sync {watched.folder} --to stand-in")
     reason = {"Killed": "ended with -9", "Fails": "401 for key *** at https://***@host/api."}
     assert reason.get(kind, "was not done 8 s after the end") in remark
-    if kind.startswith("Hangs"):
-        assert 8 <= seconds < 8 + 30
+    assert all(seconds < 8 + 2 for seconds in waited)
 
 
-@pytest.mark.slow
-def test_rows_beyond_the_queue_are_dropped_counted_and_named_once(
-    tiny_config: MakeConfig,
-) -> None:
-    run = train(tiny_config(max_iters=400), observer("HangsAtStart", capacity=3, end_seconds=1))
-    # 401 iterations and 100 evaluations; those that fit into the pipe are not known to be missing.
-    (remark,) = remarks(run)
-    missing = int(remark.partition(" rows or more")[0].rpartition(" ")[2].replace(",", ""))
-    assert 3 <= missing <= 501
+def test_rows_beyond_the_queue_are_dropped_counted_and_named_once(tiny_config: MakeConfig) -> None:
+    run = train(tiny_config(), observer("Keeping", capacity=0))
+    assert remarks(run) == [
+        "tracker stand-in failed and no longer watches: it was slower than the run, and 11 of 11 rows were "
+        f"not sent. Send the whole run later: storylab sync {run.folder} --to stand-in"
+    ]
+    assert [kind for kind, _ in kept(run.folder)] == ["config", "end"]
 
 
 def test_a_full_queue_drops_and_does_not_wait(some_run: TrackedRun) -> None:
