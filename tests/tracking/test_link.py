@@ -195,7 +195,7 @@ class StopAfter(Observer):
 def test_a_resumed_run_is_the_same_run_with_every_row_once(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     with pytest.raises(Interrupted):
-        train(config, StopAfter(5), observer("Keeping", end_seconds=60))
+        train(config, StopAfter(5), observer("Keeping", stop_seconds=60))
     assert config.out_dir is not None
     before = kept(config.out_dir)
     first = tracked_run(config.out_dir, Place("a"))
@@ -222,7 +222,7 @@ def test_an_error_of_the_run_ends_the_process(tiny_config: MakeConfig) -> None:
     with pytest.raises(UserError), trackers([]) as none:
         assert none == []
         raise UserError("the disk is full")
-    watching = observer("HangsAtStart", end_seconds=0.2)
+    watching = observer("HangsAtStart", stop_seconds=0.2)
     run = train(tiny_config(max_iters=2))
     watching.start(run.folder)
     link = watching._link

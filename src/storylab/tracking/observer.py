@@ -40,6 +40,7 @@ class TrackerObserver(Observer):
         entry: by default that of ``name``.
         capacity: rows that may wait for a slow tracker; further ones are dropped and counted.
         end_seconds: seconds to wait at the end of the run.
+        stop_seconds: seconds to wait where the run is stopped.
 
     Raises:
         UserError: the tracker's library is not installed.
@@ -53,6 +54,7 @@ class TrackerObserver(Observer):
         entry: TrackerEntry | None = None,
         capacity: int = CAPACITY,
         end_seconds: float = END_SECONDS,
+        stop_seconds: float = STOP_SECONDS,
     ) -> None:
         if entry is None:
             require_installed([name])
@@ -61,7 +63,8 @@ class TrackerObserver(Observer):
         """Where the run can be seen, once it has ended."""
         self._name, self._find_place = name, find_place
         self._entry = entry or TRACKERS[name]
-        self._capacity, self._end_seconds = capacity, end_seconds
+        self._capacity = capacity
+        self._end_seconds, self._stop_seconds = end_seconds, stop_seconds
         self._folder = Path()
         self._link: TrackerLink | None = None
 
@@ -92,14 +95,13 @@ class TrackerObserver(Observer):
         link, self._link = self._link, None
         if link is None:
             return
-        seconds = self._end_seconds if summary else min(STOP_SECONDS, self._end_seconds)
+        seconds = self._stop_seconds if summary is None else self._end_seconds
         link.finish(summary, seconds)
         answer = link.answer
         if answer is None or link.late:
             missing = link.dropped + link.waiting
-            raise self._failure(
-                f"it was not done {seconds:g} s after the end, and {missing:,} rows or more were not sent"
-            )
+            lacks = f"lacks {missing:,} rows or more" if missing else "may lack rows"
+            raise self._failure(f"it was not done {seconds:g} s after the end and {lacks}")
         if answer.failed:
             raise self._failure(answer.failed)
         self.place = answer.place
@@ -113,7 +115,7 @@ class TrackerObserver(Observer):
         """End the tracker's process of a run that ended with an error."""
         link, self._link = self._link, None
         if link is not None:
-            link.finish(None, min(STOP_SECONDS, self._end_seconds))
+            link.finish(None, self._stop_seconds)
 
     def _failure(self, reason: str) -> TrackerFailed:
         return TrackerFailed(
