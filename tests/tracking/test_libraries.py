@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from executors import InProcess, perform_quietly
 from samples import TINY
 from storylab.cli import main
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import Interrupted
+from storylab.execution.job import Job
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.spec import load_experiment
 from storylab.experiments.tracked import place_of
@@ -311,7 +313,9 @@ def test_an_experiment_is_a_project_and_its_arms_are_groups(
 ) -> None:
     (tmp_path / "rates.toml").write_text(EXPERIMENT)
     words = ["experiment", "run", "rates.toml", "--data_dir", str(dataset.folder)]
-    assert main([*words, "--track", "tensorboard"]) == 0, capsys.readouterr().err
+    # Jobs as another process would get them.
+    executor = InProcess(lambda job: perform_quietly(Job.from_json(job.to_json())))
+    assert main([*words, "--track", "tensorboard"], executor) == 0, capsys.readouterr().err
     folders = {file.parent.relative_to("tensorboard") for file in Path("tensorboard").rglob("ev*")}
     assert {folder.parts[:2] for folder in folders} == {("rates", "low"), ("rates", "high")}
     assert all(folder.name.startswith(f"{folder.parts[1]}, seed 1-") for folder in folders)
