@@ -26,15 +26,8 @@ from storylab.tracking.observer import TrackerObserver, plain_place
 from storylab.tracking.run import tracked_run
 from storylab.training.train import train
 
-HANGING = TrackerEntry("tracker_overhead:Hanging")
+HANGING = TrackerEntry("hanging_tracker:Hanging")
 CALLS = 50_000
-
-
-class Hanging:
-    """A tracker that never answers."""
-
-    def __init__(self, run: object) -> None:
-        time.sleep(3600)
 
 
 def measure(config: TrainConfig, tracked: bool) -> tuple[float, float]:
