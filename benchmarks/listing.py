@@ -1,5 +1,4 @@
-"""Seconds that `storylab list` and the page of `storylab ui` take over many long runs, once their modules are
-imported.
+"""Seconds that `storylab list` and the page of `storylab ui` take over many long runs, modules imported.
 
     python benchmarks/listing.py [--runs 1000] [--rows 10000] [--commit COMMIT] [--old_summaries]
 

@@ -1,4 +1,4 @@
-"""The page's server: what may be asked of it, and who may ask."""
+"""The application behind the page: its addresses, and the hosts that may read them."""
 
 from __future__ import annotations
 

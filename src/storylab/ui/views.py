@@ -1,4 +1,4 @@
-"""What the page fetches, as types. Losses are nats a token, times seconds, memory bytes."""
+"""The answers that the page fetches, as types. Losses are nats a token, times seconds, memory bytes."""
 
 from __future__ import annotations
 
