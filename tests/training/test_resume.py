@@ -57,8 +57,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     [
         {"optimizer": "muon"},
         {"optimizer": "normuon"},
-        {"average_share": 0.5},
-        {"average_share": 0.2, "dtype": "mxfp8"},
+        {"ema_fraction": 0.5},
+        {"ema_fraction": 0.2, "dtype": "mxfp8"},
     ],
     ids=str,
 )
@@ -75,19 +75,19 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
 
 
 def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig) -> None:
-    config = tiny_config(schedule="constant", average_share=0.5)
+    config = tiny_config(schedule="constant", ema_fraction=0.5)
     train(config)
-    with pytest.raises(UserError, match=r"moves .*average_share.*start a new run"):
+    with pytest.raises(UserError, match=r"moves .*ema_fraction.*start a new run"):
         resume(config.out_dir, dataclasses.replace(config, max_iters=12))
 
 
 def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=3))
     file = run.folder / "config.json"
-    text = file.read_text().replace('"average_share": 0.0', '"average_share": 0.5')
+    text = file.read_text().replace('"ema_fraction": 0.0', '"ema_fraction": 0.5')
     assert text != file.read_text()
     file.write_text(text)
-    with pytest.raises(UserError, match=r"average_share .* has been altered"):
+    with pytest.raises(UserError, match=r"ema_fraction .* has been altered"):
         resume(run.folder)
 
 
