@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import storylab
 from finished_runs import InterruptAt, found, metrics, weights
 from samples import MakeConfig
+from storylab.config import FORMER_NAMES
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import Interrupted, UserError
@@ -72,6 +74,28 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
     run = resume(config.out_dir)
     assert weights(run) == weights(whole)
     assert metrics(run) == metrics(whole)
+
+
+@pytest.mark.slow
+def test_a_run_of_former_field_names_resumes_to_the_same_bits(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"optimizer": "muon", "muon_lr": 0.03, "ema_fraction": 0.5}
+    whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
+    config = tiny_config(**changes, out_dir=tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(4, signal.SIGTERM))
+    file = config.out_dir / "config.json"
+    current = file.read_text()
+    earlier = current
+    for former, name in FORMER_NAMES.items():
+        earlier = earlier.replace(f'"{name}"', f'"{former}"')
+    assert earlier != current
+    file.write_text(earlier)
+    run = resume(config.out_dir, config)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+    assert json.loads(file.read_text()) == json.loads(current)
 
 
 def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig) -> None:
