@@ -50,7 +50,14 @@ class Thing:
 def test_modules_that_decide_no_numbers_exist() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
     root = Path(storylab.__file__).parent
-    assert all((root / name).is_file() for name in NON_NUMERIC_MODULES)
+    assert all((root / name).exists() for name in NON_NUMERIC_MODULES)
+
+
+def test_a_new_check_makes_no_new_code_version() -> None:
+    decides = provenance._decides_numbers
+    assert decides("training/loop.py") and decides("model/head.py") and decides("config/train.py")
+    assert not decides("training/checks/another.py") and not decides("training/recorder.py")
+    assert not decides("reporting/html.py") and decides("training/checks_of_another_name.py")
 
 
 def test_code_versions_that_give_equal_bits_are_one(

@@ -11,6 +11,7 @@ from storylab.errors import UserError
 from storylab.files import exists, reading
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+OptionalRunFolder = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 ExperimentFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 AsJson = Annotated[bool, tyro.conf.arg(help="Print one JSON document (docs/guide/json.md).")]
