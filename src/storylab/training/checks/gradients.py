@@ -10,31 +10,38 @@ import torch
 
 from storylab.training.check import Check, Finding, Part, Subject, model_parts
 
-# Factor on float16 losses, whose gradients would underflow without.
-FLOAT16_SCALE = 1024.0
+# Factors on float16 losses: without one their gradients would underflow; the second is for models whose
+# gradients the first takes out of range, as the loss scale of a run would fall too.
+FLOAT16_SCALES = (1024.0, 1.0)
 SHOWN = 3
 
 
 def run(subject: Subject) -> Finding:
     """Take the gradient of the first windows, in the dtype of the run and without quantization."""
-    setup, windows = subject.setup, subject.windows
-    scale = FLOAT16_SCALE if setup.precision.dtype == torch.float16 else 1.0
-    with subject.uncompiled():
-        with subject.autocast():
-            loss = setup.state.model(windows[:, :-1], windows[:, 1:])
-        (loss * scale).backward()
-    idle = _without_gradient(subject)
-    parts = list(model_parts(setup.state.model, setup.config.model))
-    faults = [f"{part.name} {fault}" for part in parts if (fault := _fault(part, idle))]
-    text = f"finite and not zero in {len(parts)} parts of the parameters"
-    if not faults:
-        return Finding(text)
+    setup = subject.setup
+    parts, idle = list(model_parts(setup.state.model, setup.config.model)), _idle_parts(subject)
+    faults: list[str] = []
+    for scale in FLOAT16_SCALES if setup.precision.dtype == torch.float16 else (1.0,):
+        _take_gradient(subject, scale)
+        faults = [f"{part.name} {fault}" for part in parts if (fault := _fault(part, idle))]
+        if not faults:
+            return Finding(f"finite and not zero in {len(parts)} parts of the parameters")
     more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
     fault = (
         f"{'; '.join(faults[:SHOWN])}{more}: the model does not use or does not train it; repair the code "
         "that changed, or run without this check by --skip_checks"
     )
     return Finding("", fault)
+
+
+def _take_gradient(subject: Subject, scale: float) -> None:
+    """Give every parameter the gradient of the first windows' loss, times ``scale``."""
+    model, windows = subject.setup.state.model, subject.windows
+    model.zero_grad(set_to_none=True)
+    with subject.uncompiled():
+        with subject.autocast():
+            loss = model(windows[:, :-1], windows[:, 1:])
+        (loss * scale).backward()
 
 
 def _fault(part: Part, idle: set[str]) -> str | None:
@@ -49,7 +56,7 @@ def _fault(part: Part, idle: set[str]) -> str | None:
     return None
 
 
-def _without_gradient(subject: Subject) -> set[str]:
+def _idle_parts(subject: Subject) -> set[str]:
     """Names of the parts that get no gradient by design: queries and keys of a layer in which every query
     reads a single position, whose weight is 1 whatever they are."""
     setup = subject.setup

@@ -74,7 +74,7 @@ def predicted_loss(
     others = math.log(vocab_size - 1) + variance / 2 if vocab_size > 1 else -math.inf
     normalizer = torch.logaddexp(own, torch.full_like(own, others))
     expected = float((normalizer - own.where(repeats, 0.0)).mean())
-    shares = targets.flatten().bincount().double() / targets.numel()
+    shares = targets.flatten().cpu().bincount().double() / targets.numel()
     spread = math.sqrt(variance * float(shares.square().sum()))
     spread += math.sqrt(math.expm1(variance) / vocab_size)
     epsilon = variance / 2 * NORM_EPS / INIT_STD**2

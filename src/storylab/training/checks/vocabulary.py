@@ -8,7 +8,7 @@ from storylab.training.check import Check, Finding, Subject
 def run(subject: Subject) -> Finding:
     """Compare the ids of the next micro-batch, targets included, with the rows of the embedding."""
     rows = subject.setup.state.model.embedding.num_embeddings
-    least, most = (int(value) for value in subject.micro_batch.aminmax())
+    least, most = (int(value) for value in subject.micro_batch.cpu().aminmax())
     fault = ""
     if least < 0 or most >= rows:
         fault = (
