@@ -43,7 +43,7 @@ def run_checks(
 
     Args:
         setup: not started yet.
-        observers: see the progress, and a line if the run goes on uncompiled.
+        observers: see the progress of compiling, and a line if the run goes on uncompiled.
         resumed: the run it was restored from, if any; only the checks of the machine are done again.
         compile_asked: whether the user asked for compiling by name.
 
@@ -57,9 +57,8 @@ def run_checks(
     started, results = time.perf_counter(), []
     device = setup.precision.device
     with considerate(device), _same_random_numbers(device):
-        for number, check in enumerate(CHECKS):
+        for check in CHECKS:
             if (resumed is None or check.on_resume) and check.applies(subject):
-                observers.progress("checking", number, len(CHECKS))
                 subject, result = _checked(check, subject)
                 results.append(result)
     seconds = time.perf_counter() - started
