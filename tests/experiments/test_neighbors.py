@@ -25,9 +25,9 @@ from storylab.experiments.neighbors import find_neighbors
 from storylab.experiments.outcome import load_outcome
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
+from storylab.experiments.records import FolderCache
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
-from storylab.record.index import RunCache
 from storylab.record.run import load_run
 from test_registration import TEXT, Quiet
 
@@ -117,7 +117,7 @@ def test_runs_that_were_not_given_are_named(runs: Path, capsys: pytest.CaptureFi
 def test_of_other_runs_the_small_files_are_read_once(runs: Path) -> None:
     low = folder_of(runs, "low", 1)
     other = another_seed(low, 3)
-    cache, opened = RunCache(), Opened()
+    cache, opened = FolderCache(), Opened()
     given = [cache.load(folder) for folder in all_runs(runs)]
     with opened.under(other) as files:
         find_neighbors(group_runs(given), cache)
@@ -172,7 +172,7 @@ def test_any_other_choice_is_exploratory(runs: Path, change_of_choice: str, reas
         change(runs / "experiments/rates.json", stage="confirm")
     else:
         change(runs / "experiments/rates.json", registered=None)
-    found = compare_given([load_run(folder) for folder in given], margin, RunCache())
+    found = compare_given([load_run(folder) for folder in given], margin, FolderCache())
     assert found.experiment == ""
     (only,) = found.comparisons
     assert only.exploratory[0].startswith(reason)
@@ -184,7 +184,7 @@ def test_a_plan_that_was_changed_later_leaves_its_verdicts_exploratory(runs: Pat
     path = runs / "experiments/rates.json"
     late = {"time": "t", "what": "margin", "before": 0.05, "after": 0.02}
     change(path, amendments=[late | {"runs_finished": 4, "runs_planned": 4}])
-    found = compare_given([load_run(folder) for folder in all_runs(runs)], None, RunCache())
+    found = compare_given([load_run(folder) for folder in all_runs(runs)], None, FolderCache())
     assert found.experiment == "rates"
     assert found.comparisons[0].exploratory == ("margin changed after 4 of 4 runs",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from executors import InProcess, Unused
 from storylab.cli import main
 from storylab.data.dataset import Dataset
-from storylab.experiments.records import read_experiment
-from storylab.experiments.stopping import stops, unplanned_line
+from storylab.experiments.records import FolderCache, read_experiment
+from storylab.experiments.stopping import note_look, stops, unplanned_line
 from storylab.record.experiment_schema import ExperimentRecord
 from test_registration import TEXT
 
@@ -113,6 +114,26 @@ def test_fewer_seeds_than_the_first_look_take_no_look(bench: Bench) -> None:
     trained, out = bench.run(TEXT, "--seeds", "1")
     assert trained == 2 and "the first planned look is at 2" in out
     assert bench.looks() == []
+
+
+def test_a_look_that_another_process_notes_is_not_lost(bench: Bench) -> None:
+    """Each process keeps the record that it has read, and writes over the one that is there by then."""
+    bench.run(TEXT, "--seeds", "1")
+    path = bench.root / "runs" / "experiments" / "rates.json"
+    ours, theirs = FolderCache(), FolderCache()
+    assert ours.record(path).looks_taken == theirs.record(path).looks_taken == []
+    note_look(path, theirs, 2, {("", "high")}, again=False)
+    note_look(path, ours, 3, set(), again=False)
+    assert bench.looks() == [(2, ["high"]), (3, [])]
+    note_look(path, theirs, 3, set(), again=False)  # it sees that the look has been noted
+    assert [look.seeds for look in theirs.record(path).looks_taken] == [2, 3]
+    assert len(bench.looks()) == 2
+
+    # A key of a later version stays, whoever writes it and whenever.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 1}))
+    note_look(path, ours, 5, set(), again=False)
+    assert [seeds for seeds, _ in bench.looks()] == [2, 3, 5]
+    assert json.loads(path.read_text())["later"] == 1
 
 
 def test_measuring_noise_takes_no_look(bench: Bench) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment
     from storylab.experiments.outcome import Outcome
     from storylab.experiments.plan import PlannedRun
+    from storylab.experiments.records import FolderCache
     from storylab.planning.estimate import Estimate
-    from storylab.record.index import RunCache
 
 
 def prepare_and_plan(
@@ -116,7 +116,7 @@ def print_plan(
             reporter.line(line)
 
 
-def print_results(record: Path, runs: Path, cache: RunCache) -> Outcome:
+def print_results(record: Path, runs: Path, cache: FolderCache) -> Outcome:
     """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
     in ``cache``. Returns the outcome of the experiment."""
     from storylab.experiments.effect_words import verdict_lines

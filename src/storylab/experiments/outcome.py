@@ -20,7 +20,7 @@ from storylab.experiments.factorial import Factorial, fields_between
 from storylab.experiments.factors import allowed_fields, qualified_name
 from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES, Checked
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import exploratory_reasons, reasons_of_runs
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
@@ -109,19 +109,20 @@ class Outcome:
         return list(found.values())
 
 
-def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
+def load_outcome(path: Path, cache: FolderCache | None = None) -> Outcome:
     """Read an experiment's record and its runs, and compare its arms.
 
     A run that is missing or damaged is named in ``problems`` and left out.
 
     Args:
         path: the experiment's record.
-        cache: runs that have been read already.
+        cache: runs and records that have been read already.
 
     Raises:
         UserError: the record itself is missing or damaged.
     """
-    record, cache = read_experiment(path), cache or RunCache()
+    cache = cache or FolderCache()
+    record = cache.record(path)
     problems: list[str] = []
     missing: list[str] = []
     runs = path.parent.parent

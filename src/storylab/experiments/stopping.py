@@ -15,7 +15,7 @@ from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now, registration_lines
 from storylab.experiments.scheduler import ExperimentReporter, run_experiment
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken
@@ -54,7 +54,7 @@ def run_by_looks(
     seeds = list(dict.fromkeys(run.seed for run in planned))
     settled: set[CellKey] = set()
     states: list[str] = []
-    done, record = 0, Path()
+    done, record, cache = 0, Path(), planned[0].cache
     for stop in stops(experiment.looks, len(seeds)):
         part = [
             run
@@ -66,13 +66,13 @@ def run_by_looks(
         ended = _ended(part)
         record = write_record(experiment, dataset, part, runs, fresh and done == 0)
         if done == 0:
-            for line in plan_lines(experiment, record, part, len(seeds)):
+            for line in plan_lines(experiment, cache.record(record), part, len(seeds)):
                 reporter.line(line)
         states += run_experiment(part, executor, reporter, fresh)
         trained = fresh or _ended(part) > ended
-        outcome = load_outcome(record, planned[0].cache)
+        outcome = load_outcome(record, cache)
         if stop in experiment.looks:
-            _note_if_reached(record, outcome, stop, settled, trained)
+            _note_if_reached(record, cache, outcome, stop, settled, trained)
         if stop < len(seeds) and trained:
             for line in look_lines(outcome, stop, settled):
                 reporter.line(line)
@@ -81,11 +81,16 @@ def run_by_looks(
 
 
 def _note_if_reached(
-    record: Path, outcome: Outcome, look: int, settled: set[CellKey], trained: bool
+    record: Path,
+    cache: FolderCache,
+    outcome: Outcome,
+    look: int,
+    settled: set[CellKey],
+    trained: bool,
 ) -> None:
     """Note a look in the record, if some arm was judged at it."""
     if look <= max((judgement.look or 0 for judgement in outcome.judgements), default=0):
-        note_look(record, look, outcome.settled_arms() - settled, trained)
+        note_look(record, cache, look, outcome.settled_arms() - settled, trained)
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:
@@ -94,10 +99,13 @@ def stops(looks: Sequence[int], seeds: int) -> list[int]:
 
 
 def plan_lines(
-    experiment: Experiment, record: Path, planned: Sequence[PlannedRun], seeds: int
+    experiment: Experiment,
+    record: ExperimentRecord,
+    planned: Sequence[PlannedRun],
+    seeds: int,
 ) -> Iterator[str]:
     """How the plan is registered, and what ``seeds`` seeds mean in it."""
-    for line in registration_lines(read_experiment(record)):
+    for line in registration_lines(record):
         yield f"This plan: {line}"
     compared = any(run.cell.arm != experiment.baseline for run in planned)
     unplanned = unplanned_line(experiment.looks, seeds)
@@ -143,11 +151,14 @@ def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Ite
         yield f"Settled, so not trained with more seeds: {', '.join(names)}"
 
 
-def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) -> None:
+def note_look(
+    path: Path, cache: FolderCache, stop: int, settled: Collection[CellKey], again: bool
+) -> None:
     """Add a look to a record.
 
     Args:
-        path: the record.
+        path: the record's file.
+        cache: records that have been read.
         stop: seeds at the look.
         settled: the arms that it has settled.
         again: whether to add it even if the record has a look at that number of seeds.
@@ -161,7 +172,7 @@ def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) 
         look = LookTaken(time=now(), seeds=stop, settled=names)
         return {"looks_taken": [structs.asdict(entry) for entry in (*taken, look)]}
 
-    update_record(path, change)
+    update_record(path, cache, change)
 
 
 def _ended(planned: Sequence[PlannedRun]) -> set[Path]:

@@ -73,27 +73,26 @@ def _results(
     from storylab.experiments.foresight import expected_spread
     from storylab.experiments.outcome import load_outcome
     from storylab.experiments.plan import plan_runs
-    from storylab.experiments.selection import openings_of, selection_line, selection_on
+    from storylab.experiments.records import FolderCache
+    from storylab.experiments.selection import selection_line, selection_on
     from storylab.experiments.spec import load_experiment
-    from storylab.record.index import RunCache
 
-    search, cache = load_experiment(command.file, command.scale), RunCache()
+    search, cache = load_experiment(command.file, command.scale), FolderCache()
     dataset, runs = open_data(search, command.data_dir), command.runs
     experiment = confirmation(search, dataset, runs, command.only, command.seeds, cache)
-    planned = plan_runs(experiment, dataset, runs)
-    on_data = (runs, dataset.fingerprint, cache)
+    planned = plan_runs(experiment, dataset, runs, cache=cache)
     spread = expected_spread(search, dataset.fingerprint, runs, cache).nats
-    print(selection_line(selection_on(*on_data), spread))
+    print(selection_line(selection_on(runs, dataset.fingerprint, cache), spread))
     print(f"Seeds for the confirmation alone: {', '.join(map(str, experiment.seeds))}")
     if command.dry_run:
         print_plan(experiment, dataset, planned, runs, executor)
         return None, []
     record, states = train_planned(experiment, dataset, planned, runs, executor)
     if "finished" not in states:
-        return load_outcome(record, planned[0].cache), states
-    print(openings_line(openings_of(*on_data)))
-    note_opening(record, len(experiment.seeds), dataset.fingerprint)
-    return print_results(record, runs, planned[0].cache), states
+        return load_outcome(record, cache), states
+    before = note_opening(record, len(experiment.seeds), dataset.fingerprint, cache)
+    print(openings_line(before))
+    return print_results(record, runs, cache), states
 
 
 VERB = Verb(
