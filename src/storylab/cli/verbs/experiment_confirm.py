@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
     closing_code,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExperimentConfirmCommand:
+class ExperimentConfirmCommand(ExperimentFlags):
     """Confirm arms of an experiment: train them and the baseline with seeds that no run in the folder has
     used with this data, and judge them once, on the test split.
 
@@ -35,23 +34,10 @@ class ExperimentConfirmCommand:
     | storylab experiment confirm mine.toml --only 3e-3 --seeds 8
     """
 
-    file: ExperimentFile
-    """Experiment file (TOML)."""
     only: tuple[str, ...] = ()
     """Arms to confirm; by default those of an earlier call, or the only one besides the baseline."""
     seeds: int | None = None
     """Number of seeds, at least 5; by default 5, or as many as an earlier call had."""
-    scale: str | None = None
-    """One of the file's scales; by default laptop if the file has it, else the first."""
-    dry_run: bool = False
-    """Show the plan, with expected time and memory from a short calibration and the differences that it
-    can see, and stop."""
-    runs: Path = DEFAULT_RUNS_DIR
-    """Folder that holds the run folders."""
-    data_dir: Path | None = None
-    """Prepared data set; by default the one that the file's [data] describes."""
-    exit_code: ExitByVerdict = False
-    json: AsJson = False
 
 
 def run(call: Call) -> int:
