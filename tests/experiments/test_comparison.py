@@ -610,7 +610,17 @@ def test_what_pairs_could_see_comes_from_the_spread_of_their_differences(
     arms = [made(low, list(base), "base"), made(low, list(arm), "arm", learning_rate=0.5)]
     unlike = made(low, list(base), "unlike", learning_rate=0.5, block_size=8)
     folders = {}
-    for name, made_arm in (("base", arms[0]), ("arm", arms[1]), ("unlike", unlike)):
+    # A factor without any influence says nothing of those that have one.
+    same = made(low, list(base), "same", learning_rate=0.7)
+    # A run that was set aside comes after the one that replaced it.
+    aside = made(low, [9.9], "base.old")
+    for name, made_arm in (
+        ("base", arms[0]),
+        ("arm", arms[1]),
+        ("unlike", unlike),
+        ("same", same),
+        ("base.old", aside),
+    ):
         for run in made_arm.runs:
             folder = runs / f"{name}-{run.config.seed}"
             folder.mkdir()
@@ -630,14 +640,16 @@ def test_what_pairs_could_see_comes_from_the_spread_of_their_differences(
     ours = [run for folder, run in folders.items() if folder.name.startswith("base")]
     (spread,) = paired_spreads(ours, Known())
     assert spread.seeds == 5
-    assert spread.standard_deviation == pytest.approx(np.std(arm - base, ddof=1))
+    # Too large as often as too small: 3.357 is the median of chi-squared with 4 degrees of freedom.
+    deviation = float(np.std(arm - base, ddof=1)) * math.sqrt(4 / 3.35669)
+    assert spread.standard_deviation == pytest.approx(deviation)
     assert spread.correlation == pytest.approx(np.corrcoef(arm, base)[0, 1])
     floor = noise_of(ours)
     assert floor is not None and paired_spreads(ours[:2], Known()) == []
     first, *lines = seen_by_pairs(floor, [spread])
     assert "1 like recipe " in first and "5 common seeds" in first
     shown = [float(line.split()[-1]) for line in lines]
-    wanted = [detectable_difference(float(np.std(arm - base, ddof=1)), n) for n in (3, 5, 10)]
+    wanted = [detectable_difference(deviation, n) for n in (3, 5, 10)]
     assert shown == pytest.approx(wanted, abs=1e-4)
     # The seeds' spread without pairing says many times as much.
     unpaired = [float(line.split(" (")[0].split()[-1]) for line in seen_by_pairs(floor, [])[1:]]

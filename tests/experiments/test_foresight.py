@@ -18,7 +18,6 @@ from storylab.experiments.foresight import (
     detectable_at_looks,
     expected_spread,
     foresight_lines,
-    typical_deviation,
 )
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.scheduler import run_experiment
@@ -66,15 +65,6 @@ def test_more_seeds_see_more_and_more_arms_see_less(load: Load) -> None:
     assert all(b > a for a, b in zip(few, fewer, strict=True))
     one = load(text.replace("looks = [3, 5, 8]", "looks = [1]"))
     assert detectable_at_looks(one, 0.01)[0][1] == math.inf
-
-
-def test_atypical_deviation_is_right_in_the_median_and_ignores_a_broken_pair() -> None:
-    rng = np.random.default_rng(2)
-    samples = [list(values) for values in rng.normal(0, 2.0, (4001, 3))]
-    found = typical_deviation(samples)
-    assert found is not None and abs(found - 2.0) < 0.1
-    assert typical_deviation([*samples, [0.0, 1e6]]) == pytest.approx(found, rel=0.01)
-    assert typical_deviation([]) is None and typical_deviation([[1.0]]) is None
 
 
 def test_the_spread_comes_from_like_runs(load: Load, dataset: Dataset, tmp_path: Path) -> None:

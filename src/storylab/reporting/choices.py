@@ -7,11 +7,11 @@ from pathlib import Path
 
 from storylab.data.tally import plural
 from storylab.experiments.attempts import SET_ASIDE
-from storylab.experiments.foresight import typical_deviation
 from storylab.experiments.neighbors import named
 from storylab.experiments.outcome import Outcome
 from storylab.experiments.records import FolderCache
 from storylab.experiments.selection import records_on, selection_line, selection_of
+from storylab.experiments.statistics import typical_deviation
 from storylab.files import reading
 
 
