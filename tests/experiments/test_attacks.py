@@ -18,8 +18,9 @@ from samples import TINY
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.compare import Contest, compare_contests
+from storylab.experiments.compare import compare_contests
 from storylab.experiments.comparison import BETTER, CONFOUNDED, DIVERGED, Arm, Comparison
+from storylab.experiments.contest import Contest
 from storylab.experiments.family import Rules
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.registration import exploratory_reasons, registration_lines

@@ -50,18 +50,20 @@ def confirmation(
     confirmed = dataclasses.replace(experiment, stage="confirm", variance="own")
     path = record_path(confirmed, runs)
     earlier = cache.record(path) if exists(path) else None
-    arms = _chosen_arms(experiment, only, earlier)
+    confirmed = _with_arms(confirmed, _chosen_arms(experiment, only, earlier))
     taken = tuple(earlier.seeds) if earlier else ()
     count = _count_of(seeds, taken)
     if len(taken) < count:
-        used = used_seeds(runs, dataset.fingerprint, cache)
-        used |= {*experiment.first_seeds(max(len(experiment.seeds), *experiment.looks)), *taken}
-        taken += fresh_seeds(used, max(experiment.seeds) + 1, count - len(taken))
+        used = {*used_seeds(runs, dataset.fingerprint, cache), *taken}
+        taken += _unsearched_seeds(experiment, used, count - len(taken))
+    return dataclasses.replace(confirmed, seeds=taken[:count], looks=(count,))
+
+
+def _with_arms(experiment: Experiment, arms: tuple[str, ...]) -> Experiment:
+    """The experiment with some of its arms alone."""
     return dataclasses.replace(
-        confirmed,
+        experiment,
         arms=arms,
-        seeds=taken[:count],
-        looks=(count,),
         expectations=tuple(entry for entry in experiment.expectations if entry.arm in arms),
         cells=tuple(cell for cell in experiment.cells if cell.arm in arms),
     )
@@ -73,6 +75,12 @@ def _count_of(seeds: int | None, taken: tuple[int, ...]) -> int:
     if not FEWEST_SEEDS <= count <= MOST_SEEDS:
         raise UserError(f"seeds is {count}: it must be {FEWEST_SEEDS} to {MOST_SEEDS:,} to confirm")
     return count
+
+
+def _unsearched_seeds(experiment: Experiment, used: set[int], count: int) -> tuple[int, ...]:
+    """The first ``count`` seeds that are neither ``used`` nor planned for the search."""
+    searched = experiment.first_seeds(max(len(experiment.seeds), *experiment.looks))
+    return fresh_seeds({*used, *searched}, max(experiment.seeds) + 1, count)
 
 
 def require_test(dataset: Dataset) -> None:

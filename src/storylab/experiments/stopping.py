@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec import structs
@@ -51,46 +52,73 @@ def run_by_looks(
     Raises:
         Interrupted: a signal stopped it; the same call goes on from there.
     """
-    seeds = list(dict.fromkeys(run.seed for run in planned))
-    settled: set[CellKey] = set()
-    states: list[str] = []
-    done, record, cache = 0, Path(), planned[0].cache
-    for stop in stops(experiment.looks, len(seeds)):
+    work = _LookByLook(experiment, dataset, planned, runs, executor, reporter, fresh)
+    for stop in stops(experiment.looks, len(work.seeds)):
+        if not work.train_to(stop):
+            break
+    return work.record, work.states
+
+
+@dataclass
+class _LookByLook:
+    """An experiment that is trained look by look; see :func:`run_by_looks` for the first attributes."""
+
+    experiment: Experiment
+    dataset: Dataset
+    planned: Sequence[PlannedRun]
+    runs: Path
+    executor: Executor
+    reporter: ExperimentReporter
+    fresh: bool
+    record: Path = Path()
+    """The experiment's record, once it has been written."""
+    states: list[str] = field(default_factory=list)
+    """Of the runs so far."""
+    settled: set[CellKey] = field(default_factory=set)
+    done: int = 0
+    """Seeds so far."""
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(run.seed for run in self.planned))
+
+    def train_to(self, stop: int) -> bool:
+        """Train the open runs up to ``stop`` seeds, and judge; returns False if there are none."""
+        seeds, first = self.seeds[self.done : stop], self.done == 0
         part = [
             run
-            for run in planned
-            if run.seed in seeds[done:stop] and is_open(experiment, run, settled, planned)
+            for run in self.planned
+            if run.seed in seeds and is_open(self.experiment, run, self.settled, self.planned)
         ]
         if not part:
-            break
+            return False
         ended = _ended(part)
-        record = write_record(experiment, dataset, part, runs, fresh and done == 0)
-        if done == 0:
-            for line in plan_lines(experiment, cache.record(record), part, len(seeds)):
-                reporter.line(line)
-        states += run_experiment(part, executor, reporter, fresh)
-        trained = fresh or _ended(part) > ended
-        outcome = load_outcome(record, cache)
-        if stop in experiment.looks:
-            _note_if_reached(record, cache, outcome, stop, settled, trained)
-        if stop < len(seeds) and trained:
-            for line in look_lines(outcome, stop, settled):
-                reporter.line(line)
-        settled, done = settled | outcome.settled_arms(), stop
-    return record, states
+        self.record = write_record(
+            self.experiment, self.dataset, part, self.runs, self.fresh and first
+        )
+        if first:
+            record = self.planned[0].cache.record(self.record)
+            self._report(plan_lines(self.experiment, record, part, len(self.seeds)))
+        self.states += run_experiment(part, self.executor, self.reporter, self.fresh)
+        self._judge(stop, trained=self.fresh or _ended(part) > ended)
+        self.done = stop
+        return True
 
+    def _judge(self, stop: int, trained: bool) -> None:
+        """Judge at ``stop`` seeds; note the look, if some arm was judged at it, and report its verdicts."""
+        cache = self.planned[0].cache
+        outcome = load_outcome(self.record, cache)
+        settled = outcome.settled_arms()
+        last = max((judgement.look or 0 for judgement in outcome.judgements), default=0)
+        if stop in self.experiment.looks and stop <= last:
+            note_look(self.record, cache, stop, settled - self.settled, trained)
+        if stop < len(self.seeds) and trained:
+            self._report(look_lines(outcome, stop, self.settled))
+        self.settled |= settled
 
-def _note_if_reached(
-    record: Path,
-    cache: FolderCache,
-    outcome: Outcome,
-    look: int,
-    settled: set[CellKey],
-    trained: bool,
-) -> None:
-    """Note a look in the record, if some arm was judged at it."""
-    if look <= max((judgement.look or 0 for judgement in outcome.judgements), default=0):
-        note_look(record, cache, look, outcome.settled_arms() - settled, trained)
+    def _report(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.reporter.line(line)
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:
