@@ -610,7 +610,7 @@ def test_what_pairs_could_see_comes_from_the_spread_of_their_differences(
     arms = [made(low, list(base), "base"), made(low, list(arm), "arm", learning_rate=0.5)]
     unlike = made(low, list(base), "unlike", learning_rate=0.5, block_size=8)
     folders = {}
-    # A factor without any influence says nothing of those that have one.
+    # A factor that changes nothing does not show the spread of one that does.
     same = made(low, list(base), "same", learning_rate=0.7)
     # A run that was set aside comes after the one that replaced it.
     aside = made(low, [9.9], "base.old")

@@ -138,7 +138,7 @@ def note_opening(path: Path, seeds: int, fingerprint: str, cache: FolderCache) -
     """Note that losses on the test split are shown: in a record, and in the folder's log of openings.
 
     Args:
-        path: the record's file.
+        path: file of the record.
         seeds: number of seeds whose losses are shown.
         fingerprint: of the data set.
         cache: runs and records that have been read.

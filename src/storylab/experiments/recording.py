@@ -86,7 +86,7 @@ def update_record(
     """Replace keys of a record.
 
     Args:
-        path: the record's file.
+        path: file of the record.
         cache: records that have been read.
         change: returns the keys to replace, as plain JSON values, for the record as it is now.
 

@@ -80,7 +80,7 @@ class FolderCache(RunCache):
         later version too. The caller holds the lock of the folder.
 
         Args:
-            path: the record's file.
+            path: file of the record.
             values: plain JSON values by key.
 
         Raises:

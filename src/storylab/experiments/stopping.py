@@ -185,7 +185,7 @@ def note_look(
     """Add a look to a record.
 
     Args:
-        path: the record's file.
+        path: file of the record.
         cache: records that have been read.
         stop: seeds at the look.
         settled: the arms that it has settled.
