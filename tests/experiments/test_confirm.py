@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import experiment_folder
 from executors import InProcess, Unused
-from storylab.cli import main
+from samples import TWO_RATES
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.experiments.confirm import fresh_seeds, note_opening
 from storylab.experiments.openings import OpeningLog
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.records import FolderCache, read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.selection import (
     Selection,
     expected_largest,
@@ -26,33 +27,24 @@ from storylab.experiments.selection import (
     used_seeds,
 )
 from storylab.record.experiment_schema import ExperimentRecord
-from test_registration import TEXT
 
-ARMS = TEXT.replace("high = {", "more = { learning_rate = 3e-2 }\nhigh = {")
+ARMS = TWO_RATES.replace("high = {", "more = { learning_rate = 3e-2 }\nhigh = {")
 
 
-class Bench:
-    """Runs verbs of `storylab experiment` in this process."""
-
-    def __init__(self, root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.dataset, self.capsys = root, dataset, capsys
-        self.runs = root / "runs"
+class Bench(experiment_folder.Bench):
+    """Confirms an experiment of three arms."""
 
     def __call__(
         self, verb: str, *flags: str, name: str = "rates", executor: InProcess | None = None
     ) -> tuple[int, str]:
         """Returns the exit code and all output."""
-        path = self.root / f"{name}.toml"
-        if not path.exists():
-            path.write_text(ARMS)
-        args = ["--runs", str(self.runs), "--data_dir", str(self.dataset.folder)]
-        executor = executor or InProcess()
-        code = main(["experiment", verb, str(path), *args, *flags], executor=executor)
-        out = self.capsys.readouterr()
-        return code, out.out + out.err
+        if not (self.root / f"{name}.toml").exists():
+            self.write(ARMS, name)
+        code, out, err = self.call(verb, *flags, name=name, executor=executor)
+        return code, out + err
 
     def record(self, name: str = "rates-confirm") -> ExperimentRecord:
-        return read_experiment(self.runs / "experiments" / f"{name}.json")
+        return self.read_record(name)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
-from executors import InProcess
+from damage import change
+from experiment_folder import Lab
 from record_folders import Opened
 from storylab.cli import main
 from storylab.data.dataset import Dataset
@@ -23,13 +23,8 @@ from storylab.experiments.comparison import EXIT_CODES, exit_code
 from storylab.experiments.comparison_document import experiment_document
 from storylab.experiments.neighbors import find_neighbors
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import plan_runs
-from storylab.experiments.recording import write_record
 from storylab.experiments.records import FolderCache
-from storylab.experiments.scheduler import run_experiment
-from storylab.experiments.spec import load_experiment
 from storylab.record.run import load_run
-from test_registration import TEXT, Quiet
 
 GUIDE = Path(__file__).parents[2] / "docs/guide"
 
@@ -37,24 +32,9 @@ GUIDE = Path(__file__).parents[2] / "docs/guide"
 @pytest.fixture(scope="module")
 def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of an experiment that was registered before its first run: two arms, two seeds."""
-    root = tmp_path_factory.mktemp("neighbors")
-    (root / "rates.toml").write_text(TEXT)
-    experiment = load_experiment(root / "rates.toml")
-    planned = plan_runs(experiment, dataset, root / "runs")
-    write_record(experiment, dataset, planned, root / "runs")
-    run_experiment(planned, InProcess(), Quiet())
-    return root / "runs"
-
-
-@pytest.fixture
-def runs(trained: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-def change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    lab = Lab(tmp_path_factory.mktemp("neighbors"), dataset)
+    lab.record(train=True)
+    return lab.runs
 
 
 def folder_of(runs: Path, arm: str, seed: int) -> Path:

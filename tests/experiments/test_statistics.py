@@ -23,12 +23,6 @@ from storylab.experiments.statistics import (
 )
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """A generator of its own for every test, so that its draws depend on no other test."""
-    return np.random.default_rng(7)
-
-
 def test_the_paired_interval_is_that_of_the_t_test(rng: np.random.Generator) -> None:
     a, b = rng.normal(3.0, 0.01, 6), rng.normal(3.01, 0.01, 6)
     interval = mean_interval(list(a - b))
