@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executors import InProcess, Unused, perform_quietly
+from reporters import Watcher
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
 from storylab.cli.experiments import plan_lines
@@ -96,20 +97,6 @@ def fails(path: Path, text: str, scale: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_experiment(write(path, text), scale)
     return str(caught.value)
-
-
-class Watcher:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def overall(self, name: str, done: float, total: float) -> None: ...
 
 
 # The file

@@ -29,10 +29,9 @@ from storylab.experiments.foresight import detectable_at_looks
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache, read_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
-from storylab.record.index import RunCache
 from storylab.record.run import Run
 from storylab.reporting.report import write_report
 
@@ -354,7 +353,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_record(experiment, dataset, planned, root / "runs")
 
 
-class Given(RunCache):
+class Given(FolderCache):
     """Reads runs with other final losses, by the name of their folder."""
 
     def __init__(self, losses: dict[str, float]) -> None:
