@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 import storylab
+from damage import change
 from record_folders import folders
 from storylab.experiments.compare import compare_arms
 from storylab.experiments.comparison import Arm
@@ -66,7 +66,7 @@ def test_code_versions_that_give_equal_bits_are_one(
     a, b = folders(place)[0], folders(place)[2]
     path = a / "environment.json"
     old = "0" * 64
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"code_sha256": old}))
+    change(path, code_sha256=old)
 
     def confounds() -> str:
         arms = [Arm(folder.name, (load_run(folder),)) for folder in (a, b)]
