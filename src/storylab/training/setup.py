@@ -18,7 +18,8 @@ from storylab.data.layout import TRAIN
 from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
 from storylab.record import checkpoint
-from storylab.record.folder import RunFolder, require_free
+from storylab.record.folder import METRICS, RunFolder
+from storylab.record.stages import require_free, require_prefix
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import ComputePolicy, choose_device, choose_precision
@@ -112,21 +113,35 @@ class TrainingSetup:
         self.compile_checks: list[CompileCheck] = []
         self.compile_fault: str | None = None
 
-    def restore(self, run: RunFolder) -> None:
+    def restore(self, run: RunFolder) -> str | None:
         """Go to the run's last checkpoint, or stay at the start if it has none yet.
 
+        Returns:
+            Why the checkpoint before the last one is used; None where it is the last one.
+
         Raises:
-            UserError: the checkpoint is damaged or belongs to another config.
+            UserError: the checkpoints are damaged or belong to another config, or the rows so far are
+                damaged.
         """
-        if not run.checkpoint("last").exists() and not run.read_rows():
-            return  # killed before it had trained
-        tensors, values = checkpoint.load(run.checkpoint("last"))
+        last, previous = run.checkpoint("last"), run.checkpoint("previous")
+        if not (last.exists() or previous.exists() or run.read_rows()):
+            return None  # killed before it had trained
+        fault = None
+        try:
+            tensors, values = checkpoint.load(last)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            fault = str(error)
+            tensors, values = checkpoint.load(previous)
         self.progress = RunProgress.from_dict(values)
+        require_prefix(run.folder, METRICS, self.progress.prefixes)
         if self.state.quantization is not None:
             self.state.quantization.advance(max(self.progress.next_iteration - 1, 0))
         self.state.restore(tensors)
         if self.progress.scaler:
             self.state.scaler.load_state_dict(self.progress.scaler)
+        return fault
 
     def identity(self) -> dict[str, Any]:
         """Device, hashes of the initial weights and of the first batch, and the checks of compiled code,
