@@ -16,6 +16,7 @@ import pytest
 from msgspec import structs
 
 import calibration
+from record_folders import forget_checksums
 from samples import TINY
 from storylab.cli import main
 from storylab.config import TrainConfig
@@ -85,6 +86,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(trained: Path, tmp_path: Path) -> Path:
     """A copy to change."""
     shutil.copytree(trained, tmp_path / "runs")
+    forget_checksums(tmp_path)
     return tmp_path / "runs"
 
 

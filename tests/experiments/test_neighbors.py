@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from executors import InProcess
-from record_folders import Opened
+from record_folders import Opened, forget_checksums
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.documents.compare import CompareDocument
@@ -54,6 +54,7 @@ def runs(trained: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, **values: Any) -> None:
+    forget_checksums(path.parent)
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 

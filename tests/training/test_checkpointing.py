@@ -46,6 +46,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
     changed = data.replace(b'\\"next_iteration\\": 6', b'\\"next_iteration\\": 5')
     assert changed != data
     path.write_bytes(changed)
+    open_run(config.out_dir).checkpoint("previous").unlink()
     with pytest.raises(UserError, match="altered"):
         resume(config.out_dir)
 
@@ -68,10 +69,10 @@ def test_the_last_checkpoint_is_written_once(
     saved: list[tuple[str, int]] = []
     save = checkpoint.save
 
-    def counted(path: Path, tensors: Any, state: dict[str, Any]) -> None:
+    def counted(path: Path, tensors: Any, state: dict[str, Any], previous: Path | None) -> None:
         if path.stem == "last":
             saved.append((path.stem, state["next_iteration"]))
-        save(path, tensors, state)
+        save(path, tensors, state, previous)
 
     # A file that is written twice looks like one that is written once.
     monkeypatch.setattr(checkpoint, "save", counted)
