@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,27 @@ def test_the_last_checkpoint_is_written_once(
     monkeypatch.setattr(checkpoint, "save", counted)
     train(tiny_config(max_iters=8, eval_interval=4))
     assert saved == [("last", 0), ("last", 5), ("last", 9)]
+
+
+def test_every_changed_byte_of_a_checkpoint_is_found_when_it_is_read(
+    tiny_config: MakeConfig,
+) -> None:
+    """All of the header's ends, and places all over the file."""
+    path = train(tiny_config(max_iters=3)).checkpoint("last")
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    draw = random.Random(1)
+    places = {
+        *range(24),
+        *range(header - 24, header + 4),
+        *(draw.randrange(header) for _ in range(200)),
+    }
+    places |= {draw.randrange(header, len(data)) for _ in range(100)}
+    for place in sorted(places):
+        # White space at the end of the header is white space still.
+        for value in {draw.randrange(256), ord("\t")} - {data[place]}:
+            path.write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
+            with pytest.raises(UserError, match=r"last\.safetensors"):
+                checkpoint.load(path)
+    path.write_bytes(data)
+    checkpoint.load(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
@@ -126,14 +127,7 @@ class TrainingSetup:
         last, previous = run.checkpoint("last"), run.checkpoint("previous")
         if not (last.exists() or previous.exists() or run.read_rows()):
             return None  # killed before it had trained
-        fault = None
-        try:
-            tensors, values = checkpoint.load(last)
-        except UserError as error:
-            if not previous.exists():
-                raise
-            fault = str(error)
-            tensors, values = checkpoint.load(previous)
+        tensors, values, fault = _load_good(last, previous)
         self.progress = RunProgress.from_dict(values)
         require_prefix(run.folder, METRICS, self.progress.prefixes)
         if self.state.quantization is not None:
@@ -163,3 +157,21 @@ class TrainingSetup:
             return {}
         checks = [check.to_dict() for check in self.compile_checks]
         return {"compile_checks": checks, "compile_fault": self.compile_fault}
+
+
+def _load_good(last: Path, previous: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Tensors and state of the last checkpoint, or of the one before it with the fault of the last one.
+
+    Raises:
+        UserError: neither can be used.
+    """
+    try:
+        return *checkpoint.load(last), None
+    except UserError as error:
+        if not previous.exists():
+            raise
+        fault = str(error)
+    try:
+        return *checkpoint.load(previous), fault
+    except UserError as error:
+        raise UserError(f"{fault}; and the one before it: {error}") from error

@@ -23,7 +23,7 @@ from storylab.training.evaluation import Evaluation, estimate_loss, evaluate_spl
 from storylab.training.sampling import StoryModel, load_story_model
 from storylab.training.summary import evaluation_summary
 from storylab.verify.findings import Difference, Finding, Gap, unequal
-from storylab.verify.machine import device_for, other_bits, rounding
+from storylab.verify.machine import device_for, other_bits, rounding, threads_of
 from storylab.verify.run_data import find_dataset, find_manifest
 from storylab.verify.run_files import RunSubject
 
@@ -85,6 +85,12 @@ def evaluation_faults(subject: RunSubject) -> Iterator[Finding]:
     if isinstance(dataset, Gap) or not run.finished:
         yield dataset if isinstance(dataset, Gap) else Gap("the run has not finished")
         return
+    with threads_of(run):
+        yield from _computed_again(subject, dataset)
+
+
+def _computed_again(subject: RunSubject, dataset: Dataset) -> Iterator[Finding]:
+    run = subject.run
     device = device_for(run, subject.device)
     why = other_bits(run, device)
     if why:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -36,6 +38,18 @@ def device_for(run: Run, wanted: str | None) -> torch.device:
         return choose_device("auto")
 
 
+@contextmanager
+def threads_of(run: Run) -> Iterator[None]:
+    """As many threads as the run had at its end, on which its bits depend, if there are cores for them."""
+    before, wanted = torch.get_num_threads(), run.stages[-1].threads
+    if 0 < wanted <= (os.cpu_count() or 1):
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def same_draws(run: Run) -> str:
     """Why this process may draw other initial weights from a seed than the run did; empty if it cannot."""
     now, then = _stage(), run.environment
@@ -53,12 +67,13 @@ def other_bits(run: Run, device: torch.device) -> str:
 
 def _reasons(run: Run, now: Stage, device: torch.device) -> Iterator[str]:
     then = run.stages[-1]
+    threads = torch.get_num_threads()
     if str(device) != run.environment.device or device.type != "cpu":
         yield f"computed on {device}, the run on {run.environment.gpu or run.environment.device}"
     for name, a, b in (
         ("processor", now.processor, then.processor),
         ("instruction set", now.cpu, then.cpu),
-        ("number of threads", now.threads, then.threads),
+        ("number of threads", threads, then.threads),
         ("packages", now.packages, then.packages),
         ("code", representative(now.code_sha256), representative(then.code_sha256)),
     ):
