@@ -29,6 +29,7 @@ from storylab.record.run import load_run
 from storylab.record.stages import files_of
 from storylab.reporting import report as reporting
 from storylab.training.train import train
+from storylab.verify.checks import DATA_CHECKS, EXPERIMENT_CHECKS, RUN_CHECKS
 from storylab.verify.findings import Depth
 from storylab.verify.verify import Verified, Verifier
 
@@ -354,3 +355,10 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     for args in ([str(tmp_path)], [], ["--all", str(tmp_path)], ["--all", "--runs", "nowhere"]):
         assert main(["verify", *args]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_guide_has_every_check() -> None:
+    page = (Path(__file__).parents[2] / "docs/guide/verify.md").read_text(encoding="utf-8")
+    for check in (*RUN_CHECKS, *DATA_CHECKS, *EXPERIMENT_CHECKS):
+        assert f"| {check.name} | {check.recomputes} | {check.files} |" in page
+    assert all(f"| {c.files} | `{c.depth}` |" in page for c in RUN_CHECKS)
