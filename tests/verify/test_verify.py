@@ -351,6 +351,14 @@ def test_an_experiment_is_verified_from_its_runs(
     assert found["differences"][0]["check"] == "report"
 
 
+def test_a_run_that_failed_before_it_began_has_no_difference(tmp_path: Path) -> None:
+    failure = {"outcome": "failed", "reason": "no space", "started": "2026-01-01T00:00:00+0000"}
+    (tmp_path / "failure.json").write_text(json.dumps(failure))
+    found = verified(tmp_path, "weights")
+    assert found.checks == ("bytes",) and not found.differences
+    assert "failed before it began" in found.gaps[0][1].reason
+
+
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args in ([str(tmp_path)], [], ["--all", str(tmp_path)], ["--all", "--runs", "nowhere"]):
         assert main(["verify", *args]) == 2

@@ -50,7 +50,7 @@ def threads_of(run: Run) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def same_draws(run: Run) -> str:
+def other_draws(run: Run) -> str:
     """Why this process may draw other initial weights from a seed than the run did; empty if it cannot."""
     now, then = _stage(), run.environment
     if now.packages.torch != then.packages.torch:
@@ -71,18 +71,18 @@ def _reasons(run: Run, now: Stage, device: torch.device) -> Iterator[str]:
     if str(device) != run.environment.device or device.type != "cpu":
         yield f"computed on {device}, the run on {run.environment.gpu or run.environment.device}"
     for name, a, b in (
-        ("processor", now.processor, then.processor),
-        ("instruction set", now.cpu, then.cpu),
-        ("number of threads", threads, then.threads),
-        ("packages", now.packages, then.packages),
-        ("code", representative(now.code_sha256), representative(then.code_sha256)),
+        ("another processor", now.processor, then.processor),
+        ("another instruction set", now.cpu, then.cpu),
+        ("another number of threads", threads, then.threads),
+        ("other packages", now.packages, then.packages),
+        ("other code", representative(now.code_sha256), representative(then.code_sha256)),
     ):
         if a != b:
-            yield f"another {name}" if not name.endswith("s") else f"other {name}"
+            yield name
     if find_recipe(run.config.dtype, run.config.recipe) is not None:
         yield "layers of low precision, evaluated without them"
 
 
-def rounding(run: Run) -> float:
+def allowed_rounding(run: Run) -> float:
     """By how many nats a token a loss may differ where bits may."""
     return ROUNDING.get(run.config.dtype, ROUNDING_OF_16_BITS)

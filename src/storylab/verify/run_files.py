@@ -11,7 +11,7 @@ from storylab.checksums import CHECKSUMS, read_checksums, sha256_file
 from storylab.errors import UserError
 from storylab.files import exists
 from storylab.record import checkpoint
-from storylab.record.folder import SUMMARY, RunFolder
+from storylab.record.folder import CONFIG, FAILURE, SUMMARY, RunFolder
 from storylab.record.run import Run, load_run
 from storylab.record.stages import (
     CHECKPOINTS,
@@ -55,6 +55,11 @@ class RunSubject:
         return load_run(self.folder)
 
     @property
+    def began(self) -> bool:
+        """Whether there is a record: a worker process may fail before there is one."""
+        return exists(self.folder / CONFIG) or exists(self.folder / SUMMARY)
+
+    @property
     def data_folder(self) -> Path:
         """Where the run's data set should be."""
         return self.data_dir or self.run.config.data_dir
@@ -71,6 +76,8 @@ def changed_bytes(subject: RunSubject) -> Iterator[Finding]:
     """Files whose bytes are not those that were written, or that are missing."""
     folder = subject.folder
     sums = read_checksums(folder).sums
+    if not subject.began:
+        yield Gap(f"the run failed before it began: it has {FAILURE} alone")
     if not sums:
         yield Gap(
             f"there is no {CHECKSUMS}, as in runs of earlier versions: whether a byte has changed is known "

@@ -104,15 +104,14 @@ class Verifier:
                 used.pop(folder, None)
                 yield self._data_set(folder, data)
                 continue
-            if not (
-                exists(folder / CONFIG) or exists(folder / SUMMARY) or exists(folder / FAILURE)
-            ):
-                raise UserError(f"{folder} is neither a run folder nor a data set: check the path")
             subject = RunSubject(
                 folder, self.depth, data, self.data_dir, self.device, self.progress
             )
-            yield self._verified("run", folder, RUN_CHECKS, subject, FILES)
-            if with_data:
+            if not (subject.began or exists(folder / FAILURE)):
+                raise UserError(f"{folder} is neither a run folder nor a data set: check the path")
+            checks = RUN_CHECKS if subject.began else RUN_CHECKS[:1]
+            yield self._verified("run", folder, checks, subject, FILES)
+            if with_data and subject.began:
                 used |= dict.fromkeys(_data_folder(subject))
         for folder in used:
             if folder not in folders:
