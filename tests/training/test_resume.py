@@ -296,9 +296,7 @@ def test_two_damaged_checkpoints_are_one_clear_line(tiny_config: MakeConfig) -> 
         train(config, InterruptAt(6, signal.SIGTERM))
     for name in ("last", "previous"):
         open_run(config.out_dir).checkpoint(name).write_bytes(b"junk")
-    with pytest.raises(
-        UserError, match=r"last\.safetensors is not a whole.*previous\.safetensors"
-    ):
+    with pytest.raises(UserError, match=r"last\.safetensors is not a whole.*previous\.safetensors"):
         resume(config.out_dir)
 
 
