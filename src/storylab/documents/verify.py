@@ -39,7 +39,7 @@ class VerifiedItem(Struct, frozen=True, kw_only=True):
 class VerifyDocument(
     Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.verify/1"
 ):
-    """What verifying found; the exit code is 1 if there is a difference."""
+    """All findings of a verification; the exit code is 1 if there is a difference."""
 
     depth: Annotated[str, about("`record`, `files` or `weights`")]
     verified: Annotated[list[VerifiedItem], about("everything that was verified, in order")]

@@ -28,7 +28,7 @@ class ExperimentSubject:
 
     @cached_property
     def outcome(self) -> Outcome:
-        """What its runs say.
+        """The outcome that its runs give.
 
         Raises:
             UserError: the record is damaged.

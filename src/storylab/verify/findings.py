@@ -1,4 +1,4 @@
-"""What verifying finds, and the type of a check."""
+"""The findings of a verification, and the type of a check."""
 
 from __future__ import annotations
 
