@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from record_folders import forget_checksums
 from samples import TINY
 from stepping import VOCAB
 from storylab.cli import main

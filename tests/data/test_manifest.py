@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from record_folders import forget_checksums
 from story_files import TEXT, data_from, described
 from storylab.data.dataset import load_dataset
 from storylab.data.prepare import PrepareConfig, prepare
