@@ -77,12 +77,13 @@ def unequal(
         source: what it was computed from, in a few words.
         exact: whether floats must be equal to the last bit.
     """
-    if not (recorded == computed or (not exact and _close(recorded, computed))):
+    same = recorded == computed
+    if not exact and isinstance(recorded, float) and isinstance(computed, float):
+        same = close(recorded, computed)
+    if not same:
         yield Difference(file, f"{name} is {recorded}, but {computed} from {source}")
 
 
-def _close(recorded: object, computed: object) -> bool:
-    """Whether both are floats that differ by rounding alone, as it depends on the machine."""
-    if not (isinstance(recorded, float) and isinstance(computed, float)):
-        return False
+def close(recorded: float, computed: float) -> bool:
+    """Whether two floats differ by rounding alone, as it depends on the machine."""
     return math.isclose(recorded, computed, rel_tol=1e-9)

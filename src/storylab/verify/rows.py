@@ -10,8 +10,8 @@ import numpy as np
 from storylab.optim.schedule import learning_rate
 from storylab.record.folder import DATA, METRICS, SUMMARY
 from storylab.record.run import median_speed, training_memory
-from storylab.record.schema import EvaluationRow
-from storylab.verify.findings import Difference, Finding, unequal
+from storylab.record.schema import EvaluationRow, IterationRow
+from storylab.verify.findings import Difference, Finding, close, unequal
 from storylab.verify.run_files import RunSubject
 
 # Rows of one kind that are named one by one.
@@ -26,6 +26,9 @@ def _first(found: Iterator[Difference], what: str) -> Iterator[Finding]:
         yield Difference(METRICS, f"and {len(every) - NAMED} more {what}")
 
 
+# The loops below run over millions of rows of many runs, so words are made for wrong ones alone.
+
+
 def token_faults(subject: RunSubject) -> Iterator[Finding]:
     """Rows whose tokens, or tokens a second, are not those of the config and the row's seconds."""
     run = subject.run
@@ -33,11 +36,11 @@ def token_faults(subject: RunSubject) -> Iterator[Finding]:
 
     def faults() -> Iterator[Difference]:
         for row in run.iterations:
-            where = f"iteration {row.iteration}"
-            total = (row.iteration + 1) * tokens
-            yield from unequal(METRICS, f"{where}: tokens", row.tokens, total, "the config", True)
-            name, speed = f"{where}: tokens_per_second", tokens / row.step_seconds
-            yield from unequal(METRICS, name, row.tokens_per_second, speed, "its step_seconds")
+            total, speed = (row.iteration + 1) * tokens, tokens / row.step_seconds
+            if row.tokens != total:
+                yield _wrong(row, "tokens", total, "the config")
+            if not close(row.tokens_per_second, speed):
+                yield _wrong(row, "tokens_per_second", speed, "its step_seconds")
 
     yield from _first(faults(), "rows with other tokens")
 
@@ -48,9 +51,9 @@ def rate_faults(subject: RunSubject) -> Iterator[Finding]:
 
     def faults() -> Iterator[Difference]:
         for row in subject.run.iterations:
-            name, rate = f"iteration {row.iteration}: learning_rate", row.learning_rate
-            expected = learning_rate(config, row.iteration)
-            yield from unequal(METRICS, name, rate, expected, "the schedule")
+            rate = learning_rate(config, row.iteration)
+            if not close(row.learning_rate, rate):
+                yield _wrong(row, "learning_rate", rate, "the schedule")
 
     yield from _first(faults(), "rows with another learning rate")
 
@@ -62,10 +65,17 @@ def clipping_faults(subject: RunSubject) -> Iterator[Finding]:
     def faults() -> Iterator[Difference]:
         for row in subject.run.iterations:
             clipped = row.grad_norm is not None and row.grad_norm > limit
-            name = f"iteration {row.iteration}: clipped"
-            yield from unequal(METRICS, name, row.clipped, clipped, "its grad_norm", True)
+            if row.clipped != clipped:
+                yield _wrong(row, "clipped", clipped, "its grad_norm")
 
     yield from _first(faults(), "rows")
+
+
+def _wrong(row: IterationRow, name: str, computed: object, source: str) -> Difference:
+    recorded = getattr(row, name)
+    return Difference(
+        METRICS, f"iteration {row.iteration}: {name} is {recorded}, but {computed} from {source}"
+    )
 
 
 def evaluation_faults(subject: RunSubject) -> Iterator[Finding]:

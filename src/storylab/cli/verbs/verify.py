@@ -125,6 +125,6 @@ VERB = Verb(
     "experiments",
     run,
     operand="RUN",
-    position=9,
+    position=11,
     memory_remedy=MORE_MEMORY,
 )
