@@ -86,8 +86,12 @@ def evaluation_faults(subject: RunSubject) -> Iterator[Finding]:
         last, every = run.config.max_iters, run.config.eval_interval
         due = sorted({*range(every, run.results.iterations, every), last} - {0})
         # A run that was made longer has one at its earlier end, too.
-        missing = [i for i in due if i not in {row.iteration for row in rows}]
-        yield from unequal(METRICS, "iterations without evaluation", missing, [], "the config")
+        found = {row.iteration for row in rows}
+        if missing := [iteration for iteration in due if iteration not in found]:
+            yield Difference(
+                METRICS,
+                f"{len(missing)} evaluations are missing, the first one before iteration {missing[0]}",
+            )
     best = math.inf
     for row in rows:
         name = f"evaluation of iteration {row.iteration}: best"
