@@ -26,6 +26,8 @@ class ResumeCommand:
     nothing else may depend on the length of the run."""
     data_dir: Path | None = None
     """New place of the run's data set, if it has moved."""
+    skip_checks: bool = False
+    """Go on without the checks of this machine; the run records it."""
     track: Track = ()
 
 
@@ -42,6 +44,8 @@ def run(call: Call) -> int:
         changes["max_iters"] = command.max_iters
     if command.data_dir is not None:
         changes["data_dir"] = command.data_dir
+    if command.skip_checks:
+        changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
     return show_training(partial(resume, command.run, wanted), command.track)
 
