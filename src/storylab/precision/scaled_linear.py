@@ -36,7 +36,7 @@ class Scaled:
 
     def transposed(self) -> Scaled:
         """The transpose, its rows contiguous; only where one scale covers the tensor."""
-        return Scaled(self.elements.T.contiguous(), self.scale)
+        return Scaled(self.elements.T.clone(memory_format=torch.contiguous_format), self.scale)
 
 
 def scaled(values: Tensor, operand: Operand) -> Scaled:
@@ -48,7 +48,8 @@ def scaled(values: Tensor, operand: Operand) -> Scaled:
         encode = per_row_scale(values, form)
     # Clamped, as torch's casts differ between versions beyond the format's range.
     wanted = (values.float() * encode).clamp(-form.max, form.max)
-    return Scaled(wanted.to(FLOAT8[form]).contiguous(), 1.0 / encode)
+    elements = wanted.to(FLOAT8[form], memory_format=torch.contiguous_format)
+    return Scaled(elements, 1.0 / encode)
 
 
 def scaled_product(left: Scaled, right: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
