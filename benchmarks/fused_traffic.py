@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 
@@ -41,7 +42,9 @@ def counted_bytes(model: ModelConfig) -> float:
     keeps_all = patch("storylab.model.recompute.recomputes_activations", lambda x: False)
     flash = patch("storylab.model.attention.MAX_MATMUL_ATTENTION_LENGTH", 0)
     counting = patch.object(GraphLowering, "codegen", codegen)
-    with keeps_all, flash, counting, inductor.patch(force_disable_caches=True):
+    # Code from a cache would not be counted.
+    no_caches = inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False)
+    with keeps_all, flash, counting, no_caches[0], no_caches[1]:
         torch._dynamo.reset()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             hidden = network.hidden_states(tokens)
