@@ -25,6 +25,8 @@ class ResumeCommand:
     nothing else may depend on the length of the run."""
     data_dir: Path | None = None
     """New place of the run's data set, if it has moved."""
+    skip_checks: bool = False
+    """Go on without the checks of this machine; the run records it."""
 
 
 def run(call: Call) -> int:
@@ -40,6 +42,8 @@ def run(call: Call) -> int:
         changes["max_iters"] = command.max_iters
     if command.data_dir is not None:
         changes["data_dir"] = command.data_dir
+    if command.skip_checks:
+        changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
     return show_training(lambda reporter: resume(command.run, wanted, reporter))
 
