@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from storylab.errors import UserError
 from storylab.files import exists, reading
+from storylab.tracking import TRACKERS
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OptionalRunFolder = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -19,6 +20,15 @@ AsJson = Annotated[bool, tyro.conf.arg(help="Print one JSON document (docs/guide
 ExitByVerdict = Annotated[
     bool,
     tyro.conf.arg(help="Exit with a code that says the verdict (docs/guide/command-line.md)."),
+]
+# The names are those of the entries, so that a new one is named in one place.
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(TRACKERS)]
+Track = Annotated[
+    tuple[TrackerName, ...],
+    tyro.conf.arg(help="Show the run in these trackers, too (docs/guide/trackers.md)."),
 ]
 CheckpointName = Literal["last", "best"]
 DEFAULT_RUNS_DIR = Path("runs")
@@ -39,6 +49,7 @@ class ExperimentFlags:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    track: Track = ()
     exit_code: ExitByVerdict = False
     json: AsJson = False
 

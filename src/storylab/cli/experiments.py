@@ -94,6 +94,22 @@ def train_planned(
         return run_by_looks(experiment, dataset, planned, runs, executor, reporter, fresh)
 
 
+def tracking(executor: Executor, names: Sequence[str]) -> Executor:
+    """An executor whose runs are sent to the trackers ``names``.
+
+    Raises:
+        UserError: a tracker's library is not installed.
+    """
+    from storylab.tracking import require_installed
+
+    if not names:
+        return executor
+    require_installed(names)
+    from storylab.experiments.tracked import TrackingExecutor
+
+    return TrackingExecutor(executor, names)
+
+
 def print_plan(
     experiment: Experiment,
     dataset: Dataset,

@@ -13,6 +13,7 @@ from storylab.cli.experiments import (
     print_plan,
     print_results,
     require_document,
+    tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
@@ -44,8 +45,9 @@ def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
     require_document(command.json, command.dry_run)
+    executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
-        outcome, states = _results(command, call.executor)
+        outcome, states = _results(command, executor)
     if outcome is None:
         return 0
     return closing_code(outcome, states, command.exit_code, command.json)

@@ -13,6 +13,7 @@ from storylab.cli.experiments import (
     print_plan,
     print_results,
     require_document,
+    tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
@@ -46,8 +47,9 @@ def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
     require_document(command.json, command.dry_run)
+    executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
-        outcome, states = _results(command, call.executor)
+        outcome, states = _results(command, executor)
     if outcome is None:
         return 0
     return closing_code(outcome, states, command.exit_code, command.json)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from storylab.cli.arguments import RunFolder
+from storylab.cli.arguments import RunFolder, Track
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
 
 
@@ -27,6 +28,7 @@ class ResumeCommand:
     """New place of the run's data set, if it has moved."""
     skip_checks: bool = False
     """Go on without the checks of this machine; the run records it."""
+    track: Track = ()
 
 
 def run(call: Call) -> int:
@@ -45,7 +47,7 @@ def run(call: Call) -> int:
     if command.skip_checks:
         changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
-    return show_training(lambda reporter: resume(command.run, wanted, reporter))
+    return show_training(partial(resume, command.run, wanted), command.track)
 
 
 VERB = Verb(
