@@ -79,8 +79,11 @@ def resolve_compile(config: TrainConfig, precision: ComputePolicy) -> bool:
     device = precision.device.type
     missing = missing_for_compiling(device)
     if config.compile:
-        if precision.recipe is not None:
-            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
+        compiles = precision.hardware is not None and precision.hardware.compiles
+        if precision.recipe is not None and not compiles:
+            raise UserError(
+                f"--compile is not for {config.dtype} with --backend {precision.backend}: leave it out"
+            )
         if missing is not None:
             raise UserError(
                 f"--compile on {device} needs {missing}: install it, or leave --compile out"
