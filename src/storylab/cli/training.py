@@ -6,19 +6,31 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from storylab.cli.console import ConsoleReporter
+from storylab.errors import Diverged, Interrupted
 
 if TYPE_CHECKING:
     from storylab.record.folder import RunFolder
 
 
-def show_training(train: Callable[[ConsoleReporter], RunFolder]) -> int:
+def show_training(train: Callable[[ConsoleReporter], RunFolder], prints: bool = True) -> int:
     """Train under a console reporter and print the run folder; returns the exit code.
+
+    Args:
+        train: trains, in a process of the run.
+        prints: False in a process that does not lead its run. It leaves the end that all of them come to
+            for the leading one to tell.
 
     Raises:
         UserError, Interrupted, Diverged: from ``train``.
     """
     with ConsoleReporter() as reporter:
-        run = train(reporter)
-        reporter.line("")
-        reporter.line(f"Run folder: {run.folder}")
+        try:
+            run = train(reporter)
+        except (Interrupted, Diverged) as error:
+            if prints:
+                raise
+            return error.exit_code
+        if prints:
+            reporter.line("")
+            reporter.line(f"Run folder: {run.folder}")
     return 0

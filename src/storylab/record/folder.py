@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -56,6 +56,8 @@ class RunFolder:
     """
 
     folder: Path
+    writes: ClassVar[bool] = True
+    """Whether checkpoints are written too."""
 
     def checkpoint(self, name: str) -> Path:
         """Path of the checkpoint ``best`` or ``last``."""
@@ -188,6 +190,10 @@ class RunFolder:
         validation or test story ``[stories, 2]``, or ``position_losses.npy``, mean nats of the targets at
         each position of a window ``[block_size]``; all float64."""
         write_array(self.folder / name, array)
+
+    def write_precision(self, found: Mapping[str, Any]) -> None:
+        """Replace ``precision.json``."""
+        write_json(self.folder / PRECISION, found)
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``."""

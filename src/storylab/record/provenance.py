@@ -81,7 +81,16 @@ def current_stage() -> Stage:
         memory_bytes=psutil.virtual_memory().total,
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
+        world_size=_world_size(),
     )
+
+
+def _world_size() -> int:
+    """Number of processes that torch.distributed has joined to this one, itself included."""
+    import torch.distributed as dist
+
+    joined = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if joined else 1
 
 
 def _version(package: str) -> str | None:

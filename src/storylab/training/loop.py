@@ -10,14 +10,14 @@ from typing import Any
 
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
-from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
-from storylab.record.folder import LOG, PRECISION, RunFolder
+from storylab.record.folder import LOG, RunFolder
 from storylab.training import checks, log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.recorder import Recorder
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
 from storylab.training.setup import TrainingSetup
@@ -26,17 +26,19 @@ from storylab.training.step import NonFiniteError
 from storylab.training.summary import write_diverged, write_finished
 
 
-def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder:
+def fit(
+    setup: TrainingSetup, run: RunFolder, observers: Observers, ranks: Ranks = ONE_PROCESS
+) -> RunFolder:
     """Train from the current progress to ``max_iters``, evaluate, and sum up.
 
-    The caller holds the run folder, so that no other process writes to it.
+    The caller holds the run folder, so that nobody else writes to it. All ``ranks`` call this together.
 
     Raises:
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
         UserError: the disk is full, or a check of the model failed.
     """
-    loop = Loop(setup, run, observers)
+    loop = Loop(setup, run, observers, ranks)
     with loop.running():
         loop.start()
         for iteration in range(setup.progress.next_iteration, setup.config.iterations):
@@ -56,15 +58,21 @@ def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder
 class Loop:
     """The parts of a run under way. Each iteration calls them in the order that :func:`fit` shows."""
 
-    def __init__(self, setup: TrainingSetup, run: RunFolder, observers: Observers) -> None:
+    def __init__(
+        self, setup: TrainingSetup, run: RunFolder, observers: Observers, ranks: Ranks
+    ) -> None:
+        setup.require_same(ranks)
+        setup.state.join(ranks)
         self.setup, self.run, self.observers = setup, run, observers
         self.config, self.state, self.progress = setup.config, setup.state, setup.progress
-        device, self.stop = setup.precision.device, StopSignal()
-        self.recorder = Recorder(run, self.config, self.progress, device, observers)
+        device, self.stop = setup.precision.device, StopSignal(ranks)
+        self.recorder = Recorder(run, self.config, self.progress, device, observers, ranks)
         self.checkpoints = Checkpoints(run, self.state, self.progress, self.recorder.telemetry)
         self.prefetcher = Prefetcher(setup.batches, pin=device.type == "cuda")
         self.in_flight = StepsInFlight(device)
-        self.cores = CoreSharing(device.type == "cpu", self._thread_free, self.recorder.line)
+        # Timing ways of waiting is for a process that waits for no other.
+        alone = device.type == "cpu" and ranks.size == 1
+        self.cores = CoreSharing(alone, self._thread_free, self.recorder.line)
         parts = self.recorder, self.checkpoints, self.cores
         self.evaluator = Evaluator(setup, *parts, leave=self.stop.check)
 
@@ -113,7 +121,7 @@ class Loop:
                 self.recorder.line(line)
         found = checks.check_precision(self.setup)
         if found is not None:
-            write_json(self.run.folder / PRECISION, found)
+            self.run.write_precision(found)
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
 
     def step(self, iteration: int) -> None:
@@ -133,7 +141,7 @@ class Loop:
         self.in_flight.add(InFlightStep(iteration, result, waited), started)
 
     def _between(self) -> None:
-        """Before every micro-batch."""
+        """Where an iteration may be left."""
         self.stop.check()
         self.cores.tick()
 

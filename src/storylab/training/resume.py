@@ -11,7 +11,6 @@ from msgspec import UNSET
 from storylab.compiler import missing_for_compiling
 from storylab.config import FIELDS, TrainConfig, differences, flat
 from storylab.errors import UserError
-from storylab.files import exclusive
 from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
@@ -20,10 +19,16 @@ from storylab.training.checks import with_proven_compiler
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.setup import TrainingSetup, resolve_device
 
 
-def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer) -> RunFolder:
+def resume(
+    folder: Path,
+    wanted: TrainConfig | None = None,
+    *observers: Observer,
+    ranks: Ranks = ONE_PROCESS,
+) -> RunFolder:
     """Continue the run in ``folder`` to the same bits as if it had never stopped.
 
     Args:
@@ -31,18 +36,20 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
         wanted: config to continue with, by default the run's own. It may differ in folders and in
             how often to print. It may also differ in ``max_iters`` if the learning rates of the
             iterations so far stay the same and nothing depends on a share of the run.
-        observers: watch it.
+        observers: watch it, in the process that leads.
+        ranks: the processes of the run, which all call this; another number of them gives other bits.
 
     Raises:
         UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
         Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
-    with exclusive(folder):
-        return _resume(run, wanted or run.read_config(), Observers(observers))
+    watching = Observers(observers if ranks.leads else ())
+    with ranks.hold(folder):
+        return _resume(run, wanted or run.read_config(), watching, ranks)
 
 
-def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFolder:
+def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ranks) -> RunFolder:
     stored = run.read_config()
     _require_device(run, stored)
     wanted = dataclasses.replace(wanted, out_dir=run.folder)
@@ -60,6 +67,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
         ) from error
     _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
     _check_shares(stored, config)
+    ranks.require(config, precision)
     dataset = run.load_data(config.data_dir)
     setup = TrainingSetup(config, dataset, precision)
     setup.restore(run)
@@ -80,8 +88,10 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
     for note in _notes(run, stored, config, done):
         observers.line(note)
     setup = with_proven_compiler(setup, observers, run)
+    ranks.any(False)  # all have read the run before it changes
+    run = ranks.folder(run.folder)
     run.truncate_to(done, setup.config, setup.compile_record())
-    return fit(setup, run, observers)
+    return fit(setup, run, observers, ranks)
 
 
 def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
@@ -94,6 +104,7 @@ def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) 
     now, then = current_stage(), run.read_environment()
     for name, a, b in (
         ("code", representative(now.code_sha256), representative(then.code_sha256)),
+        ("number of processes", now.world_size, then.world_size),
         ("number of threads", now.threads, then.threads),
         ("CPU", now.cpu, then.cpu),
     ):

@@ -11,6 +11,7 @@ import torch
 
 from storylab.decode import convert
 from storylab.errors import UserError
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
 from storylab.training.telemetry import PowerTotals
 
@@ -61,12 +62,13 @@ class InFlightStep:
 class StopSignal:
     """SIGTERM or Ctrl-C, noted when it comes and acted on where it is safe to leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ONE_PROCESS) -> None:
         self.number: int | None = None
+        self._ranks = ranks
 
     def check(self) -> None:
-        """Leave the current work if a signal has come."""
-        if self.number is not None:
+        """Leave the current work if a signal has come to any process of the run; all ask at once."""
+        if self._ranks.any(self.number is not None):
             raise StopRequested
 
     def note(self, number: int) -> None:

@@ -32,6 +32,7 @@ def run(call: Call) -> int:
     command = call.parse(ResumeCommand)
     from storylab.cli.training import show_training
     from storylab.record.folder import open_run
+    from storylab.training.parallel import joined
     from storylab.training.resume import resume
 
     config = open_run(command.run).read_config()
@@ -41,7 +42,10 @@ def run(call: Call) -> int:
     if command.data_dir is not None:
         changes["data_dir"] = command.data_dir
     wanted = dataclasses.replace(config, **changes)
-    return show_training(lambda reporter: resume(command.run, wanted, reporter))
+    with joined(config.device) as ranks:
+        return show_training(
+            lambda reporter: resume(command.run, wanted, reporter, ranks=ranks), prints=ranks.leads
+        )
 
 
 VERB = Verb(
