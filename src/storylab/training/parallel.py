@@ -189,9 +189,12 @@ class TorchRanks(Ranks):
         self.add(sums)
         return sums.tolist()
 
-    def any(self, flag: bool) -> bool:
+    def highest(self, value: int) -> int:
         """See :class:`Ranks`."""
-        return self.sum([flag])[0] > 0
+        number = torch.tensor(value, dtype=torch.int64)
+        with self._connected():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
     def text(self, text: str) -> str:
         """See :class:`Ranks`."""

@@ -78,9 +78,13 @@ class Ranks:
         """The sum over the ranks of each value."""
         return list(values)
 
+    def highest(self, value: int) -> int:
+        """The largest ``value`` of any rank."""
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on any rank."""
-        return flag
+        return bool(self.highest(flag))
 
     def text(self, text: str) -> str:
         """The text that rank 0 has."""

@@ -68,7 +68,8 @@ class StopSignal:
 
     def check(self) -> None:
         """Leave the current work if a signal has come to any process of the run; all ask at once."""
-        if self._ranks.any(self.number is not None):
+        if number := self._ranks.highest(self.number or 0):
+            self.number = number
             raise StopRequested
 
     def note(self, number: int) -> None:
