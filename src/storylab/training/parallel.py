@@ -15,6 +15,7 @@ where more than two ranks meet: a resumed run would have other bits.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -25,6 +26,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from storylab.config import TrainConfig
 from storylab.errors import Interrupted, UserError
@@ -44,9 +46,11 @@ TEXT_BYTES = 8192
 class RankLost(Interrupted):
     """Another process of the run has ended, so that this one cannot go on. Nothing more is saved."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, error: Exception) -> None:
+        # gloo's messages begin with a line of its source and end with advice.
+        reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0].partition(". ")[0]
         super().__init__(
-            f"another process of this run has ended ({reason}): the run goes on from its last checkpoint "
+            f"another process of this run has ended ({reason[:200]}): the run goes on from its last checkpoint "
             "with `storylab resume`",
             SIGTERM,
         )
@@ -73,7 +77,7 @@ class TorchRanks(Ranks):
             yield
         except RuntimeError as error:  # torch has no narrower class for gloo
             self.lost = True
-            raise RankLost(" ".join(str(error).split("\n")[0].split())[:200]) from error
+            raise RankLost(error) from error
 
     def require(self, config: TrainConfig, precision: ComputePolicy) -> None:
         """See :class:`Ranks`."""
@@ -225,7 +229,11 @@ def may_restart() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun has started the processes again, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -246,9 +254,14 @@ def joined(device: str) -> Iterator[Ranks]:
     if cuda:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store, with the addresses of processes that have ended.
+            store = dist.PrefixStore(f"start {_restarts()}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise RankLost(" ".join(str(error).split("\n")[0].split())[:200]) from error
+        raise RankLost(error) from error
     ranks = TorchRanks()
     try:
         yield ranks
