@@ -50,8 +50,8 @@ class RankLost(Interrupted):
         # gloo's messages begin with a line of its source and end with advice.
         reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0].partition(". ")[0]
         super().__init__(
-            f"another process of this run has ended ({reason[:200]}): the run goes on from its last checkpoint "
-            "with `storylab resume`",
+            f"another process of this run has ended ({reason[:200]}): the run goes on from its last "
+            "checkpoint with `storylab resume`",
             SIGTERM,
         )
 
