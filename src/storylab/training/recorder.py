@@ -68,9 +68,9 @@ class Recorder:
         progress.seconds_since_line += now - self._lap_start
         self._lap_start = now
         progress.training_seconds += seconds * len(done)
+        peak = max(progress.peak_memory_bytes, self.telemetry.peak_memory())
+        progress.peak_memory_bytes = peak
         meters = self.telemetry.latest()
-        peak = int(meters["peak_memory_bytes"] or 0)
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
         self.rows([self._iteration_row(*step, seconds, meters) for step in done])
         last, metrics = done[-1]
         progress.next_iteration = last.iteration + 1

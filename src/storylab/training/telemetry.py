@@ -125,15 +125,15 @@ class Telemetry:
         energy = self.before.energy_joules
         return energy if math.isnan(used) else (energy or 0.0) + used
 
+    def peak_memory(self) -> int:
+        """Peak memory so far, in bytes, see :func:`peak_memory_bytes`."""
+        return int(self._ranks.sum([peak_memory_bytes(self.device)])[0])
+
     def latest(self) -> dict[str, float | None]:
-        """Peak memory so far (bytes), the newest power (watts) and utilization (percent), and the energy so
-        far (joules)."""
+        """The newest power (watts) and utilization (percent), and the energy so far (joules)."""
         own = self.samples[-1] if self.samples else (math.nan, math.nan)
-        memory, watts, percent, energy = self._ranks.sum(
-            [peak_memory_bytes(self.device), *own, self._energy_used()]
-        )
+        watts, percent, energy = self._ranks.sum([*own, self._energy_used()])
         return {
-            "peak_memory_bytes": memory,
             "power_watts": None if math.isnan(watts) else watts,
             "utilization_percent": None if math.isnan(percent) else percent / self._ranks.size,
             "energy_joules": self._energy_so_far(energy),
