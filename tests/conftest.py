@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,16 @@ def real_stories() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real TinyStories in {folder}: set STORYLAB_REAL_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Debian's chromium, without a window."""
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if binary is None:
+        pytest.skip("there is no chromium on this machine")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -718,7 +718,7 @@ def test_an_update_is_charged_once_an_iteration(
     ("change", "alike"),
     [
         ({"optimizer": "normuon"}, False),
-        ({"average_share": 0.1}, False),
+        ({"ema_fraction": 0.1}, False),
         ({"dtype": "fp8", "backend": "emulated"}, False),
         ({"gradient_accumulation_steps": 2}, False),
         ({"batch_size": 2}, False),

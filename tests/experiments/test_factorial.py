@@ -322,11 +322,11 @@ def test_a_fraction_without_factors_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wider_factor_can_be_named(tmp_path: Path) -> None:
-    wide = 'high = { learning_rate = 3e-2, average_share = 0.1 }\nfactor = "method"'
+    wide = 'high = { learning_rate = 3e-2, ema_fraction = 0.1 }\nfactor = "method"'
     text = TWO.replace("high = { learning_rate = 3e-2 }", wide)
     experiment = load_experiment(written(tmp_path, text))
     assert experiment.factorial is not None
-    assert experiment.factorial.factors[1].fields == ("average_share", "learning_rate")
+    assert experiment.factorial.factors[1].fields == ("ema_fraction", "learning_rate")
 
 
 def test_the_worked_file_crosses_the_parts_of_fast() -> None:

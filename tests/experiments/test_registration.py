@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from executors import InProcess
+from storylab.config import FORMER_NAMES
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import registered_plan
@@ -165,6 +166,54 @@ def test_the_amended_plan_is_the_one_in_force(lab: Lab) -> None:
     current = amended_plan(record.registered, record.amendments)
     assert current["margin"] is None
     assert set(current["arms"][""]) == set(experiment.arms)
+
+
+OF_A_RENAMED_FIELD = (
+    TEXT.replace('factor = "learning_rate"', 'factor = "muon_lr"')
+    .replace("[config]", '[config]\noptimizer = "muon"\nlearning_rate = 1e-2')
+    .replace("low = { learning_rate", "low = { muon_lr")
+    .replace("high = { learning_rate", "high = { muon_lr")
+)
+FACTORIAL = (
+    TEXT[: TEXT.index("[arms]")]
+    .replace('factor = "learning_rate"', "")
+    .replace('baseline = "low"', "")
+    + """
+[factors.average]
+factor = "method"
+off = {}
+on = { ema_fraction = 0.1, beta2 = 0.9, learning_rate = 2e-3 }
+[factors.decay]
+low = {}
+high = { weight_decay = 0.3 }
+"""
+)
+
+
+@pytest.mark.parametrize("text", [OF_A_RENAMED_FIELD, FACTORIAL])
+def test_a_record_with_former_names_of_fields_has_the_same_plan(lab: Lab, text: str) -> None:
+    record = lab.record(text)
+    path = lab.runs / "experiments" / "rates.json"
+    earlier = path.read_text()
+    for former, name in FORMER_NAMES.items():
+        earlier = earlier.replace(f'"{name}"', f'"{former}"')
+    values = json.loads(earlier)
+    for design in (values["factorial"], values["registered"]["plan"]["factorial"]):
+        for factor in design["factors"] if design else ():
+            factor["fields"].sort()
+    assert values != json.loads(path.read_text())
+    path.write_text(json.dumps(values))
+    read = read_experiment(path)
+    assert (read.factor, read.factorial) == (record.factor, record.factorial)
+    again = lab.record(text)
+    assert again.amendments == [] and again.cells == record.cells
+    assert registration_lines(again) == ["registered before any run"]
+    assert again.registered is not None
+    assert again.registered.plan == values["registered"]["plan"]  # as it was registered
+    # A real change of the field is still one.
+    changed = text.replace("muon_lr = 1e-2", "muon_lr = 2e-2").replace("n = 0.1", "n = 0.2")
+    (change,) = lab.record(changed).amendments
+    assert change.what == "arms"
 
 
 def test_a_change_before_any_run_is_said_and_harmless(lab: Lab) -> None:

@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"grad_clip": 0.5},
-    "normuon": {"optimizer": "normuon", "average_share": 0.5},
+    "normuon": {"optimizer": "normuon", "ema_fraction": 0.5},
     "fp8": {"dtype": "fp8", "backend": "emulated", "recipe": "history=3", "max_iters": 4},
     "nvfp4": {"dtype": "nvfp4", "backend": "emulated", "max_iters": 4},
 }

@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec import structs
+
+from storylab.config import current_name
 from storylab.errors import UserError
 from storylab.experiments.experiment import METRICS
 from storylab.experiments.factorial import design_faults
@@ -29,7 +32,7 @@ def experiment_records(runs: Path) -> list[Path]:
 
 
 def read_experiment(path: Path) -> ExperimentRecord:
-    """Read an experiment's record.
+    """Read an experiment's record, with the current names of config fields as its factors.
 
     Raises:
         UserError: it cannot be read, or something in it is missing, of another type or does not fit the
@@ -38,7 +41,18 @@ def read_experiment(path: Path) -> ExperimentRecord:
     record = read_record(path, ExperimentRecord)
     if fault := next(_record_faults(record), None):
         raise UserError(f"{path} is damaged: {fault}")
-    return record
+    return _with_current_factors(record)
+
+
+def _with_current_factors(record: ExperimentRecord) -> ExperimentRecord:
+    design = record.factorial
+    if design is not None:
+        factors = [
+            structs.replace(factor, fields=sorted(map(current_name, factor.fields)))
+            for factor in design.factors
+        ]
+        design = structs.replace(design, factors=factors)
+    return structs.replace(record, factor=current_name(record.factor), factorial=design)
 
 
 def _record_faults(record: ExperimentRecord) -> Iterator[str]:

@@ -62,6 +62,22 @@ def write_report(
     return out
 
 
+def experiment_page(path: Path, cache: RunCache, bundle: str) -> str:
+    """The page of one experiment, as HTML.
+
+    Args:
+        path: the experiment's record.
+        cache: runs that have been read already.
+        bundle: address of the script that draws the figures; the page does not hold it.
+
+    Raises:
+        UserError: the record is missing or damaged, or a file cannot be read.
+    """
+    outcome = load_outcome(path, cache)
+    specs = {outcome.label: dict(_figures(outcome))}
+    return html([outcome], specs, (), choices([outcome], path.parent.parent, cache), bundle)
+
+
 def _read_outcomes(
     records: Sequence[Path], cache: RunCache, known: Mapping[Path, Outcome]
 ) -> tuple[list[Outcome], list[str]]:

@@ -56,8 +56,8 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}"
         + (
-            f"; weights averaged over about {c.average_share:.0%} of the run"
-            if c.average_share
+            f"; weights averaged over about {c.ema_fraction:.0%} of the run"
+            if c.ema_fraction
             else ""
         ),
     )

@@ -49,7 +49,7 @@ class TrainState:
             self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
-        self.ema = WeightAverage(self.model, config.average_share * config.iterations)
+        self.ema = WeightAverage(self.model, config.ema_fraction * config.iterations)
         self.ranks = ONE_PROCESS
 
     def join(self, ranks: Ranks) -> None:
