@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from samples import TINY, MakeConfig
+from samples import MakeConfig, tiny
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
@@ -47,23 +47,7 @@ def tiny_config(dataset: Dataset, tmp_path: Path) -> MakeConfig:
     """A config of a two-layer model that trains 8 iterations; keywords change single values."""
 
     def make(**changes: Any) -> TrainConfig:
-        values: dict[str, Any] = {
-            "model": TINY,
-            "data_dir": dataset.folder,
-            "out_dir": tmp_path / "run",
-            "dtype": "float32",
-            "max_iters": 8,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "block_size": 16,
-            "learning_rate": 1e-2,
-            "warmup_iters": 2,
-            "eval_interval": 4,
-            "eval_iters": 1,
-            "log_interval": 2,
-            "device": "cpu",
-        }
-        return TrainConfig(**(values | changes))
+        return tiny(dataset, tmp_path / "run", **changes)
 
     return make
 

@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executors import InProcess, Unused, perform_quietly
+from record_folders import forget_checksums
+from reporters import Watcher
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
 from storylab.cli.experiments import plan_lines
@@ -96,20 +98,6 @@ def fails(path: Path, text: str, scale: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_experiment(write(path, text), scale)
     return str(caught.value)
-
-
-class Watcher:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def overall(self, name: str, done: float, total: float) -> None: ...
 
 
 # The file
@@ -563,6 +551,7 @@ def test_runs_by_other_code_are_shown_and_trained_again_on_demand(
 ) -> None:
     executor = InProcess()
     run_experiment(planned, executor, Watcher())
+    forget_checksums(planned[0].folder)
     environment = planned[0].folder / "environment.json"
     values = json.loads(environment.read_text()) | {"code_sha256": "other"}
     environment.write_text(json.dumps(values))

@@ -16,6 +16,7 @@ import pytest
 from msgspec import structs
 
 from executors import train_here
+from record_folders import forget_checksums
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
@@ -29,10 +30,9 @@ from storylab.experiments.foresight import detectable_at_looks
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache, read_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
-from storylab.record.index import RunCache
 from storylab.record.run import Run
 from storylab.reporting.report import write_report
 
@@ -354,7 +354,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_record(experiment, dataset, planned, root / "runs")
 
 
-class Given(RunCache):
+class Given(FolderCache):
     """Reads runs with other final losses, by the name of their folder."""
 
     def __init__(self, losses: dict[str, float]) -> None:
@@ -474,6 +474,7 @@ def test_all_cells_stop_when_every_effect_is_settled(copied: Path) -> None:
 def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
     record = read_experiment(copied)
     folder = copied.parent.parent / record.cells[3].runs["2"]
+    forget_checksums(folder)
     summary = folder / SUMMARY
     data = json.loads(summary.read_text())
     summary.write_text(json.dumps(data | {"status": "diverged", "reason": "loss is nan"}))

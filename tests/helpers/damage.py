@@ -9,10 +9,12 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from executors import InProcess, perform_quietly
+from record_folders import forget_checksums
 from storylab.cli import main
 from storylab.execution.job import Job, Outcome
 
@@ -24,6 +26,12 @@ FILES = [
 ]
 # Those that every comparison and report reads; the others are for going on and for sampling.
 RECORD = FILES[:9]
+
+
+def change(path: Path, **values: Any) -> None:
+    """Replace keys of a JSON file, as if its folder had no checksums."""
+    forget_checksums(path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 class Place:

@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from executors import train_here
-from record_folders import Opened, folders
+from record_folders import Opened, folders, forget_checksums
 from samples import SMALL_EXPERIMENT
 from storylab.cli import main
 from storylab.data.dataset import Dataset
@@ -59,6 +59,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
             sample["prompt"] += HOSTILE
             sample["text"] += HOSTILE
         (folder / "summary.json").write_text(json.dumps(summary))
+    forget_checksums(root)
     return root
 
 
@@ -232,8 +233,7 @@ def test_no_file_is_read_twice(runs: Path, opened: Opened) -> None:
     with opened.under(runs) as count:
         library.experiment_page("rates", "/figures.js")
         library.experiment_page("rates", "/figures.js")
-    for path, times in count.items():
-        assert times == 1 or path.endswith("rates.json"), count
+    assert set(count.values()) == {1}, count
 
 
 def test_looking_changes_nothing(client: TestClient, runs: Path) -> None:

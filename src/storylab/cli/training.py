@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from storylab.cli.console import ConsoleReporter
@@ -12,20 +12,27 @@ if TYPE_CHECKING:
     from storylab.record.folder import RunFolder
 
 
-def show_training(train: Callable[[ConsoleReporter], RunFolder], prints: bool = True) -> int:
-    """Train under a console reporter and print the run folder; returns the exit code.
+def show_training(
+    train: Callable[..., RunFolder], track: Sequence[str] = (), prints: bool = True
+) -> int:
+    """Train under a console reporter and trackers, and print the run folder; returns the exit code.
 
     Args:
-        train: trains, in a process of the run.
-        prints: False in a process that does not lead its run. It leaves the end that all of them come to
-            for the leading one to tell.
+        train: trains, in a process of the run; takes observers.
+        track: names of trackers.
+        prints: False in a process that does not lead its run. It has no trackers, and leaves the end that
+            all of them come to for the leading one to tell.
 
     Raises:
+        UserError: a tracker's library is not installed.
         UserError, Interrupted, Diverged: from ``train``.
     """
-    with ConsoleReporter() as reporter:
+    from storylab.experiments.tracked import place_of
+    from storylab.tracking.observer import trackers
+
+    with trackers(track if prints else (), place_of) as observers, ConsoleReporter() as reporter:
         try:
-            run = train(reporter)
+            run = train(reporter, *observers)
         except (Interrupted, Diverged) as error:
             if prints:
                 raise
@@ -33,4 +40,7 @@ def show_training(train: Callable[[ConsoleReporter], RunFolder], prints: bool = 
         if prints:
             reporter.line("")
             reporter.line(f"Run folder: {run.folder}")
+        for observer in observers:
+            if observer.place:
+                reporter.line(f"{observer.label}: {observer.place}")
     return 0

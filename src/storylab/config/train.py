@@ -138,6 +138,8 @@ class TrainConfig:
         10.0
     )
     """Longest time between checkpoints, besides those at evaluations and at the end."""
+    skip_checks: Annotated[bool, mark("record", before=False, effect="presentation")] = False
+    """Begin without the checks before the first step (docs/guide/training.md); the run records it."""
     device: Annotated[str, mark("machine")] = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA if the machine has it, else the CPU."""
     compile: Annotated[bool | None, mark("machine")] = None

@@ -11,9 +11,11 @@ from typing import Any
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
 from storylab.optim.schedule import learning_rate
-from storylab.record.folder import LOG, RunFolder
-from storylab.training import checks, log_format
+from storylab.record.folder import RunFolder
+from storylab.record.stages import append_to_log, write_precision
+from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
+from storylab.training.checks.compiled import require_blameless_compiler
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
@@ -36,7 +38,7 @@ def fit(
     Raises:
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
-        UserError: the disk is full, or a check of the model failed.
+        UserError: the disk is full, or compiled code is at fault for numbers that are not finite.
     """
     loop = Loop(setup, run, observers, ranks)
     with loop.running():
@@ -79,7 +81,7 @@ class Loop:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure power, note signals, and turn a stop or numbers that are not finite into a saved end."""
-        self.observers.log = lambda line: self.run.append(LOG, line)
+        self.observers.log = lambda line: append_to_log(self.run, line)
         self.observers.start(self.run.folder)
         try:
             with self.recorder.telemetry, stop_signals(self.stop.note):
@@ -88,7 +90,8 @@ class Loop:
                         yield
                 except NonFiniteError as error:
                     self.read()  # float16 raises before the steps in flight are read
-                    checks.require_blameless_compiler(self.setup, error)
+                    require_blameless_compiler(self.setup, error)
+                    self.checkpoints.settle()
                     message, summary = write_diverged(self.run, self.setup, error, self._measured())
                     self.observers.end(summary)
                     raise Diverged(message) from error
@@ -114,15 +117,16 @@ class Loop:
             raise Interrupted(message, self.stop.number or signal.SIGINT) from None
 
     def start(self) -> None:
-        """Save a first checkpoint, print the lines for the user, and check quantized layers."""
+        """Save a first checkpoint, print the lines for the user, and record the checks."""
         if self.checkpoints.save_first():
             cuda = self.setup.precision.device.type == "cuda"
             for line in log_format.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
-        found = checks.check_precision(self.setup)
-        if found is not None:
-            self.run.write_precision(found)
+        if (found := self.setup.precision_info) is not None:
+            write_precision(self.run, found)
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
+        if self.setup.checks is not None:
+            self.recorder.line(log_format.checks_line(self.setup.checks))
 
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""
@@ -182,10 +186,9 @@ class Loop:
         if not self.checkpoints.up_to_date:
             self.checkpoints.save_last()
         final = self.evaluator.final()
-        self.checkpoints.saver.wait()
-        summary = write_finished(self.run, self.setup, final, self._measured())
-        for line in ("", *log_format.summary_lines(summary)):
-            self.recorder.line(line)
+        self.checkpoints.settle()
+        measured, line = self._measured(), self.recorder.line
+        summary = write_finished(self.run, self.setup, final, measured, line)
         self.observers.end(summary)
 
     def _measured(self) -> dict[str, Any]:

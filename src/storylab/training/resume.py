@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import current_stage, representative
-from storylab.training.checks import with_proven_compiler
+from storylab.record.stages import truncate_to
+from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
@@ -40,7 +42,8 @@ def resume(
         ranks: the processes of the run, which all call this; another number of them gives other bits.
 
     Raises:
-        UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
+        UserError: other data, an incompatible config, a damaged checkpoint, or a check of this machine
+            has failed; nothing is changed.
         Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
@@ -70,7 +73,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ra
     ranks.require(config, precision)
     dataset = run.load_data(config.data_dir)
     setup = TrainingSetup(config, dataset, precision)
-    setup.restore(run)
+    fault = setup.restore(run)
     done = setup.progress.next_iteration
     _check_learning_rates(stored, config, done)
     summary = run.read_summary()
@@ -85,12 +88,16 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ra
         observers.line(
             f"This machine lacks {missing}: training goes on uncompiled; bits may differ"
         )
+    if fault is not None:
+        observers.line(f"{fault}; going on from the checkpoint before it, of iteration {done}")
     for note in _notes(run, stored, config, done):
         observers.line(note)
-    setup = with_proven_compiler(setup, observers, run)
+    setup = run_checks(setup, observers, run)
     ranks.any(False)  # all have read the run before it changes
     run = ranks.folder(run.folder)
-    run.truncate_to(done, setup.config, setup.compile_record())
+    if fault is not None and run.writes:
+        os.replace(run.checkpoint("previous"), run.checkpoint("last"))
+    truncate_to(run, done, setup.config, setup.findings())
     return fit(setup, run, observers, ranks)
 
 

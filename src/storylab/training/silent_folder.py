@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 
-from storylab.config import TrainConfig
 from storylab.record.folder import RunFolder
-from storylab.record.schema import Row, Summary
+from storylab.record.schema import Row
 
 
 class SilentFolder(RunFolder):
@@ -21,11 +20,6 @@ class SilentFolder(RunFolder):
         """No rows."""
         return []
 
-    def truncate_to(
-        self, next_iteration: int, config: TrainConfig, compile_record: Mapping[str, Any]
-    ) -> None:
-        """Do nothing."""
-
     def sync_metrics(self) -> None:
         """Do nothing."""
 
@@ -36,10 +30,4 @@ class SilentFolder(RunFolder):
         """Do nothing."""
 
     def write_array(self, name: str, array: np.ndarray) -> None:
-        """Do nothing."""
-
-    def write_precision(self, found: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def write_summary(self, summary: Summary) -> None:
         """Do nothing."""

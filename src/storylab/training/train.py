@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from storylab.config import TrainConfig
 from storylab.data.dataset import load_dataset
-from storylab.record.folder import RunFolder, create_run
-from storylab.training.checks import with_proven_compiler
+from storylab.record.folder import RunFolder
+from storylab.record.stages import create_run
+from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.ranks import ONE_PROCESS, Ranks
@@ -21,7 +22,7 @@ def train(config: TrainConfig, *observers: Observer, ranks: Ranks = ONE_PROCESS)
         ranks: the processes of the run, which all call this.
 
     Raises:
-        UserError: data, device or folder cannot be used, or the disk is full.
+        UserError: data, device or folder cannot be used, a check has failed, or the disk is full.
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
     """
@@ -31,7 +32,7 @@ def train(config: TrainConfig, *observers: Observer, ranks: Ranks = ONE_PROCESS)
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
     setup = TrainingSetup(config, dataset, precision)
-    setup = with_proven_compiler(setup, watching, asked=asked)
+    setup = run_checks(setup, watching, compile_asked=asked)
     if ranks.leads:
         create_run(setup.config, dataset, setup.identity())
     assert setup.config.out_dir is not None

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from storylab.config import PRESENTATION_FIELDS, flat
 from storylab.errors import UserError
-from storylab.experiments.records import experiment_records, read_experiment
+from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists, held
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import METRICS, SUMMARY, RunFolder, open_run
-from storylab.record.index import RunCache, RunEntry, list_run, run_folders
+from storylab.record.index import RunEntry, list_run, run_folders
 from storylab.record.run import DAMAGED, ENDED, FAILED, run_state
 from storylab.reporting.report import experiment_page
 from storylab.training.log_format import format_duration
@@ -37,9 +37,8 @@ class Library:
         self._lock = threading.RLock()
         self._entries: dict[str, tuple[Stamp, RunEntry]] = {}
         self._courses: OrderedDict[str, Course] = OrderedDict()
-        self._records: dict[str, tuple[Stamp, ExperimentRecord | UserError]] = {}
         self._pages: dict[str, tuple[Stamp, str]] = {}
-        self._cache = RunCache()
+        self._cache = FolderCache()
 
     def overview(self) -> Overview:
         """Every run and experiment.
@@ -112,7 +111,7 @@ class Library:
             if name not in records:
                 raise UserError(f"{self.folder} has no experiment '{name}'")
             path = records[name]
-            runs = [self.folder / run for run in _run_names(self._record(path))]
+            runs = [self.folder / run for run in _run_names(self._cache.record(path))]
             stamp = _stamp(path, *(run / file for run in runs for file in (METRICS, SUMMARY)))
             if self._pages.get(name, ((), ""))[0] != stamp:
                 self._pages[name] = stamp, experiment_page(path, self._cache, bundle)
@@ -185,24 +184,12 @@ class Library:
 
     def _experiment(self, path: Path, states: dict[str, str]) -> ExperimentRow:
         try:
-            record = self._record(path)
+            record = self._cache.record(path)
         except UserError as error:
             return ExperimentRow(name=path.stem, title=path.stem, fault=str(error))
         names = _run_names(record)
         done = sum(states.get(name) in ENDED for name in names)
         return ExperimentRow(name=path.stem, title=record.title, done=done, planned=len(names))
-
-    def _record(self, path: Path) -> ExperimentRecord:
-        stamp = _stamp(path)
-        if self._records.get(path.stem, ((),))[0] != stamp:
-            try:
-                self._records[path.stem] = stamp, read_experiment(path)
-            except UserError as error:
-                self._records[path.stem] = stamp, error
-        found = self._records[path.stem][1]
-        if isinstance(found, UserError):
-            raise UserError(str(found))
-        return found
 
 
 def _run_names(record: ExperimentRecord) -> list[str]:

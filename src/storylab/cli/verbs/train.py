@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from storylab.cli.arguments import Track
 from storylab.cli.registry import Call, Verb
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig
 from storylab.errors import UserError
 from storylab.files import exists
 from storylab.flags import default_for, given_flags
+from storylab.tracking import require_installed
 
 if TYPE_CHECKING:
     from storylab.training.ranks import Ranks
@@ -28,16 +32,19 @@ class TrainCommand:
     | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
     | storylab train (the same flags) --out_dir runs/a --resume
     | torchrun --nproc_per_node 2 -m storylab train (the same flags)
+    | storylab train --preset nano --track tensorboard mlflow
     """
 
     config: TrainConfig = field(default_factory=TrainConfig)
     resume: bool = False
     """Continue the run in --out_dir; its config must be the same."""
+    track: Track = ()
 
 
 def run(call: Call) -> int:
     """Train a run, or continue it with --resume."""
     command = call.parse(TrainCommand, TrainCommand(default_for(call.args)))
+    require_installed(command.track)
     config = command.config
     split_is_free = not {"batch_size", "gradient_accumulation_steps"} & {*given_flags(call.args)}
     if command.resume and config.out_dir is None:
@@ -46,8 +53,8 @@ def run(call: Call) -> int:
 
     with joined(config.device) as ranks:
         if command.resume or _interrupted(config):
-            return _resume(config, split_is_free, ranks)
-        return _train(config, split_is_free, ranks)
+            return _resume(config, command.track, split_is_free, ranks)
+        return _train(config, command.track, split_is_free, ranks)
 
 
 def _interrupted(config: TrainConfig) -> bool:
@@ -60,7 +67,7 @@ def _interrupted(config: TrainConfig) -> bool:
     return restarted() and config.out_dir is not None and exists(config.out_dir / CONFIG)
 
 
-def _resume(config: TrainConfig, split_is_free: bool, ranks: Ranks) -> int:
+def _resume(config: TrainConfig, track: Sequence[str], split_is_free: bool, ranks: Ranks) -> int:
     from storylab.cli.training import show_training
     from storylab.planning.micro_batch import split_as
     from storylab.record.folder import open_run
@@ -70,12 +77,10 @@ def _resume(config: TrainConfig, split_is_free: bool, ranks: Ranks) -> int:
     assert folder is not None
     if split_is_free:
         config = split_as(open_run(folder).read_config(), config)
-    return show_training(
-        lambda reporter: resume(folder, config, reporter, ranks=ranks), prints=ranks.leads
-    )
+    return show_training(partial(resume, folder, config, ranks=ranks), track, prints=ranks.leads)
 
 
-def _train(config: TrainConfig, split_is_free: bool, ranks: Ranks) -> int:
+def _train(config: TrainConfig, track: Sequence[str], split_is_free: bool, ranks: Ranks) -> int:
     from storylab.cli.training import show_training
     from storylab.planning.micro_batch import fitted_here
     from storylab.training.precision import choose_device
@@ -92,7 +97,7 @@ def _train(config: TrainConfig, split_is_free: bool, ranks: Ranks) -> int:
                 f"micro-batches of {chosen.batch_size} sequences, which fit into the GPU's memory"
             )
         config = chosen
-    return show_training(lambda reporter: train(config, reporter, ranks=ranks), prints=ranks.leads)
+    return show_training(partial(train, config, ranks=ranks), track, prints=ranks.leads)
 
 
 def _prepare_default_data(config: TrainConfig) -> None:
