@@ -35,12 +35,12 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "compile": False,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 8,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 4,
     "block_size": 64,
     "learning_rate": 3e-3,
     "warmup_iters": 5,
-    "eval_iters": 4,
+    "eval_iters": 1,
     "log_interval": 10,
 }
 
