@@ -16,10 +16,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
 import intervals_cover
+from storylab.experiments import variance as moderation
 from storylab.experiments.experiment import Variance
 from storylab.experiments.family import Judgement, Rules, Trial, judge
 from storylab.experiments.looks import DEFAULT_LOOKS, e_value
@@ -167,6 +169,30 @@ def promises(count: int, arms: int = 6) -> Iterator[str]:
     yield f"{arms} arms. {error_line(shares, count)}"
 
 
+def caps(count: int, arms: int = 6) -> Iterator[str]:
+    """The errors of moderated variance at one look, by the most degrees of freedom that an arm borrows."""
+    rows, shares = [], []
+    for most in (2.0, moderation.MOST_BORROWED, 8.0, 1e6):
+        rng = np.random.default_rng(19)
+        with patch.object(moderation, "MOST_BORROWED", most):
+            found = [
+                float(
+                    np.mean(
+                        [
+                            finds_any(differences(rng, kind, arms, 3), Rules((3,), SEEDS))
+                            for _ in range(count)
+                        ]
+                    )
+                )
+                for kind in KINDS
+            ]
+        shares += found
+        rows.append((f"{most:g}" if most < 1e6 else "no cap", *map(percent, found)))
+    yield from table_of(("degrees of freedom borrowed, at most", *KINDS), rows)
+    yield ""
+    yield f"{arms} arms, 3 seeds. {error_line(shares, count)}"
+
+
 def powers(count: int) -> Iterator[str]:
     """Chance to find one arm that truly differs, in per cent; four effects are tried in every draw."""
     count = max(1, count // 3)
@@ -275,6 +301,7 @@ def main() -> None:
     tables: dict[str, Table] = {
         "errors": errors,
         "promises": promises,
+        "caps": caps,
         "powers": powers,
         "equivalences": equivalences,
         "coverage": intervals_cover.tables,

@@ -19,6 +19,7 @@ from executors import train_here
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
+from storylab.experiments.blocks import Block
 from storylab.experiments.effect_words import design_lines, effect_line, verdict_lines
 from storylab.experiments.effects import contrasts, trial_of
 from storylab.experiments.experiment import Variance
@@ -480,6 +481,10 @@ def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
     assert {e.verdict for e in outcome.effects} == {"diverged"}
     assert "runs of norm=on, rate=high did" in effect_line(outcome.effects[0])
     assert not outcome.settled_arms()
+    # Were seed 1 confounded, each seed would have a reason of its own.
+    block = Block("", tuple(cell.arm for cell in outcome.cells), ("why",), True, frozenset({1, 2}))
+    assert block.diverged({1}) == () and block.diverged({1, 2}) == ("norm=on, rate=high",)
+    assert block.confounded({2}) == () and block.confounded({1, 2}) == ("why",)
 
 
 @pytest.mark.slow

@@ -276,12 +276,13 @@ def test_keys_of_a_later_version_stay(lab: Lab) -> None:
     assert json.loads(path.read_text())["later"] == [1]
 
 
-def test_training_everything_again_is_said(lab: Lab) -> None:
+def test_training_everything_again_is_exploratory(lab: Lab) -> None:
+    """Whoever knows the losses could train until they please."""
     lab.record(train=True)
     record = lab.record(fresh=True)
-    assert registration_lines(record)[1] == (
-        "all runs were trained again (--fresh) after 4 of 4 runs"
-    )
+    words = "all runs were trained again (--fresh) after 4 of 4 runs"
+    assert registration_lines(record)[1] == f"{words}: exploratory"
+    assert exploratory_reasons(record) == [words]
 
 
 def test_an_arm_this_machine_cannot_run_stays_as_it_was_recorded(lab: Lab) -> None:

@@ -6,7 +6,12 @@ from typing import Annotated
 
 from msgspec import Struct
 
-from storylab.documents.compared import ComparedArm, PairedRatio, VerdictInterval
+from storylab.documents.compared import (
+    ComparedArm,
+    DifferenceInterval,
+    PairedRatio,
+    VerdictInterval,
+)
 from storylab.documents.fields import about
 
 
@@ -84,6 +89,22 @@ class EstimatedEffect(Struct, frozen=True, kw_only=True):
     verdict_interval: Annotated[
         VerdictInterval | None, about("the interval that belongs to the verdict; null without one")
     ]
+    recipes: Annotated[
+        DifferenceInterval | None,
+        about("the effect over new seeds; null if no loss is compared"),
+    ]
+    variance: Annotated[
+        str, about("how the noise of an effect is estimated: `moderated`, `own` or `pooled`")
+    ]
+    margin_nats_per_token: Annotated[
+        float | None,
+        about("largest effect that counts as none; null: none is set", "nats per token"),
+    ]
+    e_value: Annotated[
+        float | None,
+        about("evidence of all seeds, valid at any look; null where no seed is unplanned"),
+    ]
+    e_value_needed: Annotated[float, about("the e-value that would show an effect")]
     look: Annotated[int | None, about("seeds at the look that judged it; null before the first")]
     next_look: Annotated[int | None, about("seeds at the next look; null if there is none")]
     seeds: Annotated[int, about("seeds that it rests on")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from storylab.experiments.effects import EffectResult, SimpleEffect, contrasts, 
 from storylab.experiments.factorial import Effect, Factorial
 from storylab.experiments.family import Judgement, Rules, judge
 from storylab.experiments.statistics import Interval
-from storylab.record.run import Run
+from storylab.record.run import DIVERGED, Run
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,20 @@ class Block:
         ]
         return frozenset(set.intersection(*ended))
 
-    @property
-    def diverged(self) -> tuple[str, ...]:
-        """Cells in which a run diverged."""
-        return tuple(arm.name for arm in self.arms if arm.diverged)
+    def diverged(self, seeds: Collection[int]) -> tuple[str, ...]:
+        """Cells in which a run with one of ``seeds`` diverged."""
+        return tuple(
+            arm.name for arm in self.arms if not self._diverged_seeds(arm).isdisjoint(seeds)
+        )
+
+    def confounded(self, seeds: Collection[int]) -> tuple[str, ...]:
+        """The confounds, if the losses with one of ``seeds`` are void although no run diverged."""
+        void = self.void.intersection(seeds)
+        return self.confounds if void.difference(*map(self._diverged_seeds, self.arms)) else ()
+
+    @staticmethod
+    def _diverged_seeds(arm: Arm) -> frozenset[int]:
+        return frozenset(run.config.seed for run in arm.runs if run.state == DIVERGED)
 
     @property
     def lost(self) -> bool:
@@ -139,8 +149,8 @@ def _result(
         change=f"{factor.levels[1]} vs {factor.levels[0]}" if main else "",
         aliases=tuple(factorial.effect_name(other) for other in effect.aliases),
         judgement=judgement,
-        confounds=block.confounds if block.void & seeds else (),
-        diverged=block.diverged if block.void & seeds else (),
+        confounds=block.confounded(seeds),
+        diverged=block.diverged(seeds),
         lost=block.lost,
         left_out=tuple(_left_out(block)),
         simple=() if main else _simple(factorial, effect, judgement, used),

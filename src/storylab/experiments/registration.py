@@ -24,7 +24,8 @@ from storylab.record.experiment_schema import Amendment, ExperimentRecord, Regis
 from storylab.record.run import Run
 
 # Changes that leave the verdicts as they are: the report says them all the same.
-HARMLESS = {"hypothesis", "code", "record", "runs"}
+HARMLESS = {"hypothesis", "code", "record"}
+TRAINED_AGAIN = "all runs were trained again (--fresh)"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
@@ -108,7 +109,7 @@ def exploratory_reasons(record: ExperimentRecord) -> list[str]:
     if registered.runs_finished > registered.runs_shared or registered.differences_known:
         reasons.append(_registered_line(registered))
     reasons += [
-        f"{change.what} changed {_when(change)}"
+        f"{TRAINED_AGAIN if change.what == 'runs' else f'{change.what} changed'} {_when(change)}"
         for change in record.amendments
         if _is_exploratory(change)
     ]
@@ -165,7 +166,7 @@ def _change_words(change: Amendment) -> str:
     if what == "record":
         return f"the record was begun again ({before})"
     if what == "runs":
-        return "all runs were trained again (--fresh)"
+        return TRAINED_AGAIN
     if what == "code":
         return f"code {str(before)[:8]} -> {str(after)[:8]}"
     if what == "arms":
