@@ -54,7 +54,7 @@ def model_card(source: Source, exporter: Exporter, weights: str, findings: list[
         full_layers=[i for i, p in enumerate(source.config.layer_patterns, 1) if p == FULL],
         ignorers=ignorers(kind) if has_windows else [],
         low_precision=run.config.dtype not in ("float32", "bfloat16", "float16"),
-        usage=exporter.usage(),
+        usage=exporter.usage(weights),
         findings=findings,
         data=list(_data_lines(run)),
         losses=list(_losses(run)),
@@ -204,7 +204,7 @@ def _samples(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _prepare_command(run: Run) -> str:
-    """The command that prepares the run's data; placeholders stand for local files."""
+    """The command that prepares the run's data, with placeholders for local files."""
     origin = _origin(run)
     words = ["storylab", "prepare", "--tokenizer", run.data.tokenizer.name]
     if origin.get("name") == "builtin":

@@ -150,7 +150,7 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def usage(self) -> str:
+    def usage(self, weights: str) -> str:
         """Lines for the model card that show how to write a story with the exported model, as Markdown."""
 
 

@@ -36,7 +36,7 @@ class LlamaCpp(Exporter):
     install = "pip install llama-cpp-python"
     weights = ("f16", "q8_0")
     # llama.cpp rounds the states that it multiplies by such weights: to F16, or to 8 bits in blocks.
-    tolerances: ClassVar[Mapping[str, float]] = {"f16": 0.01, "q8_0": 0.05}
+    tolerances: ClassVar[Mapping[str, float]] = {"f16": 0.01, "q8_0": 0.1}
 
     def refuse(self, config: ModelConfig, block_size: int, weights: str) -> None:
         model_class(config)
@@ -55,7 +55,7 @@ class LlamaCpp(Exporter):
                 )
 
     def class_name(self, config: ModelConfig) -> str:
-        return f"{_architecture(config)} (llama.cpp)"
+        return f"{_architecture(config)} of llama.cpp"
 
     def write(self, source: Source, weights: str, folder: Path) -> None:
         gguf = require("gguf", INSTALL)
@@ -105,11 +105,11 @@ class LlamaCpp(Exporter):
     def open(self, folder: Path) -> Reader:
         return _Llama(folder)
 
-    def usage(self) -> str:
+    def usage(self, weights: str) -> str:
         return (
             "```python\n"
             "from llama_cpp import Llama\n\n"
-            f'model = Llama("PATH/{_file(Path(), "WEIGHTS").name}")\n'
+            f'model = Llama("PATH/{_file(Path(), weights).name}")\n'
             'story = model("Once upon a time", max_tokens=200, temperature=0.8)\n'
             'print(story["choices"][0]["text"])\n'
             "```"

@@ -82,7 +82,7 @@ class HuggingFace(Exporter):
     def open(self, folder: Path) -> Reader:
         return _Transformers(folder)
 
-    def usage(self) -> str:
+    def usage(self, weights: str) -> str:
         return (
             "```python\n"
             "from transformers import pipeline\n\n"
