@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_without_the_program_the_export_says_so(
 ) -> None:
     """The tensors are read back all the same; verify needs the program."""
     pytest.importorskip("gguf")
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr("storylab.export.folder.installed", lambda module: False)
     command = ["export", str(run.folder), "--format", "gguf", "--out", str(tmp_path / "out")]
     assert main(command) == 0
@@ -162,3 +163,34 @@ def test_without_the_program_the_export_says_so(
     assert "llama_cpp is not installed" in fails(
         ["export", "--verify", str(tmp_path / "out")], capsys
     )
+
+
+def test_a_missing_package_is_named(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    command = ["export", str(run.folder), "--format", "gguf", "--out", str(tmp_path / "out")]
+    assert "pip install 'storylab[gguf]'" in fails(command, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_runs_no_code_and_reads_no_pickle(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+    }
+    (copy / "code.py").write_text("open('ran', 'w')")
+    (copy / "config.json").write_text(json.dumps(config))
+    record = json.loads((copy / "storylab_export.json").read_text())
+    record["files"]["config.json"] = sha256_file(copy / "config.json")
+    (copy / "storylab_export.json").write_text(json.dumps(record))
+    assert "does not open" in fails(["export", "--verify", str(copy)], capsys)
+    assert not (copy / "ran").exists()
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama", "auto_map": {}}))
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    record["files"] = {}
+    (copy / "storylab_export.json").write_text(json.dumps(record))
+    assert "does not open" in fails(["export", "--verify", str(copy)], capsys)

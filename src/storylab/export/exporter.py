@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, Protocol
 
+import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from storylab.config import ModelConfig
@@ -152,6 +154,20 @@ class Exporter(ABC):
     @abstractmethod
     def usage(self, weights: str) -> str:
         """Lines for the model card that show how to write a story with the exported model, as Markdown."""
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        # The library wraps the system's message, such as "No space left on device".
+        raise OSError(None, str(error)) from error
+    path.chmod(0o644)  # the library leaves it readable by its owner alone
 
 
 def installed(module: str) -> bool:

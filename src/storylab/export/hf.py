@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from storylab.config import ModelConfig
@@ -21,7 +20,7 @@ from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
 from storylab.export.bpe import tokenizer_json
 from storylab.export.classes import model_class, named_weights, shared_keys
-from storylab.export.exporter import Exporter, Reader, Source, require
+from storylab.export.exporter import Exporter, Reader, Source, require, save_tensors
 from storylab.files import write_json, write_text
 from storylab.model.transformer import Transformer
 
@@ -62,8 +61,7 @@ class HuggingFace(Exporter):
         write_json(folder / "generation_config.json", generation)
         write_text(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
         write_json(folder / "tokenizer_config.json", _tokenizer_config(source.block_size))
-        save_file(self._tensors(source), folder / WEIGHTS, {"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # the library leaves it readable by its owner alone
+        save_tensors(self._tensors(source), folder / WEIGHTS)
 
     def _tensors(self, source: Source) -> dict[str, Tensor]:
         named = named_weights(source.config, source.weights)
@@ -117,12 +115,12 @@ class _Transformers:
             place = str(folder.resolve())
             try:
                 self._tokenizer = library.AutoTokenizer.from_pretrained(
-                    place, local_files_only=True
+                    place, local_files_only=True, trust_remote_code=False
                 )
                 self._model = library.AutoModelForCausalLM.from_pretrained(
-                    place, local_files_only=True
+                    place, local_files_only=True, trust_remote_code=False, use_safetensors=True
                 ).eval()
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            except Exception as error:  # of many kinds, if a file has been altered
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{self.label} does not open {folder}: {reason}") from error
 

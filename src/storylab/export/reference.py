@@ -9,13 +9,12 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from storylab.data import builtin
 from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
-from storylab.export.exporter import Reader
+from storylab.export.exporter import Reader, save_tensors
 from storylab.files import open_file
 from storylab.model.generate import Sampling, generate
 from storylab.model.transformer import Transformer
@@ -126,8 +125,7 @@ def save_reference(prompts: Sequence[Prompt], folder: Path) -> None:
             f"{number}.greedy": torch.tensor(prompt.greedy, dtype=torch.int64),
             f"{number}.margins": torch.tensor(prompt.margins),
         }
-    save_file(tensors, folder / REFERENCE, {"format": "pt"})
-    (folder / REFERENCE).chmod(0o644)  # the library leaves it readable by its owner alone
+    save_tensors(tensors, folder / REFERENCE)
 
 
 def load_reference(texts: Sequence[str], folder: Path) -> list[Prompt]:
