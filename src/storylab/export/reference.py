@@ -21,7 +21,7 @@ from storylab.model.transformer import Transformer
 
 REFERENCE = "storylab_reference.safetensors"
 SHORT_PROMPTS = ("Once upon a time there was a little", "Tom was sad because")
-# Tokens of the third prompt, if the model has no windows to go beyond.
+# Tokens of the third prompt, or twice the window if that is longer.
 LONG_PROMPT = 256
 # Greedy tokens after a prompt.
 NEW_TOKENS = 32
@@ -76,10 +76,10 @@ def make_reference(model: Transformer, tokenizer: Tokenizer, block_size: int) ->
         block_size: greatest number of tokens that the model reads at once.
     """
     room = block_size - min(NEW_TOKENS, block_size // 2)
-    length = min(room, LONG_PROMPT)
     sizes = [pattern.reach for pattern in model.config.layer_patterns if pattern.reach is not None]
-    if windows := [size for size in sizes if size < block_size]:
-        length = max(min(room, 2 * max(windows)), max(windows) + 1)
+    window = max((size for size in sizes if size < block_size), default=0)
+    # In a context hardly longer than the window, a prompt beyond it leaves less room for new tokens.
+    length = max(min(room, max(LONG_PROMPT, 2 * window)), window + 1)
     stories = " ".join(builtin.stories(0, 0, 1 + length // 50))
     prompts = [*((text, room) for text in SHORT_PROMPTS), (stories, length)]
     return [_run(model, tokenizer, text, most, block_size) for text, most in prompts]
