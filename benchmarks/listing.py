@@ -1,4 +1,4 @@
-"""Seconds that `storylab list` takes over many long runs, once its modules are imported.
+"""Seconds that `storylab list` and the page of `storylab ui` take over many long runs, modules imported.
 
     python benchmarks/listing.py [--runs 1000] [--rows 10000] [--commit COMMIT] [--old_summaries]
 
@@ -31,6 +31,17 @@ with contextlib.redirect_stdout(io.StringIO()):
     begin = time.perf_counter()
     main(["list", "--runs", runs])
 print(time.perf_counter() - begin)
+"""
+PAGE = """
+import sys, time
+from pathlib import Path
+import msgspec
+from storylab.ui.library import Library
+library = Library(Path(sys.argv[1]))
+for _ in range(2):
+    begin = time.perf_counter()
+    msgspec.json.encode(library.overview())
+    print(time.perf_counter() - begin)
 """
 
 
@@ -88,6 +99,8 @@ def main() -> None:
         for name, source in versions.items():
             seconds = float(call(source, "-c", TIMED, str(empty), str(runs)))
             print(f"  {name:<12} {seconds:8.2f} s")
+        first, again = map(float, call(ROOT, "-c", PAGE, str(runs)).split())
+        print(f"the page of storylab ui, first and again\n  {first:.2f} s, {again:.2f} s")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Storylab:
         if method == "record":  # with the peers' AdamW
             config = dataclasses.replace(config, beta2=0.95, learning_rate=args.learning_rate)
         # ``best`` lets every rate fall to zero, where an average of the weights is of no use.
-        changes = {"compile": compiled, "batch_size": args.sequences, "average_share": 0.0}
+        changes = {"compile": compiled, "batch_size": args.sequences, "ema_fraction": 0.0}
         config = dataclasses.replace(config, seed=0, **changes)
         self.peak = config.learning_rate
         self.precision = choose_precision(torch.device("cpu"), dtype)  # type: ignore[arg-type]

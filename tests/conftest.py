@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from samples import TINY, MakeConfig
+from samples import MakeConfig, tiny
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
@@ -45,23 +47,7 @@ def tiny_config(dataset: Dataset, tmp_path: Path) -> MakeConfig:
     """A config of a two-layer model that trains 8 iterations; keywords change single values."""
 
     def make(**changes: Any) -> TrainConfig:
-        values: dict[str, Any] = {
-            "model": TINY,
-            "data_dir": dataset.folder,
-            "out_dir": tmp_path / "run",
-            "dtype": "float32",
-            "max_iters": 8,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "block_size": 16,
-            "learning_rate": 1e-2,
-            "warmup_iters": 2,
-            "eval_interval": 4,
-            "eval_iters": 1,
-            "log_interval": 2,
-            "device": "cpu",
-        }
-        return TrainConfig(**(values | changes))
+        return tiny(dataset, tmp_path / "run", **changes)
 
     return make
 
@@ -73,3 +59,16 @@ def real_stories() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real TinyStories in {folder}: set STORYLAB_REAL_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Debian's chromium, without a window."""
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if binary is None:
+        pytest.skip("there is no chromium on this machine")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

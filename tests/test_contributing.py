@@ -44,6 +44,7 @@ def test_there_is_an_example_for_each_kind() -> None:
         *("a schedule", "an optimizer", "a precision", "a scaling", "a tracker", "a verb"),
         "an executor",
         "an attention pattern",
+        "a check",
     )
     assert set(EXAMPLES) == {f"To add {kind}" for kind in kinds}
 

@@ -132,7 +132,7 @@ def test_nothing_in_a_step_makes_the_host_wait_but_reading_its_result(
         model=model,
         optimizer=optimizer,  # type: ignore[arg-type]
         batch_size=4,
-        average_share=0.1,
+        ema_fraction=0.1,
     )
     learner = TrainState(config, VOCAB, ComputePolicy(torch.device("cpu"), torch.bfloat16))
     batch = torch.zeros(8, 33, dtype=torch.int64)

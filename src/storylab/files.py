@@ -257,7 +257,15 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing, unreadable or not JSON.
     """
     with open_file(path) as file:
-        data = file.read()
+        return json_of(file.read(), path)
+
+
+def json_of(data: bytes, path: Path) -> Any:
+    """Decode the JSON of a file that has been read.
+
+    Raises:
+        UserError: it is not JSON.
+    """
     try:
         return parse_json(data)
     except ValueError as error:

@@ -8,6 +8,7 @@ import difflib
 import io
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from storylab.config import (
     DEFAULT_PRESET,
+    FORMER_NAMES,
     LAST_WITH_REMOVED,
     REMOVED_FIELDS,
     ModelConfig,
     TrainConfig,
     at_most,
+    current_name,
     preset_config,
 )
 from storylab.errors import UserError
@@ -46,7 +49,7 @@ USUAL_NAMES = {
     "grad_clip": "max_grad_norm grad_norm clip_grad gradient_clip_val",
     "beta1": "adam_beta1 beta_1",
     "beta2": "adam_beta2 beta_2",
-    "average_share": "ema ema_decay",
+    "ema_fraction": "ema ema_decay",
     "preset": "model model_size",
     "n_layer": "layers n_layers num_layers num_hidden_layers",
     "n_head": "heads n_heads num_heads num_attention_heads",
@@ -81,10 +84,13 @@ def parse(
 ) -> T:
     """Build ``kind`` from flags; ``--max_iters`` and ``--max-iters`` are the same flag.
 
+    A renamed field also has a flag with its former name, which a line on standard error mentions.
+
     Raises:
         UserError: a flag or value is wrong; the text of the parser's message in one line.
         SystemExit: ``--help`` was printed.
     """
+    args = _with_current_names(args, _flag_names(kind))
     errors = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -107,6 +113,23 @@ def parse(
         flag = f"--{name}" if name in given_flags(args) else name.upper()
         raise UserError(f"{flag} has an empty path: give one (a variable that is not set is empty)")
     return command
+
+
+def _with_current_names(args: Sequence[str], known: Collection[str]) -> Sequence[str]:
+    """Respell flags that have the former name of a field among ``known``, with a line for each.
+
+    Raises:
+        UserError: the former and the current name are both there.
+    """
+    given = _given_names(args)
+    for old, new in FORMER_NAMES.items():
+        if old in given and new in known:
+            if new in given:
+                raise UserError(f"--{new} is given twice, as --{old} and as --{new}")
+            print(f"storylab: --{old} is now --{new}", file=sys.stderr)
+            flag = rf"\A--(no[-_])?{old.replace('_', '[-_]')}(?==|\Z)"
+            args = [re.sub(flag, rf"--\g<1>{new}", arg) for arg in args]
+    return args
 
 
 def _registry() -> ConstructorRegistry:
@@ -192,8 +215,13 @@ def _switch_names(kind: type[Any]) -> dict[str, bool]:
 def given_flags(args: Sequence[str]) -> list[str]:
     """Names of the fields that the flags in ``args`` set, in order: batch_size for --batch-size=4,
     and compile for --no_compile."""
+    return list(dict.fromkeys(map(current_name, _given_names(args))))
+
+
+def _given_names(args: Sequence[str]) -> list[str]:
+    """Names of the flags in ``args`` as they are spelled, with underscores and without ``no_``."""
     flags = (arg.partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--"))
-    return list(dict.fromkeys(flag.removeprefix("__").removeprefix("no_") for flag in flags))
+    return [flag.removeprefix("__").removeprefix("no_") for flag in flags]
 
 
 def vocab_size_or(given: int, default: int) -> int:

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from executors import InProcess, Unused
-from storylab.cli import main
+from experiment_folder import Bench
 from storylab.data.dataset import Dataset
 from storylab.documents.experiment import ExperimentDocument
 from storylab.execution.job import Job, Outcome
 from storylab.experiments.comparison import EXIT_CODES
-from test_registration import TEXT
 
-
-class Lab:
-    """Runs verbs of `storylab experiment` in this process."""
-
-    def __init__(self, root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-        self.file, self.capsys = root / "rates.toml", capsys
-        self.file.write_text(TEXT)
-        self.args = ["--runs", str(root / "runs"), "--data_dir", str(dataset.folder)]
-
-    def __call__(
-        self, verb: str, *flags: str, executor: InProcess | None = None
-    ) -> tuple[int, str, str]:
-        """Returns the exit code, standard output and standard error."""
-        args = ["experiment", verb, str(self.file), *self.args, *flags]
-        code = main(args, executor=executor or InProcess())
-        captured = self.capsys.readouterr()
-        return code, captured.out, captured.err
+Call = Callable[..., tuple[int, str, str]]
+"""Runs a verb of `storylab experiment`; see :meth:`experiment_folder.Bench.call`."""
 
 
 @pytest.fixture
-def lab(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> Lab:
-    return Lab(tmp_path, dataset, capsys)
+def lab(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> Call:
+    bench = Bench(tmp_path, dataset, capsys)
+    bench.write()
+    return bench.call
 
 
 def decoded(out: str) -> ExperimentDocument:
     return msgspec.json.decode(out, type=ExperimentDocument)
 
 
-def test_run_prints_one_document_and_the_rest_on_standard_error(lab: Lab) -> None:
+def test_run_prints_one_document_and_the_rest_on_standard_error(lab: Call) -> None:
     code, out, err = lab("run", "--json")
     found = decoded(out)
     assert code == 0 and (found.name, found.stage, found.scale) == ("rates", "search", None)
@@ -61,7 +48,7 @@ def test_run_prints_one_document_and_the_rest_on_standard_error(lab: Lab) -> Non
     assert lab("run", executor=Unused())[0] == 0
 
 
-def test_confirm_prints_losses_of_the_test_split_and_counts_the_opening(lab: Lab) -> None:
+def test_confirm_prints_losses_of_the_test_split_and_counts_the_opening(lab: Call) -> None:
     assert lab("run")[0] == 0
     code, out, err = lab("confirm", "--json", "--exit_code")
     found = decoded(out)
@@ -72,7 +59,7 @@ def test_confirm_prints_losses_of_the_test_split_and_counts_the_opening(lab: Lab
     assert "Chosen among 1 arm" in err and not only.preliminary
 
 
-def test_an_experiment_without_a_finished_run_ends_with_1(lab: Lab) -> None:
+def test_an_experiment_without_a_finished_run_ends_with_1(lab: Call) -> None:
     def fail(job: Job) -> Outcome:
         return Outcome("failed", "no power")
 
@@ -86,7 +73,7 @@ def test_an_experiment_without_a_finished_run_ends_with_1(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("verb", ["run", "confirm"])
-def test_a_plan_alone_has_no_document(lab: Lab, verb: str) -> None:
+def test_a_plan_alone_has_no_document(lab: Call, verb: str) -> None:
     code, out, err = lab(verb, "--dry_run", "--json", executor=Unused())
     assert code == 2 and out == "" and "storylab plan FILE --json" in err
     assert err.count("\n") == 1

@@ -57,7 +57,7 @@ def test_values_of_another_type_are_refused_by_name() -> None:
         with pytest.raises(UserError, match=message):
             from_dict(values | change)
     # A field that the first runs did not have may be missing.
-    del values["model"]["qk_norm"], values["average_share"]
+    del values["model"]["qk_norm"], values["ema_fraction"]
     assert from_dict(values) == TrainConfig()
 
 

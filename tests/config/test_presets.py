@@ -38,9 +38,9 @@ def test_a_method_is_a_start_for_the_other_flags() -> None:
     assert dataclasses.replace(fast, **{
         f.name: getattr(TrainConfig(), f.name) for f in dataclasses.fields(TrainConfig)
     }) == TrainConfig()  # fmt: skip
-    args = ["--method", "fast", "--preset=3m", "--matrix_lr", "0.01", "--no_qk_norm"]
+    args = ["--method", "fast", "--preset=3m", "--muon_lr", "0.01", "--no_qk_norm"]
     parsed = parse(TrainConfig, args, "", default_for(args))
-    assert parsed.matrix_lr == 0.01 and parsed.min_lr == 8e-3 and not parsed.model.qk_norm
+    assert parsed.muon_lr == 0.01 and parsed.min_lr == 8e-3 and not parsed.model.qk_norm
     with pytest.raises(UserError, match="unknown method 'quick': choose one of record, fast"):
         default_for(["--method", "quick"])
     # The name alone is no difference between two runs, and the factor of that name covers the rest.

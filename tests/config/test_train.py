@@ -27,7 +27,7 @@ from storylab.training.setup import resolve
         {"log_interval": 0},
         {"max_iters": 10**16},
         {"learning_rate": 1e39},
-        {"matrix_lr": 1e308},
+        {"muon_lr": 1e308},
     ],
 )
 def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> None:

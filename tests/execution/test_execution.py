@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from executors import InProcess, perform_quietly
+from reporters import Watcher
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import Interrupted
@@ -39,7 +40,7 @@ from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import RunFolder
 from storylab.record.schema import IterationRow
-from test_experiments import Watcher, write
+from test_experiments import write
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from samples import TINY
-from storylab.config import TrainConfig
+from experiment_folder import Lab
+from made_arms import RATES, made
+from samples import TWO_RATES, tiny
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
-from storylab.experiments.compare import Contest, compare_contests
+from storylab.experiments.compare import compare_contests
 from storylab.experiments.comparison import BETTER, CONFOUNDED, DIVERGED, Arm, Comparison
+from storylab.experiments.contest import Contest
 from storylab.experiments.family import Rules
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.registration import exploratory_reasons, registration_lines
 from storylab.experiments.verdicts import verdict_line
 from storylab.record.run import Run, load_run
 from storylab.training.train import train
-from test_comparison import RATES, made
-from test_registration import TEXT, Lab
 
 RULES = Rules((3, 5, 8), tuple(range(1, 9)), "own")
 BASE = [3.5, 3.4, 3.6, 3.45, 3.55, 3.52, 3.48, 3.5, 3.61, 3.44]
@@ -37,20 +37,8 @@ STEADY = [-0.1, -0.1001, -0.0999]
 @pytest.fixture(scope="module")
 def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One finished run, as the pattern of others."""
-    config = TrainConfig(
-        model=TINY,
-        data_dir=dataset.folder,
-        out_dir=tmp_path_factory.mktemp("attacks") / "run",
-        dtype="float32",
-        max_iters=4,
-        batch_size=4,
-        gradient_accumulation_steps=1,
-        block_size=16,
-        warmup_iters=2,
-        eval_interval=2,
-        eval_iters=1,
-        device="cpu",
-    )
+    out = tmp_path_factory.mktemp("attacks") / "run"
+    config = tiny(dataset, out, max_iters=4, gradient_accumulation_steps=1, eval_interval=2)
     train(config)
     return load_run(config.out_dir)
 
@@ -176,10 +164,10 @@ def test_a_plan_that_is_changed_after_its_runs_makes_verdicts_exploratory(
     trained: Lab, old: str, new: str, named: str
 ) -> None:
     assert reasons(trained) == ""
-    assert old in TEXT
-    trained.record(TEXT.replace(old, new))
+    assert old in TWO_RATES
+    trained.record(TWO_RATES.replace(old, new))
     assert named in reasons(trained)
-    trained.record(TEXT)  # Changed back: the record keeps both changes.
+    trained.record(TWO_RATES)  # Changed back: the record keeps both changes.
     assert named in reasons(trained)
 
 
@@ -192,7 +180,7 @@ def test_a_deleted_record_is_not_registered_before_its_runs(trained: Lab) -> Non
 
 def test_a_second_file_with_chosen_seeds_says_that_it_came_after_the_runs(trained: Lab) -> None:
     """Chosen among seeds that the first experiment has: its verdicts are exploratory."""
-    record = trained.record(TEXT.replace("seeds = [1, 2]", "seeds = [2, 1]"), "chosen")
+    record = trained.record(TWO_RATES.replace("seeds = [1, 2]", "seeds = [2, 1]"), "chosen")
     (line,) = registration_lines(record)
     assert line.startswith("registered after 4 of 4 runs had finished, all of them for another")
     assert line.endswith("so that 2 differences could be known")
@@ -210,4 +198,4 @@ def test_trained_again_is_said_and_the_first_runs_are_kept(trained: Lab) -> None
 def test_a_file_cannot_call_itself_a_confirmation(trained: Lab) -> None:
     """Its seeds may have been searched: `experiment confirm` alone chooses fresh ones."""
     with pytest.raises(UserError, match="stage"):
-        trained.load('stage = "confirm"\n' + TEXT)
+        trained.load('stage = "confirm"\n' + TWO_RATES)

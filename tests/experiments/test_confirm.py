@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import experiment_folder
 from executors import InProcess, Unused
-from storylab.cli import main
+from samples import TWO_RATES
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig, prepare
-from storylab.experiments.confirm import fresh_seeds
+from storylab.experiments.confirm import fresh_seeds, note_opening
+from storylab.experiments.openings import OpeningLog
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.selection import (
     Selection,
     expected_largest,
@@ -25,34 +27,24 @@ from storylab.experiments.selection import (
     used_seeds,
 )
 from storylab.record.experiment_schema import ExperimentRecord
-from storylab.record.index import RunCache
-from test_registration import TEXT
 
-ARMS = TEXT.replace("high = {", "more = { learning_rate = 3e-2 }\nhigh = {")
+ARMS = TWO_RATES.replace("high = {", "more = { learning_rate = 3e-2 }\nhigh = {")
 
 
-class Bench:
-    """Runs verbs of `storylab experiment` in this process."""
-
-    def __init__(self, root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.dataset, self.capsys = root, dataset, capsys
-        self.runs = root / "runs"
+class Bench(experiment_folder.Bench):
+    """Confirms an experiment of three arms."""
 
     def __call__(
         self, verb: str, *flags: str, name: str = "rates", executor: InProcess | None = None
     ) -> tuple[int, str]:
         """Returns the exit code and all output."""
-        path = self.root / f"{name}.toml"
-        if not path.exists():
-            path.write_text(ARMS)
-        args = ["--runs", str(self.runs), "--data_dir", str(self.dataset.folder)]
-        executor = executor or InProcess()
-        code = main(["experiment", verb, str(path), *args, *flags], executor=executor)
-        out = self.capsys.readouterr()
-        return code, out.out + out.err
+        if not (self.root / f"{name}.toml").exists():
+            self.write(ARMS, name)
+        code, out, err = self.call(verb, *flags, name=name, executor=executor)
+        return code, out + err
 
     def record(self, name: str = "rates-confirm") -> ExperimentRecord:
-        return read_experiment(self.runs / "experiments" / f"{name}.json")
+        return self.read_record(name)
 
 
 @pytest.fixture
@@ -93,6 +85,22 @@ def test_the_same_command_goes_on_and_counts_every_opening(bench: Bench) -> None
     code, out = bench("confirm", "--only", "more", name="other")
     assert "opened 3 times before" in out
     assert not set(bench.record("other-confirm").seeds) & set(seeds)
+
+
+def test_an_opening_that_another_process_notes_is_not_lost(bench: Bench) -> None:
+    """Neither from the record nor from the log, which counts openings where a record was deleted."""
+    assert bench("run")[0] == 0
+    path, data = bench.runs / "experiments" / "rates.json", bench.dataset.fingerprint
+    ours, theirs = FolderCache(), FolderCache()
+    assert ours.record(path).openings == theirs.record(path).openings == []
+    assert note_opening(path, 5, data, theirs) == 0
+    assert note_opening(path, 6, data, ours) == 1
+    assert [opening.seeds for opening in bench.record("rates").openings] == [5, 6]
+    log = (path.parent / "test-openings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seeds"] for line in log] == [5, 6]
+    path.unlink()
+    assert OpeningLog.read(path.parent).count(data) == 2
+    assert OpeningLog.read(path.parent).count("other") == 0
 
 
 def test_more_seeds_after_an_opening_are_an_amendment(bench: Bench) -> None:
@@ -141,7 +149,7 @@ def test_a_damaged_record_is_not_begun_again(bench: Bench) -> None:
 def test_seeds_of_all_runs_on_the_data_are_used(bench: Bench) -> None:
     """Those of noise runs, of runs that were set aside and of damaged ones too; not those on other data."""
     assert bench("run")[0] == 0
-    cache, data = RunCache(), bench.dataset.fingerprint
+    cache, data = FolderCache(), bench.dataset.fingerprint
     assert used_seeds(bench.runs, data, cache) == {1, 2, 3}
     run = next(bench.runs.glob("nano-*-s1"))
     other = json.loads((run / "data.json").read_text()) | {"fingerprint": "other"}
@@ -152,7 +160,7 @@ def test_seeds_of_all_runs_on_the_data_are_used(bench: Bench) -> None:
         text = json.dumps(config | {"seed": seed, "data_seed": seed})
         (folder / "config.json").write_text(text if values != "{" else "{")
         (folder / "data.json").write_text(json.dumps(values or (other | {"fingerprint": data})))
-    assert used_seeds(bench.runs, data, RunCache()) == {1, 2, 3, 40, 42}
+    assert used_seeds(bench.runs, data, FolderCache()) == {1, 2, 3, 40, 42}
 
 
 def test_fresh_seeds_count_up_and_leave_used_ones_out() -> None:
@@ -184,9 +192,9 @@ def test_arms_are_counted_once_over_all_searches(bench: Bench) -> None:
     )
     assert bench("run", name="again")[0] == 0
     assert bench("confirm", "--only", "high")[0] == 0
-    found = selection_on(bench.runs, bench.dataset.fingerprint, RunCache())
+    found = selection_on(bench.runs, bench.dataset.fingerprint, FolderCache())
     assert found == Selection(arms=3, seeds=2)
-    assert selection_on(bench.runs, "other", RunCache()) == Selection(0, 0)
+    assert selection_on(bench.runs, "other", FolderCache()) == Selection(0, 0)
     assert selection_line(found, None) == "Chosen among 3 arms on 2 seeds"
     assert selection_line(found, 0.01).endswith("would look better by 0.0042 nats")
 

@@ -52,11 +52,6 @@ GRIDS = [
 TRIALS = 60
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
 def runs_of(
     valley: Valley, grid: tuple[float, int, int, float], rng: np.random.Generator
 ) -> tuple[float, np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executors import InProcess, Unused, perform_quietly
+from reporters import Watcher
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
 from storylab.cli.experiments import plan_lines
@@ -96,20 +97,6 @@ def fails(path: Path, text: str, scale: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_experiment(write(path, text), scale)
     return str(caught.value)
-
-
-class Watcher:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def overall(self, name: str, done: float, total: float) -> None: ...
 
 
 # The file
@@ -718,7 +705,7 @@ def test_an_update_is_charged_once_an_iteration(
     ("change", "alike"),
     [
         ({"optimizer": "normuon"}, False),
-        ({"average_share": 0.1}, False),
+        ({"ema_fraction": 0.1}, False),
         ({"dtype": "fp8", "backend": "emulated"}, False),
         ({"gradient_accumulation_steps": 2}, False),
         ({"batch_size": 2}, False),

@@ -29,10 +29,9 @@ from storylab.experiments.foresight import detectable_at_looks
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache, read_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.folder import SUMMARY
-from storylab.record.index import RunCache
 from storylab.record.run import Run
 from storylab.reporting.report import write_report
 
@@ -322,11 +321,11 @@ def test_a_fraction_without_factors_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wider_factor_can_be_named(tmp_path: Path) -> None:
-    wide = 'high = { learning_rate = 3e-2, average_share = 0.1 }\nfactor = "method"'
+    wide = 'high = { learning_rate = 3e-2, ema_fraction = 0.1 }\nfactor = "method"'
     text = TWO.replace("high = { learning_rate = 3e-2 }", wide)
     experiment = load_experiment(written(tmp_path, text))
     assert experiment.factorial is not None
-    assert experiment.factorial.factors[1].fields == ("average_share", "learning_rate")
+    assert experiment.factorial.factors[1].fields == ("ema_fraction", "learning_rate")
 
 
 def test_the_worked_file_crosses_the_parts_of_fast() -> None:
@@ -354,7 +353,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_record(experiment, dataset, planned, root / "runs")
 
 
-class Given(RunCache):
+class Given(FolderCache):
     """Reads runs with other final losses, by the name of their folder."""
 
     def __init__(self, losses: dict[str, float]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from executors import InProcess
+from reporters import Quiet
+from samples import TWO_RATES
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.experiments.experiment import Experiment
@@ -18,20 +20,18 @@ from storylab.experiments.foresight import (
     detectable_at_looks,
     expected_spread,
     foresight_lines,
-    typical_deviation,
 )
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.scheduler import run_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.record.index import RunCache
-from test_registration import TEXT, Quiet
 
 Load = Callable[..., Experiment]
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def load(text: str = TEXT) -> Experiment:
+    def load(text: str = TWO_RATES) -> Experiment:
         (tmp_path / "rates.toml").write_text(text)
         return load_experiment(tmp_path / "rates.toml")
 
@@ -41,7 +41,7 @@ def load(tmp_path: Path) -> Load:
 def test_the_difference_is_found_as_often_as_it_says(load: Load) -> None:
     """One arm of four is better by as much as a plan of one look says it can see: found in 80 %."""
     arms = "".join(f"a{i} = {{ learning_rate = {i}e-2 }}\n" for i in range(2, 5))
-    text = TEXT.replace("high = {", arms + "high = {").replace("looks = [2, 3]", "looks = [5]")
+    text = TWO_RATES.replace("high = {", arms + "high = {").replace("looks = [2, 3]", "looks = [5]")
     experiment = load(text.replace("margin = 0.02\n", ""))
     ((n, size),) = detectable_at_looks(experiment, 0.01)
     rng = np.random.default_rng(1)
@@ -58,7 +58,7 @@ def test_the_difference_is_found_as_often_as_it_says(load: Load) -> None:
 
 
 def test_more_seeds_see_more_and_more_arms_see_less(load: Load) -> None:
-    text = TEXT.replace("looks = [2, 3]", "looks = [3, 5, 8]")
+    text = TWO_RATES.replace("looks = [2, 3]", "looks = [3, 5, 8]")
     few = [size for _, size in detectable_at_looks(load(text), 0.01)]
     assert few[0] > few[1] > few[2]
     more = load(text.replace("high = {", "more = { learning_rate = 3e-2 }\nhigh = {"))
@@ -66,15 +66,6 @@ def test_more_seeds_see_more_and_more_arms_see_less(load: Load) -> None:
     assert all(b > a for a, b in zip(few, fewer, strict=True))
     one = load(text.replace("looks = [3, 5, 8]", "looks = [1]"))
     assert detectable_at_looks(one, 0.01)[0][1] == math.inf
-
-
-def test_atypical_deviation_is_right_in_the_median_and_ignores_a_broken_pair() -> None:
-    rng = np.random.default_rng(2)
-    samples = [list(values) for values in rng.normal(0, 2.0, (4001, 3))]
-    found = typical_deviation(samples)
-    assert found is not None and abs(found - 2.0) < 0.1
-    assert typical_deviation([*samples, [0.0, 1e6]]) == pytest.approx(found, rel=0.01)
-    assert typical_deviation([]) is None and typical_deviation([[1.0]]) is None
 
 
 def test_the_spread_comes_from_like_runs(load: Load, dataset: Dataset, tmp_path: Path) -> None:
@@ -113,7 +104,7 @@ def lines(experiment: Experiment, dataset: Dataset, runs: Path) -> list[str]:
 def test_a_dry_run_warns_of_a_margin_that_it_cannot_see(
     load: Load, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load(TEXT.replace("margin = 0.02", "margin = 1e-6"))
+    load(TWO_RATES.replace("margin = 0.02", "margin = 1e-6"))
     file, runs = str(tmp_path / "rates.toml"), str(tmp_path / "runs")
     args = ["experiment", "run", file, "--runs", runs, "--data_dir", str(dataset.folder)]
     assert main(args, executor=InProcess()) == 0

@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
-from executors import InProcess
+from damage import change
+from experiment_folder import Lab
 from record_folders import Opened
 from storylab.cli import main
 from storylab.data.dataset import Dataset
@@ -23,13 +23,8 @@ from storylab.experiments.comparison import EXIT_CODES, exit_code
 from storylab.experiments.comparison_document import experiment_document
 from storylab.experiments.neighbors import find_neighbors
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.plan import plan_runs
-from storylab.experiments.recording import write_record
-from storylab.experiments.scheduler import run_experiment
-from storylab.experiments.spec import load_experiment
-from storylab.record.index import RunCache
+from storylab.experiments.records import FolderCache
 from storylab.record.run import load_run
-from test_registration import TEXT, Quiet
 
 GUIDE = Path(__file__).parents[2] / "docs/guide"
 
@@ -37,24 +32,9 @@ GUIDE = Path(__file__).parents[2] / "docs/guide"
 @pytest.fixture(scope="module")
 def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of an experiment that was registered before its first run: two arms, two seeds."""
-    root = tmp_path_factory.mktemp("neighbors")
-    (root / "rates.toml").write_text(TEXT)
-    experiment = load_experiment(root / "rates.toml")
-    planned = plan_runs(experiment, dataset, root / "runs")
-    write_record(experiment, dataset, planned, root / "runs")
-    run_experiment(planned, InProcess(), Quiet())
-    return root / "runs"
-
-
-@pytest.fixture
-def runs(trained: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-def change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    lab = Lab(tmp_path_factory.mktemp("neighbors"), dataset)
+    lab.record(train=True)
+    return lab.runs
 
 
 def folder_of(runs: Path, arm: str, seed: int) -> Path:
@@ -117,7 +97,7 @@ def test_runs_that_were_not_given_are_named(runs: Path, capsys: pytest.CaptureFi
 def test_of_other_runs_the_small_files_are_read_once(runs: Path) -> None:
     low = folder_of(runs, "low", 1)
     other = another_seed(low, 3)
-    cache, opened = RunCache(), Opened()
+    cache, opened = FolderCache(), Opened()
     given = [cache.load(folder) for folder in all_runs(runs)]
     with opened.under(other) as files:
         find_neighbors(group_runs(given), cache)
@@ -172,7 +152,7 @@ def test_any_other_choice_is_exploratory(runs: Path, change_of_choice: str, reas
         change(runs / "experiments/rates.json", stage="confirm")
     else:
         change(runs / "experiments/rates.json", registered=None)
-    found = compare_given([load_run(folder) for folder in given], margin, RunCache())
+    found = compare_given([load_run(folder) for folder in given], margin, FolderCache())
     assert found.experiment == ""
     (only,) = found.comparisons
     assert only.exploratory[0].startswith(reason)
@@ -184,7 +164,7 @@ def test_a_plan_that_was_changed_later_leaves_its_verdicts_exploratory(runs: Pat
     path = runs / "experiments/rates.json"
     late = {"time": "t", "what": "margin", "before": 0.05, "after": 0.02}
     change(path, amendments=[late | {"runs_finished": 4, "runs_planned": 4}])
-    found = compare_given([load_run(folder) for folder in all_runs(runs)], None, RunCache())
+    found = compare_given([load_run(folder) for folder in all_runs(runs)], None, FolderCache())
     assert found.experiment == "rates"
     assert found.comparisons[0].exploratory == ("margin changed after 4 of 4 runs",)
 

@@ -5,88 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from executors import InProcess
+from damage import change
+from experiment_folder import Lab
+from samples import TWO_RATES
+from storylab.config import FORMER_NAMES
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments import registered_plan
-from storylab.experiments.experiment import Experiment
 from storylab.experiments.plan import plan_runs
 from storylab.experiments.recording import write_record
 from storylab.experiments.records import read_experiment
 from storylab.experiments.registered_plan import amended_plan, plan_of
 from storylab.experiments.registration import exploratory_reasons, registration_lines
-from storylab.experiments.scheduler import run_experiment
-from storylab.experiments.spec import load_experiment
-from storylab.record.experiment_schema import ExperimentRecord
 
-TEXT = """
-title = "Two rates"
-purpose = "Which is better?"
-hypothesis = "The high one"
-factor = "learning_rate"
-baseline = "low"
-seeds = [1, 2]
-looks = [2, 3]
-margin = 0.02
-[config]
-preset = "nano"
-n_layer = 1
-n_head = 1
-n_kv_head = 1
-n_embd = 16
-n_hidden = 16
-dtype = "float32"
-max_iters = 3
-batch_size = 4
-gradient_accumulation_steps = 1
-block_size = 16
-warmup_iters = 2
-eval_interval = 3
-eval_iters = 1
-device = "cpu"
-[arms]
-low = { learning_rate = 1e-3 }
-high = { learning_rate = 1e-2 }
-"""
 KNOWN = "registered after 4 of 4 runs had finished, so that 2 differences could be known"
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, name: str, done: int, total: int) -> None: ...
-
-    def overall(self, name: str, done: float, total: float) -> None: ...
-
-
-class Lab:
-    """A folder of runs with an experiment file in it."""
-
-    def __init__(self, root: Path, dataset: Dataset) -> None:
-        self.root, self.dataset, self.runs = root, dataset, root / "runs"
-
-    def load(self, text: str = TEXT, name: str = "rates") -> Experiment:
-        path = self.root / f"{name}.toml"
-        path.write_text(text)
-        return load_experiment(path)
-
-    def record(
-        self, text: str = TEXT, name: str = "rates", train: bool = False, **options: Any
-    ) -> ExperimentRecord:
-        """Write the record as `experiment run` does, and train if asked to; returns the record."""
-        experiment, fresh = self.load(text, name), options.pop("fresh", False)
-        planned = plan_runs(experiment, self.dataset, self.runs, **options)
-        path = write_record(experiment, self.dataset, planned, self.runs, fresh)
-        record = read_experiment(path)
-        if train:
-            run_experiment(planned, InProcess(), Quiet())
-        return record
 
 
 @pytest.fixture
@@ -115,7 +50,7 @@ def test_the_first_run_registers_the_whole_plan(lab: Lab) -> None:
 
 def test_a_changed_margin_after_runs_is_an_amendment_for_good(lab: Lab) -> None:
     first = lab.record(train=True)
-    changed = lab.record(TEXT.replace("margin = 0.02", "margin = 0.05"))
+    changed = lab.record(TWO_RATES.replace("margin = 0.02", "margin = 0.05"))
     assert changed.registered == first.registered
     line = "margin 0.02 -> 0.05 after 4 of 4 runs: exploratory"
     assert registration_lines(changed) == ["registered before any run", line]
@@ -148,17 +83,17 @@ def test_a_changed_margin_after_runs_is_an_amendment_for_good(lab: Lab) -> None:
 )
 def test_every_change_of_the_plan_is_named(lab: Lab, old: str, new: str, line: str) -> None:
     lab.record(train=True, seeds=(1,))
-    assert old in TEXT
-    record = lab.record(TEXT.replace(old, new))
+    assert old in TWO_RATES
+    record = lab.record(TWO_RATES.replace(old, new))
     (_, found) = registration_lines(record)
     assert found.startswith(line) and found.endswith("runs: exploratory")
     assert len(exploratory_reasons(record)) == 1
-    assert lab.record(TEXT.replace(old, new)).amendments == record.amendments
+    assert lab.record(TWO_RATES.replace(old, new)).amendments == record.amendments
 
 
 def test_the_amended_plan_is_the_one_in_force(lab: Lab) -> None:
     lab.record()
-    text = TEXT.replace("high = {", "more = { learning_rate = 3e-2 }\nhigher = {")
+    text = TWO_RATES.replace("high = {", "more = { learning_rate = 3e-2 }\nhigher = {")
     record = lab.record(text.replace("margin = 0.02", ""))
     experiment = lab.load(text.replace("margin = 0.02", ""))
     assert record.registered is not None
@@ -167,9 +102,57 @@ def test_the_amended_plan_is_the_one_in_force(lab: Lab) -> None:
     assert set(current["arms"][""]) == set(experiment.arms)
 
 
+OF_A_RENAMED_FIELD = (
+    TWO_RATES.replace('factor = "learning_rate"', 'factor = "muon_lr"')
+    .replace("[config]", '[config]\noptimizer = "muon"\nlearning_rate = 1e-2')
+    .replace("low = { learning_rate", "low = { muon_lr")
+    .replace("high = { learning_rate", "high = { muon_lr")
+)
+FACTORIAL = (
+    TWO_RATES[: TWO_RATES.index("[arms]")]
+    .replace('factor = "learning_rate"', "")
+    .replace('baseline = "low"', "")
+    + """
+[factors.average]
+factor = "method"
+off = {}
+on = { ema_fraction = 0.1, beta2 = 0.9, learning_rate = 2e-3 }
+[factors.decay]
+low = {}
+high = { weight_decay = 0.3 }
+"""
+)
+
+
+@pytest.mark.parametrize("text", [OF_A_RENAMED_FIELD, FACTORIAL])
+def test_a_record_with_former_names_of_fields_has_the_same_plan(lab: Lab, text: str) -> None:
+    record = lab.record(text)
+    path = lab.runs / "experiments" / "rates.json"
+    earlier = path.read_text()
+    for former, name in FORMER_NAMES.items():
+        earlier = earlier.replace(f'"{name}"', f'"{former}"')
+    values = json.loads(earlier)
+    for design in (values["factorial"], values["registered"]["plan"]["factorial"]):
+        for factor in design["factors"] if design else ():
+            factor["fields"].sort()
+    assert values != json.loads(path.read_text())
+    path.write_text(json.dumps(values))
+    read = read_experiment(path)
+    assert (read.factor, read.factorial) == (record.factor, record.factorial)
+    again = lab.record(text)
+    assert again.amendments == [] and again.cells == record.cells
+    assert registration_lines(again) == ["registered before any run"]
+    assert again.registered is not None
+    assert again.registered.plan == values["registered"]["plan"]  # as it was registered
+    # A real change of the field is still one.
+    changed = text.replace("muon_lr = 1e-2", "muon_lr = 2e-2").replace("n = 0.1", "n = 0.2")
+    (change,) = lab.record(changed).amendments
+    assert change.what == "arms"
+
+
 def test_a_change_before_any_run_is_said_and_harmless(lab: Lab) -> None:
     lab.record()
-    record = lab.record(TEXT.replace("margin = 0.02", "margin = 0.05"))
+    record = lab.record(TWO_RATES.replace("margin = 0.02", "margin = 0.05"))
     assert registration_lines(record)[1] == "margin 0.02 -> 0.05 before any run had finished"
     assert exploratory_reasons(record) == []
 
@@ -178,12 +161,12 @@ def test_a_part_and_more_seeds_of_the_plan_are_no_amendments(lab: Lab) -> None:
     lab.record(train=True, only=("low",), seeds=(1,))
     assert lab.record().amendments == []
     assert lab.record(seeds=(1, 2, 3)).amendments == []
-    assert lab.record(TEXT.replace("seeds = [1, 2]", "seeds = [1, 2, 3]")).amendments == []
+    assert lab.record(TWO_RATES.replace("seeds = [1, 2]", "seeds = [1, 2, 3]")).amendments == []
 
 
 def test_another_hypothesis_is_said_but_changes_no_verdict(lab: Lab) -> None:
     lab.record(train=True)
-    record = lab.record(TEXT.replace("The high one", "The low one"))
+    record = lab.record(TWO_RATES.replace("The high one", "The low one"))
     assert registration_lines(record)[1] == "hypothesis changed after 4 of 4 runs"
     assert exploratory_reasons(record) == []
 
@@ -214,9 +197,9 @@ def test_a_deleted_record_does_not_bring_the_first_moment_back(lab: Lab) -> None
 def test_another_baseline_of_known_runs_is_said_and_harmless(lab: Lab) -> None:
     """Runs of one arm alone: no difference could be known."""
     lab.record(train=True)
-    high = next(line for line in TEXT.splitlines() if line.startswith("high = {"))
+    high = next(line for line in TWO_RATES.splitlines() if line.startswith("high = {"))
     other = high.replace("high", "highest").replace("1e-2", "3e-2")
-    record = lab.record(TEXT.replace(high, other), "other")
+    record = lab.record(TWO_RATES.replace(high, other), "other")
     line = "registered after 2 of 6 runs had finished, all of them for another experiment"
     assert registration_lines(record) == [line.replace("6", "4")]
     assert exploratory_reasons(record) == []
@@ -225,7 +208,7 @@ def test_another_baseline_of_known_runs_is_said_and_harmless(lab: Lab) -> None:
 def test_a_second_file_on_known_differences_is_exploratory(lab: Lab) -> None:
     """The same arms renamed, or some of them: their differences were there to be seen."""
     lab.record(train=True)
-    record = lab.record(TEXT.replace("high = {", "higher = {"), "other")
+    record = lab.record(TWO_RATES.replace("high = {", "higher = {"), "other")
     line = (
         "registered after 4 of 4 runs had finished, all of them for another experiment, so that 2 "
         "differences could be known"
@@ -271,7 +254,7 @@ def test_a_record_that_cannot_be_opened_is_left_where_it_is(lab: Lab) -> None:
 def test_keys_of_a_later_version_stay(lab: Lab) -> None:
     lab.record()
     path = lab.runs / "experiments" / "rates.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": [1]}))
+    change(path, later=[1])
     lab.record()
     assert json.loads(path.read_text())["later"] == [1]
 
@@ -286,7 +269,7 @@ def test_training_everything_again_is_exploratory(lab: Lab) -> None:
 
 
 def test_an_arm_this_machine_cannot_run_stays_as_it_was_recorded(lab: Lab) -> None:
-    text = TEXT.replace('factor = "learning_rate"', 'factor = "precision"').replace(
+    text = TWO_RATES.replace('factor = "learning_rate"', 'factor = "precision"').replace(
         "low = { learning_rate = 1e-3 }\nhigh = { learning_rate = 1e-2 }",
         'low = {}\nhigh = { dtype = "nvfp4", backend = "te" }',
     )

@@ -18,14 +18,9 @@ from storylab.experiments.statistics import (
     ratio_interval,
     single_interval,
     story_interval,
+    typical_deviation,
     unpaired_interval,
 )
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """A generator of its own for every test, so that its draws depend on no other test."""
-    return np.random.default_rng(7)
 
 
 def test_the_paired_interval_is_that_of_the_t_test(rng: np.random.Generator) -> None:
@@ -181,3 +176,12 @@ def test_pairing_by_story_narrows_the_interval(rng: np.random.Generator) -> None
 def test_an_interval_reads_the_right_way_round() -> None:
     interval = Interval(-0.01, 0.001, 2, 3)
     assert interval.low < interval.estimate < interval.high < 0
+
+
+def test_a_typical_deviation_is_right_in_the_median_and_ignores_a_broken_pair() -> None:
+    rng = np.random.default_rng(2)
+    samples = [list(values) for values in rng.normal(0, 2.0, (4001, 3))]
+    found = typical_deviation(samples)
+    assert found is not None and abs(found - 2.0) < 0.1
+    assert typical_deviation([*samples, [0.0, 1e6]]) == pytest.approx(found, rel=0.01)
+    assert typical_deviation([]) is None and typical_deviation([[1.0]]) is None

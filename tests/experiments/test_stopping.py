@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+import experiment_folder
+from damage import change
 from executors import InProcess, Unused
+from samples import TWO_RATES
 from storylab.cli import main
 from storylab.data.dataset import Dataset
-from storylab.experiments.records import read_experiment
-from storylab.experiments.stopping import stops, unplanned_line
+from storylab.experiments.records import FolderCache
+from storylab.experiments.stopping import note_look, stops, unplanned_line
 from storylab.record.experiment_schema import ExperimentRecord
-from test_registration import TEXT
 
-WIDE = TEXT.replace("margin = 0.02", "margin = 5.0")  # everything is equivalent at the first look
+# Near arms, which stay undecided.
+NEAR = TWO_RATES.replace("margin = 0.02\n", "").replace("rate = 1e-2", "rate = 2e-3")
+WIDE = TWO_RATES.replace(
+    "margin = 0.02", "margin = 5.0"
+)  # everything is equivalent at the first look
 
 
-class Bench:
-    """Runs `storylab experiment run` in this process."""
-
-    def __init__(self, root: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.dataset, self.capsys = root, dataset, capsys
+class Bench(experiment_folder.Bench):
+    """Trains look by look."""
 
     def run(self, text: str, *flags: str, executor: InProcess | None = None) -> tuple[int, str]:
         """Returns the number of runs trained and the output."""
-        (self.root / "rates.toml").write_text(text)
+        self.write(text)
         executor = executor or InProcess()
-        args = ["--runs", str(self.root / "runs"), "--data_dir", str(self.dataset.folder)]
-        code = main(
-            ["experiment", "run", str(self.root / "rates.toml"), *args, *flags], executor=executor
-        )
-        out = self.capsys.readouterr().out
-        assert code == 0, out
+        code, out, err = self.call("run", *flags, executor=executor)
+        assert code == 0, out + err
         return executor.actions.count("train"), out
 
     @property
     def record(self) -> ExperimentRecord:
-        return read_experiment(self.root / "runs" / "experiments" / "rates.json")
+        return self.read_record()
 
     def looks(self) -> list[tuple[int, list[str]]]:
         return [(look.seeds, look.settled) for look in self.record.looks_taken]
@@ -76,20 +76,17 @@ def test_a_settled_arm_is_not_trained_with_more_seeds(bench: Bench) -> None:
 
 
 def test_an_undecided_arm_goes_on_to_the_last_look(bench: Bench) -> None:
-    text = TEXT.replace("margin = 0.02\n", "").replace(
-        "learning_rate = 1e-2", "learning_rate = 2e-3"
-    )
-    trained, out = bench.run(text, "--seeds", "3")
+    trained, out = bench.run(NEAR, "--seeds", "3")
     assert trained == 6 and "This plan: registered before any run" in out
     assert [seeds for seeds, _ in bench.looks()] == [2, 3]
     assert bench.looks()[0][1] == []
-    trained, _ = bench.run(text, "--seeds", "3", executor=Unused())
+    trained, _ = bench.run(NEAR, "--seeds", "3", executor=Unused())
     assert trained == 0 and len(bench.looks()) == 2
 
 
 def test_one_arm_goes_on_where_another_is_settled(bench: Bench) -> None:
     """The open arm's baseline goes on with it."""
-    text = TEXT.replace("margin = 0.02", "margin = 0.004").replace(
+    text = TWO_RATES.replace("margin = 0.02", "margin = 0.004").replace(
         "high = {", "same = { learning_rate = 1.0001e-3 }\nhigh = {"
     )
     trained, _ = bench.run(text, "--seeds", "3")
@@ -101,22 +98,39 @@ def test_one_arm_goes_on_where_another_is_settled(bench: Bench) -> None:
 
 
 def test_an_unplanned_number_of_seeds_is_trained_and_said(bench: Bench) -> None:
-    text = TEXT.replace("margin = 0.02\n", "").replace(
-        "learning_rate = 1e-2", "learning_rate = 2e-3"
-    )
-    trained, out = bench.run(text.replace("looks = [2, 3]", "looks = [2, 5]"), "--seeds", "3")
+    trained, out = bench.run(NEAR.replace("looks = [2, 3]", "looks = [2, 5]"), "--seeds", "3")
     assert trained == 6 and "verdicts stay those of the look at 2 seeds" in out
     assert [seeds for seeds, _ in bench.looks()] == [2]
 
 
 def test_fewer_seeds_than_the_first_look_take_no_look(bench: Bench) -> None:
-    trained, out = bench.run(TEXT, "--seeds", "1")
+    trained, out = bench.run(TWO_RATES, "--seeds", "1")
     assert trained == 2 and "the first planned look is at 2" in out
     assert bench.looks() == []
 
 
+def test_a_look_that_another_process_notes_is_not_lost(bench: Bench) -> None:
+    """Each process keeps the record that it has read, and writes over the one that is there by then."""
+    bench.run(TWO_RATES, "--seeds", "1")
+    path = bench.root / "runs" / "experiments" / "rates.json"
+    ours, theirs = FolderCache(), FolderCache()
+    assert ours.record(path).looks_taken == theirs.record(path).looks_taken == []
+    note_look(path, theirs, 2, {("", "high")}, again=False)
+    note_look(path, ours, 3, set(), again=False)
+    assert bench.looks() == [(2, ["high"]), (3, [])]
+    note_look(path, theirs, 3, set(), again=False)  # it sees that the look has been noted
+    assert [look.seeds for look in theirs.record(path).looks_taken] == [2, 3]
+    assert len(bench.looks()) == 2
+
+    # A key of a later version stays, whoever writes it and whenever.
+    change(path, later=1)
+    note_look(path, ours, 5, set(), again=False)
+    assert [seeds for seeds, _ in bench.looks()] == [2, 3, 5]
+    assert json.loads(path.read_text())["later"] == 1
+
+
 def test_measuring_noise_takes_no_look(bench: Bench) -> None:
-    (bench.root / "rates.toml").write_text(TEXT)
+    (bench.root / "rates.toml").write_text(TWO_RATES)
     args = ["--runs", str(bench.root / "runs"), "--data_dir", str(bench.dataset.folder)]
     file = str(bench.root / "rates.toml")
     assert main(["noise", file, *args, "--seeds", "3"], executor=InProcess()) == 0

@@ -9,11 +9,6 @@ from scipy import stats
 from storylab.experiments.variance import intervals, moderated_intervals, pooled_intervals, prior_of
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
 @pytest.mark.parametrize("df", [1.0, 2.0, 3.5])
 def test_the_prior_of_many_arms_is_the_one_they_were_drawn_from(
     rng: np.random.Generator, df: float

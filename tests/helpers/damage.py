@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,11 @@ FILES = [
 ]
 # Those that every comparison and report reads; the others are for going on and for sampling.
 RECORD = FILES[:9]
+
+
+def change(path: Path, **values: Any) -> None:
+    """Replace keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 class Place:

@@ -12,7 +12,7 @@ from storylab.training.state import TrainState
 
 def test_averaged_weights_are_a_running_mean_that_forgets() -> None:
     """Plain mean of the first weights, exponential from as many as the share holds, in float64."""
-    config = TrainConfig(model=TINY, max_iters=9, average_share=0.4, batch_size=8)
+    config = TrainConfig(model=TINY, max_iters=9, ema_fraction=0.4, batch_size=8)
     trained = TrainState(config, VOCAB, FLOAT32)
     weight = trained.model.embedding.weight
     expected = torch.zeros_like(weight, dtype=torch.float64)

@@ -18,7 +18,7 @@ from storylab.training.state import TrainState
 
 def test_muon_is_that_of_torch_for_each_projection() -> None:
     """Three steps against torch.optim.Muon, given the joined matrices in their parts."""
-    model, optimizers = new(optimizer="muon", matrix_lr=0.05, weight_decay=0.3)
+    model, optimizers = new(optimizer="muon", muon_lr=0.05, weight_decay=0.3)
     reference = Transformer(TINY, VOCAB, seed=0)
     parts = {
         name: [torch.nn.Parameter(part.clone()) for part in p.detach().split(rows)]

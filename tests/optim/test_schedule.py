@@ -39,15 +39,15 @@ def test_a_schedule_may_bend_by_a_field_of_its_own(monkeypatch: pytest.MonkeyPat
     few iterations distinguish their bends."""
 
     def left(progress: float, config: TrainConfig) -> float:
-        stable = 1 - config.average_share  # in place of the field
+        stable = 1 - config.ema_fraction  # in place of the field
         return 1.0 if progress <= stable else (1 - progress) / (1 - stable)
 
-    bending = Schedule(left, bends=lambda config: (1 - config.average_share,))
+    bending = Schedule(left, bends=lambda config: (1 - config.ema_fraction,))
     monkeypatch.setitem(schedule.SCHEDULES, "constant", bending)
     a = TrainConfig(
-        schedule="constant", warmup_iters=10, max_iters=100_010, average_share=0.001, min_lr=0.0
+        schedule="constant", warmup_iters=10, max_iters=100_010, ema_fraction=0.001, min_lr=0.0
     )
-    b = dataclasses.replace(a, average_share=0.0011)
+    b = dataclasses.replace(a, ema_fraction=0.0011)
     assert learning_rate(a, 99_910) == learning_rate(b, 50) == a.learning_rate
     assert learning_rate(a, 99_960) == pytest.approx(a.learning_rate / 2)
     chosen = telling_iterations((a, b), a.iterations)

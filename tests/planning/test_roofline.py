@@ -145,21 +145,21 @@ def test_an_update_costs_the_same_kernels_compiled_or_not() -> None:
     """On a card without limits there is nothing but kernels to wait for. By hand: 10 of AdamW and clipping,
     5 of the average, 15 products and 28 others for each of four shapes, 4 for each of 16 weights."""
     gpu = Gpu("card", (8, 9), {"bfloat16": 1e9}, 1e9, 24, 300)
-    config = dataclasses.replace(RECORD, model=SHAPE, optimizer="normuon", average_share=0.1)
+    config = dataclasses.replace(RECORD, model=SHAPE, optimizer="normuon", ema_fraction=0.1)
     for kind in ("eager", "compiled"):
         work = micro_batch_work(config, 300, SOFTWARE[kind])
         update = sum(w.seconds(gpu, SOFTWARE[kind]) for w in work if w.part is StepPart.UPDATE)
         assert update * 16 == pytest.approx((10 + 5 + 4 * 43 + 16 * 4) * 8e-6, rel=1e-3)
 
 
-@pytest.mark.parametrize("average_share", [0.0, 0.1])
+@pytest.mark.parametrize("ema_fraction", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: float) -> None:
+def test_memory_is_that_of_what_an_update_keeps(optimizer: str, ema_fraction: float) -> None:
     """Against the tensors that a learner has after a step; what its passes keep is the same for all."""
     config = TrainConfig(
         model=SHAPE,
         optimizer=optimizer,  # type: ignore[arg-type]
-        average_share=average_share,
+        ema_fraction=ema_fraction,
         batch_size=1,
     )
 
@@ -172,7 +172,7 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, average_share: f
         tensors += [p.grad for p in learner.model.parameters() if p.grad is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    plain = dataclasses.replace(config, optimizer="adamw", average_share=0.0)
+    plain = dataclasses.replace(config, optimizer="adamw", ema_fraction=0.0)
     rest = memory_bytes(plain, 300) - 16 * SHAPE.parameter_count(300)
     assert memory_bytes(config, 300) - rest == pytest.approx(kept(config), rel=1e-5)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 import storylab
+from damage import change
 from record_folders import folders
 from storylab.experiments.compare import compare_arms
 from storylab.experiments.comparison import Arm
@@ -50,7 +50,14 @@ class Thing:
 def test_modules_that_decide_no_numbers_exist() -> None:
     """A file that was renamed would count as numeric code again, without a word."""
     root = Path(storylab.__file__).parent
-    assert all((root / name).is_file() for name in NON_NUMERIC_MODULES)
+    assert all((root / name).exists() for name in NON_NUMERIC_MODULES)
+
+
+def test_a_new_check_makes_no_new_code_version() -> None:
+    decides = provenance._decides_numbers
+    assert decides("training/loop.py") and decides("model/head.py") and decides("config/train.py")
+    assert not decides("training/checks/another.py") and not decides("training/recorder.py")
+    assert not decides("reporting/html.py") and decides("training/checks_of_another_name.py")
 
 
 def test_code_versions_that_give_equal_bits_are_one(
@@ -59,7 +66,7 @@ def test_code_versions_that_give_equal_bits_are_one(
     a, b = folders(place)[0], folders(place)[2]
     path = a / "environment.json"
     old = "0" * 64
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"code_sha256": old}))
+    change(path, code_sha256=old)
 
     def confounds() -> str:
         arms = [Arm(folder.name, (load_run(folder),)) for folder in (a, b)]

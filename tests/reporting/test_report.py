@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -376,19 +375,6 @@ def test_the_page_is_one_small_file_that_fetches_nothing(report: Path) -> None:
     captions = [caption for caption, _ in sections[0]["figures"]]
     assert "Loss by position in the window" in captions
     assert "None | of <b>note</b>." in str(sections[0]["facts"])
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """Debian's chromium, without a window."""
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if binary is None:
-        pytest.skip("there is no chromium on this machine")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])

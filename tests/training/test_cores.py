@@ -124,7 +124,7 @@ def test_on_one_thread_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPa
     "changes",
     [
         {},
-        {"dtype": "bfloat16", "optimizer": "normuon", "average_share": 0.5},
+        {"dtype": "bfloat16", "optimizer": "normuon", "ema_fraction": 0.5},
         {"dtype": "float16"},
         {"dtype": "nvfp4", "block_size": 32},
         {"dtype": "fp8", "block_size": 32},

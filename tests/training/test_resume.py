@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import storylab
 from finished_runs import InterruptAt, found, metrics, weights
 from samples import MakeConfig
+from storylab.config import FORMER_NAMES
 from storylab.data.dataset import Dataset
 from storylab.data.prepare import PrepareConfig
 from storylab.errors import Interrupted, UserError
@@ -57,8 +59,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     [
         {"optimizer": "muon"},
         {"optimizer": "normuon"},
-        {"average_share": 0.5},
-        {"average_share": 0.2, "dtype": "mxfp8"},
+        {"ema_fraction": 0.5},
+        {"ema_fraction": 0.2, "dtype": "mxfp8"},
     ],
     ids=str,
 )
@@ -74,20 +76,42 @@ def test_a_run_with_other_parts_resumes_to_the_same_bits(
     assert metrics(run) == metrics(whole)
 
 
+@pytest.mark.slow
+def test_a_run_of_former_field_names_resumes_to_the_same_bits(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"optimizer": "muon", "muon_lr": 0.03, "ema_fraction": 0.5}
+    whole = train(tiny_config(**changes, out_dir=tmp_path / "whole"))
+    config = tiny_config(**changes, out_dir=tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(4, signal.SIGTERM))
+    file = config.out_dir / "config.json"
+    current = file.read_text()
+    earlier = current
+    for former, name in FORMER_NAMES.items():
+        earlier = earlier.replace(f'"{name}"', f'"{former}"')
+    assert earlier != current
+    file.write_text(earlier)
+    run = resume(config.out_dir, config)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+    assert json.loads(file.read_text()) == json.loads(current)
+
+
 def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig) -> None:
-    config = tiny_config(schedule="constant", average_share=0.5)
+    config = tiny_config(schedule="constant", ema_fraction=0.5)
     train(config)
-    with pytest.raises(UserError, match=r"moves .*average_share.*start a new run"):
+    with pytest.raises(UserError, match=r"moves .*ema_fraction.*start a new run"):
         resume(config.out_dir, dataclasses.replace(config, max_iters=12))
 
 
 def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=3))
     file = run.folder / "config.json"
-    text = file.read_text().replace('"average_share": 0.0', '"average_share": 0.5')
+    text = file.read_text().replace('"ema_fraction": 0.0', '"ema_fraction": 0.5')
     assert text != file.read_text()
     file.write_text(text)
-    with pytest.raises(UserError, match=r"average_share .* has been altered"):
+    with pytest.raises(UserError, match=r"ema_fraction .* has been altered"):
         resume(run.folder)
 
 

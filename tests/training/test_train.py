@@ -98,7 +98,7 @@ def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: P
 
 
 def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None:
-    run = train(tiny_config(average_share=0.5, schedule="constant"))
+    run = train(tiny_config(ema_fraction=0.5, schedule="constant"))
     own = train(tiny_config(schedule="constant", out_dir=run.folder.parent / "own"))
     run_summary, own_summary = run.read_summary(), own.read_summary()
     assert run_summary is not None and own_summary is not None

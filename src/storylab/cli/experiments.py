@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment
     from storylab.experiments.outcome import Outcome
     from storylab.experiments.plan import PlannedRun
+    from storylab.experiments.records import FolderCache
     from storylab.planning.estimate import Estimate
-    from storylab.record.index import RunCache
 
 
 def prepare_and_plan(
@@ -94,6 +94,22 @@ def train_planned(
         return run_by_looks(experiment, dataset, planned, runs, executor, reporter, fresh)
 
 
+def tracking(executor: Executor, names: Sequence[str]) -> Executor:
+    """An executor whose runs are sent to the trackers ``names``.
+
+    Raises:
+        UserError: a tracker's library is not installed.
+    """
+    from storylab.tracking import require_installed
+
+    if not names:
+        return executor
+    require_installed(names)
+    from storylab.experiments.tracked import TrackingExecutor
+
+    return TrackingExecutor(executor, names)
+
+
 def print_plan(
     experiment: Experiment,
     dataset: Dataset,
@@ -116,7 +132,7 @@ def print_plan(
             reporter.line(line)
 
 
-def print_results(record: Path, runs: Path, cache: RunCache) -> Outcome:
+def print_results(record: Path, runs: Path, cache: FolderCache) -> Outcome:
     """Print the verdicts of an experiment and write the report of all experiments; reuses the runs
     in ``cache``. Returns the outcome of the experiment."""
     from storylab.experiments.effect_words import verdict_lines
@@ -182,7 +198,6 @@ def plan_lines(
     from storylab.planning.estimate import estimate_runs
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
-    from storylab.training.log_format import format_duration
 
     rows, left, others = [], {}, 0.0
     for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
@@ -197,17 +212,23 @@ def plan_lines(
         rows.append(
             f"  {run.label:<44} {run.tokens:>13,} tokens  {_estimate_columns(estimate)}  {state}"
         )
-    yield (
-        f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
-        f"{len(planned)} runs, about {format_duration(sum(left.values()))} to go (as a like run took "
-        "before, or predicted by a calibration of seconds)"
-    )
+    yield _plan_head(experiment, len(planned), sum(left.values()))
     yield from rows
     if experiment.factorial:
         seeds = len({run.seed for run in planned})
         yield from design_lines(experiment.factorial, seeds, len(experiment.conditions))
     if others >= SOME_CORES:
         yield _other_programs(others)
+
+
+def _plan_head(experiment: Experiment, runs: int, seconds: float) -> str:
+    from storylab.training.log_format import format_duration
+
+    return (
+        f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
+        f"{runs} runs, about {format_duration(seconds)} to go (as a like run took before, or predicted by "
+        "a calibration of seconds)"
+    )
 
 
 def _other_programs(cores: float) -> str:

@@ -20,6 +20,8 @@ from storylab.errors import UserError
 
 # The marks of every field by its name; a name belongs to one of the two configs only.
 FIELDS: dict[str, Marks] = {**marks_of(TrainConfig), **marks_of(ModelConfig)}
+# The current names of renamed fields by their former ones.
+FORMER_NAMES = {marks.formerly: name for name, marks in FIELDS.items() if marks.formerly}
 
 
 def fields_of(*groups: Group) -> frozenset[str]:
@@ -72,9 +74,9 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     """
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
         raise UserError("the run's config is damaged: it or its model is not an object")
-    values = without_removed(values)
+    values = without_removed(with_current_names(values))
     if "model" in values:
-        values["model"] = without_removed(values["model"], "model.")
+        values["model"] = without_removed(with_current_names(values["model"], "model."), "model.")
     names, given = {f.name for f in dataclasses.fields(TrainConfig)}, values.keys()
     values = ADDED_FIELDS | values
     if "backend" not in given and values.get("dtype") not in NATIVE_DTYPES:
@@ -96,6 +98,24 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
             raise UserError(f"the run's config is damaged: {name}: is not Unicode text")
     values["out_dir"] = values["out_dir"] or None
     return convert(TrainConfig, values | {"model": model}, "the run's config")
+
+
+def current_name(name: str) -> str:
+    """The current name of a field that had ``name`` in an earlier version; any other name as it is."""
+    return FORMER_NAMES.get(name, name)
+
+
+def with_current_names(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """``values`` by the current names of their fields.
+
+    Raises:
+        UserError: a field has two values, by its former and by its current name; the message begins with
+            ``path`` and the current name.
+    """
+    for former, name in FORMER_NAMES.items():
+        if former in values and name in values:
+            raise UserError(f"{path}{name} is given twice, as {former} and as {name}")
+    return {current_name(name): value for name, value in values.items()}
 
 
 def without_removed(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -135,8 +155,8 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
     config and its data.
 
     The size of micro-batches is left out, so that a run that needed smaller ones to fit into memory
-    still counts as the planned run. A field that the first runs did not have is left out if it has
-    its value of then, so that a run keeps its digest.
+    still counts as the planned run. So that a run keeps its digest, a field that the first runs did not
+    have is left out if it has its value of then, and a renamed field counts by its former name.
     """
     values = to_dict(config)
     for name in PRESENTATION_FIELDS | SEED_FIELDS | SPLIT_FIELDS:
@@ -145,6 +165,9 @@ def recipe_digest(config: TrainConfig, fingerprint: str) -> str:
         for name, before in added.items():
             if fields.get(name) == before:
                 del fields[name]
+        for former, name in FORMER_NAMES.items():
+            if name in fields:
+                fields[former] = fields.pop(name)
     values["sequences"] = config.batch_size * config.gradient_accumulation_steps
     text = json.dumps([values, fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -154,5 +177,5 @@ def timing_key(config: TrainConfig) -> str:
     """Join the fields that change a step's time or memory. Runs with the same key share a calibration."""
     values = flat(config, PRESENTATION_FIELDS | fields_that_change("result"))
     values["gradient_accumulation_steps"] = config.gradient_accumulation_steps > 1
-    values["average_share"] = config.average_share > 0
+    values["ema_fraction"] = config.ema_fraction > 0
     return json.dumps(values)

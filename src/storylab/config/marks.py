@@ -71,6 +71,8 @@ class Marks:
         by_length: words for the thing that moves with the length of a run, unless the field is as
             ``before``; empty where nothing does.
         set_by: words for where an experiment sets the field; empty where an arm may.
+        formerly: name that the field had in earlier versions; empty if it had no other. Files and flags
+            with it still read, and digests are computed with it.
     """
 
     groups: frozenset[Group]
@@ -80,6 +82,7 @@ class Marks:
     weights: bool
     by_length: str
     set_by: str
+    formerly: str
 
 
 def mark(
@@ -90,12 +93,13 @@ def mark(
     weights: bool = False,
     by_length: str = "",
     set_by: str = "",
+    formerly: str = "",
 ) -> Marks:
     """The marks of a field of ``groups``; :class:`Marks` explains the other facts.
 
     A new field needs ``before``, or every run would get another digest.
     """
-    return Marks(frozenset(groups), checks, effect, before, weights, by_length, set_by)
+    return Marks(frozenset(groups), checks, effect, before, weights, by_length, set_by, formerly)
 
 
 def marks_of(kind: type[Any]) -> dict[str, Marks]:

@@ -44,13 +44,13 @@ METHODS: dict[MethodName, dict[str, Any]] = {
     "record": {},
     "fast": {
         "optimizer": "normuon",
-        "matrix_lr": 0.02,
+        "muon_lr": 0.02,
         "learning_rate": 4e-2,
         "min_lr": 8e-3,
         "warmup_iters": 20,
         "schedule": "linear",
         "beta2": 0.95,
-        "average_share": 0.1,
+        "ema_fraction": 0.1,
         "model": {
             "qk_norm": True,
             "value_residual": "first_layer",

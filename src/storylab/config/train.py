@@ -103,7 +103,10 @@ class TrainConfig:
     """Course of the learning rate after the warm-up."""
     optimizer: Annotated[OptimizerName, mark("optimizer", before="adamw")] = "adamw"
     """adamw for everything, or for the matrices of the blocks muon or normuon and adamw for the rest."""
-    matrix_lr: Annotated[float, mark("optimizer", before=0.02, checks=RATE, effect="result")] = 0.02
+    muon_lr: Annotated[
+        float,
+        mark("optimizer", before=0.02, checks=RATE, effect="result", formerly="matrix_lr"),
+    ] = 0.02
     """Peak learning rate of the matrices under muon and normuon; it follows the course of learning_rate."""
     weight_decay: Annotated[float, mark("optimizer", checks=RATE, effect="result")] = 0.1
     """Weight decay of matrices and embeddings; norm gains are not decayed."""
@@ -113,9 +116,15 @@ class TrainConfig:
     """AdamW decay of the squared-gradient average."""
     grad_clip: Annotated[float, mark("step", checks=NUMBER, effect="result")] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    average_share: Annotated[
+    ema_fraction: Annotated[
         float,
-        mark("method", before=0.0, checks=SHARE, by_length="how far weights are averaged over"),
+        mark(
+            "method",
+            before=0.0,
+            checks=SHARE,
+            by_length="how far weights are averaged over",
+            formerly="average_share",
+        ),
     ] = 0.0
     """Evaluate, keep and sample from an exponential average of the weights that remembers about this
     share of the run, and all of it before that; the training itself does not see it. 0 for none."""
@@ -129,6 +138,8 @@ class TrainConfig:
         10.0
     )
     """Longest time between checkpoints, besides those at evaluations and at the end."""
+    skip_checks: Annotated[bool, mark("record", before=False, effect="presentation")] = False
+    """Begin without the checks before the first step (docs/guide/training.md); the run records it."""
     device: Annotated[str, mark("machine")] = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA if the machine has it, else the CPU."""
     compile: Annotated[bool | None, mark("machine")] = None

@@ -9,6 +9,27 @@ from msgspec import Struct
 from storylab.documents.fields import about
 
 
+class CheckEntry(Struct, frozen=True, kw_only=True):
+    """A check before the first step."""
+
+    name: Annotated[str, about("name of the check")]
+    passed: Annotated[bool, about("false where the run went on without compiling")]
+    seconds: Annotated[float, about("time that it took", "seconds")]
+    finding: Annotated[str, about("its finding in one line")]
+
+
+class StageEntry(Struct, frozen=True, kw_only=True):
+    """The start or a resume of a run."""
+
+    iteration: Annotated[int, about("the iteration that it began with")]
+    skipped: Annotated[
+        bool | None,
+        about("whether --skip_checks was given; null: that version of storylab recorded none"),
+    ]
+    seconds: Annotated[float | None, about("time of all its checks; null as `skipped`", "seconds")]
+    checks: Annotated[list[CheckEntry], about("checks that applied, in order")]
+
+
 class InfoDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.info/1"):
     """Shape and parameter count of a model."""
 
@@ -32,3 +53,8 @@ class InfoDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
     ]
     vocab_size: Annotated[int, about("token ids that the parameters are counted with")]
     parameters: Annotated[int, about("trained parameters")]
+    run: Annotated[str | None, about("run folder; null if none was given")]
+    stages: Annotated[
+        list[StageEntry],
+        about("start and resumes of the run, each with its checks; empty if none was given"),
+    ]

@@ -41,8 +41,8 @@ class NoiseFloor(Struct, frozen=True, kw_only=True):
     paired_standard_deviation_nats_per_token: Annotated[
         float,
         about(
-            "of a paired difference: the median over like recipes; without any, an upper bound from the "
-            "noise of this recipe",
+            "of a paired difference: the median over like recipes, each corrected to be too large as "
+            "often as too small; without any, an upper bound from the noise of this recipe",
             "nats per token",
         ),
     ]

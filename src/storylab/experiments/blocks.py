@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storylab.experiments.compare import Contest
 from storylab.experiments.comparison import BETTER, WORSE, Arm, Ratio
+from storylab.experiments.contest import Contest
 from storylab.experiments.curve_comparison import ratio_of
 from storylab.experiments.effects import EffectResult, SimpleEffect, contrasts, trial_of
 from storylab.experiments.factorial import Effect, Factorial

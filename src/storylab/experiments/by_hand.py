@@ -16,11 +16,10 @@ from storylab.experiments.effects import EffectResult, verdicts_of
 from storylab.experiments.factors import qualified_name
 from storylab.experiments.neighbors import Neighbors, find_neighbors
 from storylab.experiments.outcome import load_outcome
-from storylab.experiments.records import experiment_records, read_experiment
+from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import CONFIG
-from storylab.record.index import RunCache
 from storylab.record.run import Run
 
 NO_PLAN = "no plan was registered"
@@ -50,7 +49,7 @@ class GivenRuns:
         return verdicts_of(self.comparisons, self.effects)
 
 
-def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) -> GivenRuns:
+def compare_given(runs: Sequence[Run], margin: float | None, cache: FolderCache) -> GivenRuns:
     """Compare runs with those of the first run's recipe.
 
     All runs of one registered experiment are judged by its plan, if the first is of its baseline and the
@@ -59,10 +58,10 @@ def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) ->
     Args:
         runs: one or more.
         margin: the largest difference in nats that counts as none; None for the experiment's, or none.
-        cache: runs that have been read already.
+        cache: runs and records that have been read already.
     """
     reasons = [NO_PLAN]
-    for path, record in _experiments_of(runs):
+    for path, record in _experiments_of(runs, cache):
         reasons = list(_departures(record, path.stem, runs[0], margin))
         if not reasons:
             outcome = load_outcome(path, cache)
@@ -76,7 +75,9 @@ def compare_given(runs: Sequence[Run], margin: float | None, cache: RunCache) ->
     return GivenRuns(explored, neighbors=tuple(near))
 
 
-def _experiments_of(runs: Sequence[Run]) -> Iterator[tuple[Path, ExperimentRecord]]:
+def _experiments_of(
+    runs: Sequence[Run], cache: FolderCache
+) -> Iterator[tuple[Path, ExperimentRecord]]:
     """Registered experiments, in the folder of the runs, that have exactly these runs."""
     parents = {os.path.realpath(run.folder.parent): run.folder.parent for run in runs}
     if len(parents) > 1:
@@ -85,7 +86,7 @@ def _experiments_of(runs: Sequence[Run]) -> Iterator[tuple[Path, ExperimentRecor
     given = {os.path.realpath(run.folder) for run in runs}
     for path in experiment_records(parent):
         with contextlib.suppress(UserError):  # a damaged record is no plan; the report names it
-            record = read_experiment(path)
+            record = cache.record(path)
             names = {name for cell in record.cells for name in cell.runs.values()}
             listed = {os.path.realpath(parent / n) for n in names if exists(parent / n / CONFIG)}
             if record.registered is not None and listed == given:

@@ -11,14 +11,13 @@ from msgspec import structs
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import MOST_SEEDS, Experiment
-from storylab.experiments.openings import OpeningLine, log_opening
-from storylab.experiments.recording import record_path, update_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.openings import OpeningLine, OpeningLog
+from storylab.experiments.recording import record_lock, record_path
+from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now
-from storylab.experiments.selection import used_seeds
+from storylab.experiments.selection import recorded_openings, used_seeds
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord, Opening
-from storylab.record.index import RunCache
 
 FEWEST_SEEDS = 5
 
@@ -29,7 +28,7 @@ def confirmation(
     runs: Path,
     only: Sequence[str],
     seeds: int | None,
-    cache: RunCache,
+    cache: FolderCache,
 ) -> Experiment:
     """The experiment that confirms arms of ``experiment``: one look, own variances, seeds of its own.
 
@@ -41,7 +40,7 @@ def confirmation(
         runs: the folder for the run folders.
         only: arms to confirm; by default those of an earlier call, or the only one besides the baseline.
         seeds: number of seeds; by default that of an earlier call, or 5.
-        cache: runs that have been read.
+        cache: runs and records that have been read.
 
     Raises:
         UserError: the data has no test split, an arm is unknown or none is chosen, there are too few seeds,
@@ -50,19 +49,21 @@ def confirmation(
     require_test(dataset)
     confirmed = dataclasses.replace(experiment, stage="confirm", variance="own")
     path = record_path(confirmed, runs)
-    earlier = read_experiment(path) if exists(path) else None
-    arms = _chosen_arms(experiment, only, earlier)
+    earlier = cache.record(path) if exists(path) else None
+    confirmed = _with_arms(confirmed, _chosen_arms(experiment, only, earlier))
     taken = tuple(earlier.seeds) if earlier else ()
     count = _count_of(seeds, taken)
     if len(taken) < count:
-        used = used_seeds(runs, dataset.fingerprint, cache)
-        used |= {*experiment.first_seeds(max(len(experiment.seeds), *experiment.looks)), *taken}
-        taken += fresh_seeds(used, max(experiment.seeds) + 1, count - len(taken))
+        used = {*used_seeds(runs, dataset.fingerprint, cache), *taken}
+        taken += _unsearched_seeds(experiment, used, count - len(taken))
+    return dataclasses.replace(confirmed, seeds=taken[:count], looks=(count,))
+
+
+def _with_arms(experiment: Experiment, arms: tuple[str, ...]) -> Experiment:
+    """The experiment with some of its arms alone."""
     return dataclasses.replace(
-        confirmed,
+        experiment,
         arms=arms,
-        seeds=taken[:count],
-        looks=(count,),
         expectations=tuple(entry for entry in experiment.expectations if entry.arm in arms),
         cells=tuple(cell for cell in experiment.cells if cell.arm in arms),
     )
@@ -74,6 +75,12 @@ def _count_of(seeds: int | None, taken: tuple[int, ...]) -> int:
     if not FEWEST_SEEDS <= count <= MOST_SEEDS:
         raise UserError(f"seeds is {count}: it must be {FEWEST_SEEDS} to {MOST_SEEDS:,} to confirm")
     return count
+
+
+def _unsearched_seeds(experiment: Experiment, used: set[int], count: int) -> tuple[int, ...]:
+    """The first ``count`` seeds that are neither ``used`` nor planned for the search."""
+    searched = experiment.first_seeds(max(len(experiment.seeds), *experiment.looks))
+    return fresh_seeds({*used, *searched}, max(experiment.seeds) + 1, count)
 
 
 def require_test(dataset: Dataset) -> None:
@@ -127,22 +134,30 @@ def _chosen_arms(
     return tuple(arm for arm in experiment.arms if arm in chosen or arm == experiment.baseline)
 
 
-def note_opening(path: Path, seeds: int, fingerprint: str) -> None:
-    """Add to a record, and to the folder's log of openings, that the losses on the test split of ``seeds``
-    seeds are shown.
+def note_opening(path: Path, seeds: int, fingerprint: str, cache: FolderCache) -> int:
+    """Note that losses on the test split are shown: in a record, and in the folder's log of openings.
+
+    Args:
+        path: file of the record.
+        seeds: number of seeds whose losses are shown.
+        fingerprint: of the data set.
+        cache: runs and records that have been read.
+
+    Returns:
+        How often the test split of the data set was opened before, over all experiments in the folder.
 
     Raises:
         UserError: the record cannot be read or written.
     """
-
-    moment = now()
-    log_opening(path.parent, OpeningLine(moment, fingerprint, path.stem, seeds))
-
-    def change(record: ExperimentRecord) -> dict[str, object]:
-        opening = Opening(time=moment, seeds=seeds)
-        return {"openings": [structs.asdict(entry) for entry in (*record.openings, opening)]}
-
-    update_record(path, change)
+    with record_lock(path):
+        log = OpeningLog.read(path.parent)
+        recorded = recorded_openings(path.parent.parent, fingerprint, cache)
+        opening = Opening(time=now(), seeds=seeds)
+        log.append(OpeningLine(opening.time, fingerprint, path.stem, seeds))
+        openings = [*cache.record(path).openings, opening]
+        cache.save_record(path, {"openings": [structs.asdict(entry) for entry in openings]})
+    # The log knows of records that were deleted.
+    return max(recorded, log.count(fingerprint))
 
 
 def openings_line(count: int) -> str:

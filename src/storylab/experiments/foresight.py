@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 from storylab.config import TrainConfig
-from storylab.errors import UserError
 from storylab.experiments.experiment import Experiment
-from storylab.experiments.factors import changed_fields, infer_factor
 from storylab.experiments.looks import look_levels
-from storylab.experiments.statistics import ALPHA, detectable_difference
+from storylab.experiments.noise import Recipe, by_recipe, runs_where, spreads_between
+from storylab.experiments.statistics import ALPHA, detectable_difference, typical_deviation
 from storylab.experiments.variance import FEWEST_ARMS, MOST_BORROWED
 from storylab.files import exists
-from storylab.record.folder import CONFIG
-from storylab.record.index import RunCache, run_folders
-from storylab.record.run import Run
+from storylab.record.index import RunCache
 
 # Runs count as like if they train on at most this many times more tokens, or fewer.
 LIKE_LENGTH = 2.0
@@ -53,16 +46,12 @@ def expected_spread(
         runs: the folder of run folders, which need not exist.
         cache: runs that have been read.
     """
-    recipes = _by_recipe(_like_runs(experiment, fingerprint, runs, cache))
-    pairs = [
-        [a[seeds].loss - b[seeds].loss for seeds in common]
-        for a, b in combinations(recipes, 2)
-        if len(common := sorted(a.keys() & b.keys())) > 1 and _is_one_factor(a, b)
-    ]
-    if (nats := typical_deviation(pairs)) is not None:
-        count = "a pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+    recipes = _like_recipes(experiment, fingerprint, runs, cache)
+    spreads = spreads_between(combinations(recipes, 2))
+    if (nats := typical_deviation(spread.differences for spread in spreads)) is not None:
+        count = "a pair" if len(spreads) == 1 else f"{len(spreads)} pairs"
         return Spread(nats, f"that of {count} of like recipes in {runs}")
-    noise = typical_deviation([[run.loss for run in recipe.values()] for recipe in recipes])
+    noise = typical_deviation([run.loss for run in recipe.values()] for recipe in recipes)
     if noise is not None:
         return Spread(
             math.sqrt(2) * noise,
@@ -71,21 +60,19 @@ def expected_spread(
     return Spread(None, f"unknown: there are no like runs in {runs}")
 
 
-def _like_runs(
+def _like_recipes(
     experiment: Experiment, fingerprint: str, runs: Path, cache: RunCache
-) -> Iterator[Run]:
-    """Finished runs on the same data, with preset and length of one of the baselines."""
+) -> list[Recipe]:
+    """Recipes on the same data, with preset and length of one of the baselines."""
     wanted = [c.config for c in experiment.cells if c.arm == experiment.baseline]
-    for folder in run_folders(runs) if exists(runs) else ():
-        with contextlib.suppress(UserError):  # `list` names a damaged one
-            if not exists(folder / CONFIG):
-                continue
-            head = cache.head(folder)
-            if head.data.fingerprint != fingerprint or not _is_like(head.config, wanted):
-                continue
-            run = cache.load(folder)
-            if run.finished:
-                yield run
+    if not exists(runs):
+        return []
+    like, _ = runs_where(  # `list` names a damaged one
+        runs,
+        lambda head: head.data.fingerprint == fingerprint and _is_like(head.config, wanted),
+        cache,
+    )
+    return by_recipe(like)
 
 
 def _is_like(config: TrainConfig, wanted: Iterable[TrainConfig]) -> bool:
@@ -94,45 +81,6 @@ def _is_like(config: TrainConfig, wanted: Iterable[TrainConfig]) -> bool:
         and abs(math.log(config.total_tokens / other.total_tokens)) <= math.log(LIKE_LENGTH)
         for other in wanted
     )
-
-
-def _by_recipe(runs: Iterable[Run]) -> list[dict[tuple[int, int], Run]]:
-    """Runs by recipe and code version, and then by seeds."""
-    recipes: list[dict[tuple[int, int], Run]] = []
-    for run in runs:
-        for recipe in recipes:
-            other = next(iter(recipe.values()))
-            if run.code_versions == other.code_versions and not changed_fields(
-                run.config, other.config
-            ):
-                recipe[run.seeds] = run
-                break
-        else:
-            recipes.append({run.seeds: run})
-    return recipes
-
-
-def _is_one_factor(a: dict[tuple[int, int], Run], b: dict[tuple[int, int], Run]) -> bool:
-    one, other = next(iter(a.values())), next(iter(b.values()))
-    if one.code_versions != other.code_versions:
-        return False
-    return infer_factor(set(changed_fields(one.config, other.config))) is not None
-
-
-def typical_deviation(samples: Iterable[Sequence[float]]) -> float | None:
-    """Root of the median variance of samples, each corrected to be right in the median; None without any.
-
-    The median keeps a pair with a broken arm from deciding.
-    """
-    variances = [
-        float(np.var(values, ddof=1))
-        * (len(values) - 1)
-        / float(stats.chi2.median(len(values) - 1))
-        for values in samples
-        if len(values) > 1
-    ]
-    found = float(np.median(variances)) if variances else 0.0
-    return math.sqrt(found) if found > 0 else None
 
 
 def detectable_at_looks(experiment: Experiment, spread: float) -> list[tuple[int, float]]:

@@ -23,31 +23,42 @@ class OpeningLine:
     seeds: int
 
 
-def log_opening(folder: Path, line: OpeningLine) -> None:
-    """Add a line to the log in the ``folder`` of the records.
+@dataclass(frozen=True)
+class OpeningLog:
+    """The log as it was read; the lock of its folder keeps other processes from adding to it."""
 
-    Raises:
-        UserError: the file cannot be read or written.
-    """
-    path, before = folder / LOG_FILE, b""
-    if exists(path):
+    path: Path
+    data: bytes
+
+    @classmethod
+    def read(cls, folder: Path) -> OpeningLog:
+        """The log in the ``folder`` of the records; empty if there is none.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        path = folder / LOG_FILE
+        if not exists(path):
+            return cls(path, b"")
         with open_file(path) as file:
-            before = file.read()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(before + msgspec.json.encode(line) + b"\n")
+            return cls(path, file.read())
 
+    def append(self, line: OpeningLine) -> None:
+        """Add a line to the file.
 
-def logged_openings(folder: Path, fingerprint: str) -> int:
-    """Number of openings of a data set's test split; lines that cannot be read count for every data set."""
-    path = folder / LOG_FILE
-    if not exists(path):
-        return 0
-    with open_file(path) as file:
-        lines = file.read().splitlines()
-    count = 0
-    for text in lines:
-        line = None
-        with contextlib.suppress(msgspec.MsgspecError):
-            line = msgspec.json.decode(text, type=OpeningLine)
-        count += line is None or line.fingerprint == fingerprint
-    return count
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(self.data + msgspec.json.encode(line) + b"\n")
+
+    def count(self, fingerprint: str) -> int:
+        """Number of openings of a data set's test split when the log was read; lines that cannot be decoded
+        count for every data set."""
+        count = 0
+        for text in self.data.splitlines():
+            line = None
+            with contextlib.suppress(msgspec.MsgspecError):
+                line = msgspec.json.decode(text, type=OpeningLine)
+            count += line is None or line.fingerprint == fingerprint
+        return count

@@ -12,15 +12,16 @@ from msgspec import structs
 from storylab.config import TrainConfig, from_dict
 from storylab.errors import UserError
 from storylab.experiments.blocks import block_of, effects_of
-from storylab.experiments.compare import Contest, compare_contests
+from storylab.experiments.compare import compare_contests
 from storylab.experiments.comparison import Arm, Comparison
+from storylab.experiments.contest import Contest
 from storylab.experiments.effects import EffectResult, verdicts_of
 from storylab.experiments.experiment import Expectation, counted_up
 from storylab.experiments.factorial import Factorial, fields_between
 from storylab.experiments.factors import allowed_fields, qualified_name
 from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.measures import MEASURES, Checked
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import exploratory_reasons, reasons_of_runs
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.index import RunCache
@@ -109,30 +110,26 @@ class Outcome:
         return list(found.values())
 
 
-def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
+def load_outcome(path: Path, cache: FolderCache | None = None) -> Outcome:
     """Read an experiment's record and its runs, and compare its arms.
 
     A run that is missing or damaged is named in ``problems`` and left out.
 
     Args:
         path: the experiment's record.
-        cache: runs that have been read already.
+        cache: runs and records that have been read already.
 
     Raises:
         UserError: the record itself is missing or damaged.
     """
-    record, cache = read_experiment(path), cache or RunCache()
-    problems: list[str] = []
-    missing: list[str] = []
-    runs = path.parent.parent
+    cache = cache or FolderCache()
+    record = cache.record(path)
     try:
-        cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
-        if record.stage == "confirm":
-            cells = _on_test(record, cells, problems)
+        cells, problems = _read_cells(record, path.parent.parent, cache)
         allowed_fields(record.factor, matched=False)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    outcome = Outcome(path.stem, record, cells, (), (), ())
+    outcome = Outcome(path.stem, record, cells, (), (), problems)
     contests, rules, design = _contests(outcome, cache), rules_of(record), outcome.factorial
     comparisons = compare_contests(contests, rules, judged=design is None)
     reasons = (
@@ -146,11 +143,7 @@ def load_outcome(path: Path, cache: RunCache | None = None) -> Outcome:
     )
     expectations = [Expectation(**structs.asdict(entry)) for entry in record.expectations]
     checked = tuple(check for e in expectations for check in _check(e, outcome))
-    if missing:
-        problems.append(
-            f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
-        )
-    return dataclasses.replace(outcome, expectations=checked, problems=tuple(problems))
+    return dataclasses.replace(outcome, expectations=checked)
 
 
 def rules_of(record: ExperimentRecord) -> Rules:
@@ -202,6 +195,22 @@ def _contests(outcome: Outcome, cache: RunCache) -> list[Contest]:
         for cell in outcome.arms(condition)
         if cell.arm.name != outcome.baseline
     ]
+
+
+def _read_cells(
+    record: ExperimentRecord, runs: Path, cache: RunCache
+) -> tuple[tuple[CellResult, ...], tuple[str, ...]]:
+    """The cells with their runs, and the runs that cannot be read or are missing."""
+    problems: list[str] = []
+    missing: list[str] = []
+    cells = tuple(_read_cell(cell, runs, cache, problems, missing) for cell in record.cells)
+    if record.stage == "confirm":
+        cells = _on_test(record, cells, problems)
+    if missing:
+        problems.append(
+            f"{len(missing)} runs are missing, not trained yet or deleted: {', '.join(missing)}"
+        )
+    return cells, tuple(problems)
 
 
 def _read_cell(

@@ -15,12 +15,9 @@ from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import qualified_name
 from storylab.experiments.matching import equally_compiled
-from storylab.record.index import RunCache
+from storylab.experiments.records import FolderCache
 from storylab.record.provenance import code_sha256, representative
 from storylab.training.setup import resolve_device
-
-# The folder in RUNS with one file for each experiment.
-EXPERIMENTS = "experiments"
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class PlannedRun:
     cell: Cell
     seed: int
     folder: Path
-    cache: RunCache = field(default_factory=RunCache, compare=False, repr=False)
-    """Runs that have been read; shared by the runs of a plan."""
+    cache: FolderCache = field(default_factory=FolderCache, compare=False, repr=False)
+    """Runs and records that have been read; shared by the runs of a plan."""
 
     @property
     def config(self) -> TrainConfig:
@@ -137,6 +134,7 @@ def plan_runs(
     runs: Path,
     seeds: Sequence[int] | None = None,
     only: Sequence[str] = (),
+    cache: FolderCache | None = None,
 ) -> list[PlannedRun]:
     """The runs of an experiment, in order: seed by seed, so that every arm has a result early.
 
@@ -146,6 +144,7 @@ def plan_runs(
         runs: the folder for the run folders.
         seeds: by default those of the experiment.
         only: arms to train; by default all.
+        cache: runs and records that have been read; the planned runs share it.
 
     Raises:
         UserError: the experiment cannot run yet, ``only`` names no arm, or this machine lacks
@@ -155,7 +154,7 @@ def plan_runs(
         raise UserError(
             f"there is no arm {', '.join(sorted(unknown))}: use one of {', '.join(experiment.arms)}"
         )
-    cells, cache = resolved_cells(experiment, dataset, only), RunCache()
+    cells, cache = resolved_cells(experiment, dataset, only), cache or FolderCache()
     return [
         PlannedRun(found.cell, seed, runs / found.folder_name(seed), cache)
         for seed in seeds or experiment.seeds

@@ -15,8 +15,8 @@ from storylab.errors import UserError
 from storylab.experiments.attempts import set_aside
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import changed_fields
-from storylab.experiments.plan import EXPERIMENTS, PlannedRun, ResolvedCell, resolved_cells
-from storylab.experiments.records import experiment_records, read_experiment
+from storylab.experiments.plan import PlannedRun, ResolvedCell, resolved_cells
+from storylab.experiments.records import EXPERIMENTS, FolderCache, experiment_records
 from storylab.experiments.registered_plan import plan_of
 from storylab.experiments.registration import Progress, registered_values
 from storylab.files import (
@@ -25,11 +25,8 @@ from storylab.files import (
     exists,
     make_folder,
     open_file,
-    read_json,
-    write_json,
 )
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
-from storylab.record.index import RunCache
 from storylab.record.run import ENDED
 
 POLL_SECONDS = 0.05
@@ -65,39 +62,44 @@ def write_record(
     Raises:
         UserError: an earlier record may be whole but cannot be read, or the file cannot be written.
     """
-    path = record_path(experiment, runs)
+    path, cache = record_path(experiment, runs), planned[0].cache
     make_folder(path.parent)
-    with _lock(path):
-        before, damage = _read_or_set_aside(path)
+    with record_lock(path):
+        before, damage = _read_or_set_aside(path, cache)
         known = {(cell.condition, cell.arm): cell for cell in before.cells} if before else {}
         found = resolved_cells(experiment, dataset, {run.cell.arm for run in planned})
         cells, listed = _listed_cells(found, known, planned)
         plan = plan_of(experiment, cells, dataset.fingerprint)
         folders = {name for cell in (*known.values(), *listed) for name in cell.runs.values()}
-        progress = _progress(path, folders, _pairs(experiment, found), planned[0].cache)
+        progress = _progress(path, folders, _pairs(experiment, found), cache)
         values = dataclasses.asdict(experiment)
         del values["data"], values["cells"]
         values["cells"] = [_plain(cell) for cell in listed]
         values |= registered_values(before, plan, progress, damage, fresh)
-        # Over the earlier file, so that keys of a later version stay.
-        write_json(path, (read_json(path) if before else {}) | values)
+        cache.save_record(path, values)
     return path
 
 
-def update_record(path: Path, change: Callable[[ExperimentRecord], dict[str, Any]]) -> None:
-    """Replace keys of a record by those that ``change`` returns of it, as plain JSON values.
+def update_record(
+    path: Path, cache: FolderCache, change: Callable[[ExperimentRecord], dict[str, Any]]
+) -> None:
+    """Replace keys of a record.
+
+    Args:
+        path: file of the record.
+        cache: records that have been read.
+        change: returns the keys to replace, as plain JSON values, for the record as it is now.
 
     Raises:
         UserError: the record cannot be read or written.
     """
-    with _lock(path):
-        values = change(read_experiment(path))
-        if values:
-            write_json(path, read_json(path) | values)
+    with record_lock(path):
+        if values := change(cache.record(path)):
+            cache.save_record(path, values)
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def record_lock(path: Path) -> Iterator[None]:
     """Keep other processes from writing a record; waits while one of them does."""
     while True:
         with contextlib.ExitStack() as stack:
@@ -110,7 +112,7 @@ def _lock(path: Path) -> Iterator[None]:
             return
 
 
-def _read_or_set_aside(path: Path) -> tuple[ExperimentRecord | None, str]:
+def _read_or_set_aside(path: Path, cache: FolderCache) -> tuple[ExperimentRecord | None, str]:
     """The record so far, if any, and why an earlier one was set aside.
 
     Raises:
@@ -119,7 +121,7 @@ def _read_or_set_aside(path: Path) -> tuple[ExperimentRecord | None, str]:
     if not exists(path):
         return None, ""
     try:
-        return read_experiment(path), ""
+        return cache.record(path), ""
     except UserError as error:
         with open_file(path) as file:  # whole, perhaps, if this fails
             file.read()
@@ -183,7 +185,7 @@ def _pairs(experiment: Experiment, cells: Sequence[ResolvedCell]) -> list[tuple[
 
 
 def _progress(
-    path: Path, listed: set[str], pairs: Sequence[tuple[str, str]], cache: RunCache
+    path: Path, listed: set[str], pairs: Sequence[tuple[str, str]], cache: FolderCache
 ) -> Progress:
     """How far the runs of an experiment are: those ``listed``, and those of the ``pairs`` of its plan."""
     runs = path.parent.parent
@@ -193,7 +195,7 @@ def _progress(
     for other in experiment_records(runs):
         if other != path:
             with contextlib.suppress(UserError):  # the report names a damaged one
-                cells = read_experiment(other).cells
+                cells = cache.record(other).cells
                 others |= {name for cell in cells for name in cell.runs.values()}
     known = sum(arm != baseline and {arm, baseline} <= ended for arm, baseline in pairs)
     return Progress(len(ended), len(ended & others), len(listed | ended), known)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from storylab.config import TrainConfig, from_dict, to_dict
+from storylab.config import TrainConfig, current_name, from_dict, to_dict
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment, counted_up
 from storylab.experiments.factors import changed_fields
@@ -70,7 +70,7 @@ def plan_changes(current: dict[str, Any], plan: dict[str, Any]) -> Iterator[tupl
 
 
 def amended_plan(registered: Registration, earlier: Iterable[Amendment]) -> dict[str, Any]:
-    """The plan that holds after the amendments."""
+    """The plan that holds after the amendments, with the current names of config fields as its factors."""
     plan = copy.deepcopy(registered.plan)
     for change in earlier:
         if change.what == "arms":
@@ -81,6 +81,11 @@ def amended_plan(registered: Registration, earlier: Iterable[Amendment]) -> dict
                 plan["arms"].setdefault(condition, {}).update(arms)
         elif change.what in plan:
             plan[change.what] = change.after
+    if plan.get("factor"):
+        plan["factor"] = current_name(plan["factor"])
+    if plan.get("factorial"):
+        for factor in plan["factorial"]["factors"]:
+            factor["fields"] = sorted(map(current_name, factor["fields"]))
     return plan
 
 
@@ -115,6 +120,10 @@ def changed_config(before: dict[str, Any], after: dict[str, Any]) -> dict[str, t
     try:
         return changed_fields(_parsed(before), _parsed(after))
     except UserError:  # one is of a version with other fields
+        before, after = (
+            {current_name(name): value for name, value in values.items()}
+            for values in (before, after)
+        )
         names = {**before, **after}
         pairs = {name: (before.get(name), after.get(name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -14,13 +14,11 @@ from scipy import integrate, stats
 
 from storylab.errors import UserError
 from storylab.experiments.experiment import counted_up
-from storylab.experiments.openings import logged_openings
-from storylab.experiments.plan import EXPERIMENTS
-from storylab.experiments.records import experiment_records, read_experiment
+from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import CONFIG
-from storylab.record.index import RunCache, run_folders
+from storylab.record.index import run_folders
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,17 @@ def expected_largest(count: int) -> float:
 
 
 def records_on(
-    runs: Path, fingerprint: str, cache: RunCache
+    runs: Path, fingerprint: str, cache: FolderCache
 ) -> Iterator[tuple[Path, ExperimentRecord]]:
     """The readable records of experiments on a data set, with those that do not say on which."""
     for path in experiment_records(runs):
         with contextlib.suppress(UserError):  # the report names a damaged one
-            record = read_experiment(path)
+            record = cache.record(path)
             if _fingerprint(record, runs, cache) in (fingerprint, None):
                 yield path, record
 
 
-def _fingerprint(record: ExperimentRecord, runs: Path, cache: RunCache) -> str | None:
+def _fingerprint(record: ExperimentRecord, runs: Path, cache: FolderCache) -> str | None:
     if record.registered is not None:
         changed = [change.after for change in record.amendments if change.what == "data"]
         return str([record.registered.plan.get("data"), *changed][-1])
@@ -81,7 +79,7 @@ def _fingerprint(record: ExperimentRecord, runs: Path, cache: RunCache) -> str |
     return None
 
 
-def selection_on(runs: Path, fingerprint: str, cache: RunCache) -> Selection:
+def selection_on(runs: Path, fingerprint: str, cache: FolderCache) -> Selection:
     """The arms that search experiments in a folder of runs have tried on a data set."""
     return selection_of(record for _, record in records_on(runs, fingerprint, cache))
 
@@ -113,7 +111,7 @@ def selection_line(selection: Selection, spread: float | None) -> str:
     return f"{line}: the best of as many equal arms would look better by {gain:.4f} nats"
 
 
-def used_seeds(runs: Path, fingerprint: str, cache: RunCache) -> set[int]:
+def used_seeds(runs: Path, fingerprint: str, cache: FolderCache) -> set[int]:
     """Seeds that any run in a folder has used with a data set, or that a recorded plan reserves for it."""
     used: set[int] = set()
     for _, record in records_on(runs, fingerprint, cache):
@@ -134,8 +132,6 @@ def used_seeds(runs: Path, fingerprint: str, cache: RunCache) -> set[int]:
     return used
 
 
-def openings_of(runs: Path, fingerprint: str, cache: RunCache) -> int:
-    """How often the test split of a data set was opened, over all experiments in a folder of runs."""
-    recorded = sum(len(record.openings) for _, record in records_on(runs, fingerprint, cache))
-    # The log knows of records that were deleted.
-    return max(recorded, logged_openings(runs / EXPERIMENTS, fingerprint))
+def recorded_openings(runs: Path, fingerprint: str, cache: FolderCache) -> int:
+    """How often the test split of a data set was opened, by the records in a folder of runs."""
+    return sum(len(record.openings) for _, record in records_on(runs, fingerprint, cache))

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storylab.config import FIELDS, TrainConfig, without_removed
+from storylab.config import FIELDS, TrainConfig, current_name, without_removed
 from storylab.data.prepare import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
@@ -174,7 +174,7 @@ class _Reader:
         baseline = get_typed(self.table, "baseline", str, next(iter(arms), ""))
         if arms and baseline not in arms:
             raise UserError(f"the baseline '{baseline}' is not one of the arms: {listed(arms)}")
-        factor = get_typed(self.table, "factor", str, "")
+        factor = current_name(get_typed(self.table, "factor", str, ""))
         if len(arms) > 1 and not factor:
             raise UserError("it needs a factor, the one thing that its arms differ in")
         if factor:

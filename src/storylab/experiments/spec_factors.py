@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from storylab.config import TrainConfig
+from storylab.config import TrainConfig, current_name
 from storylab.errors import UserError
 from storylab.experiments.factorial import Factor, Factorial, design_cells
 from storylab.experiments.factors import (
@@ -64,7 +64,7 @@ def read_factorial(table: dict[str, Any]) -> tuple[Factorial | None, Arms]:
 def _read_factor(name: str, values: dict[str, Any]) -> tuple[Factor, list[dict[str, Any]]]:
     """A factor, and the changes of its two levels."""
     place = f"factor '{name}'"
-    cause = get_typed(values, "factor", str, "")
+    cause = current_name(get_typed(values, "factor", str, ""))
     levels = {key: value for key, value in values.items() if key != "factor"}
     for key, value in levels.items():
         if not isinstance(value, dict):

@@ -6,7 +6,7 @@ Differences are loss of the arm minus loss of the baseline, in nats, so that bel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +137,28 @@ def deviation_interval(deviation: float, n: int) -> tuple[float, float]:
     """95 % interval of a standard deviation seen in ``n`` values, by the chi-squared distribution."""
     low, high = (float(stats.chi2.ppf(q, n - 1)) for q in (1 - ALPHA / 2, ALPHA / 2))
     return deviation * math.sqrt((n - 1) / low), deviation * math.sqrt((n - 1) / high)
+
+
+def median_unbiased(deviation: float, n: int) -> float:
+    """A standard deviation seen in ``n`` values, corrected so that it is too large as often as too small.
+
+    Without it, three values give less than the true deviation in 63 % of samples. The values are normal.
+    """
+    return deviation * math.sqrt((n - 1) / float(stats.chi2.median(n - 1)))
+
+
+def typical_deviation(samples: Iterable[Sequence[float]]) -> float | None:
+    """Root of the median variance of samples, each by :func:`median_unbiased`; None without any spread.
+
+    The median keeps a sample with a broken run from deciding.
+    """
+    variances = [
+        median_unbiased(float(np.std(values, ddof=1)), len(values)) ** 2
+        for values in samples
+        if len(values) > 1
+    ]
+    found = float(np.median(variances)) if variances else 0.0
+    return math.sqrt(found) if found > 0 else None
 
 
 def ratio_interval(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec import structs
@@ -15,7 +16,7 @@ from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.recording import update_record, write_record
-from storylab.experiments.records import read_experiment
+from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now, registration_lines
 from storylab.experiments.scheduler import ExperimentReporter, run_experiment
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken
@@ -51,41 +52,73 @@ def run_by_looks(
     Raises:
         Interrupted: a signal stopped it; the same call goes on from there.
     """
-    seeds = list(dict.fromkeys(run.seed for run in planned))
-    settled: set[CellKey] = set()
-    states: list[str] = []
-    done, record = 0, Path()
-    for stop in stops(experiment.looks, len(seeds)):
+    work = _LookByLook(experiment, dataset, planned, runs, executor, reporter, fresh)
+    for stop in stops(experiment.looks, len(work.seeds)):
+        if not work.train_to(stop):
+            break
+    return work.record, work.states
+
+
+@dataclass
+class _LookByLook:
+    """An experiment that is trained look by look; see :func:`run_by_looks` for the first attributes."""
+
+    experiment: Experiment
+    dataset: Dataset
+    planned: Sequence[PlannedRun]
+    runs: Path
+    executor: Executor
+    reporter: ExperimentReporter
+    fresh: bool
+    record: Path = Path()
+    """The experiment's record, once it has been written."""
+    states: list[str] = field(default_factory=list)
+    """Of the runs so far."""
+    settled: set[CellKey] = field(default_factory=set)
+    done: int = 0
+    """Seeds so far."""
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(run.seed for run in self.planned))
+
+    def train_to(self, stop: int) -> bool:
+        """Train the open runs up to ``stop`` seeds, and judge; returns False if there are none."""
+        seeds, first = self.seeds[self.done : stop], self.done == 0
         part = [
             run
-            for run in planned
-            if run.seed in seeds[done:stop] and is_open(experiment, run, settled, planned)
+            for run in self.planned
+            if run.seed in seeds and is_open(self.experiment, run, self.settled, self.planned)
         ]
         if not part:
-            break
+            return False
         ended = _ended(part)
-        record = write_record(experiment, dataset, part, runs, fresh and done == 0)
-        if done == 0:
-            for line in plan_lines(experiment, record, part, len(seeds)):
-                reporter.line(line)
-        states += run_experiment(part, executor, reporter, fresh)
-        trained = fresh or _ended(part) > ended
-        outcome = load_outcome(record, planned[0].cache)
-        if stop in experiment.looks:
-            _note_if_reached(record, outcome, stop, settled, trained)
-        if stop < len(seeds) and trained:
-            for line in look_lines(outcome, stop, settled):
-                reporter.line(line)
-        settled, done = settled | outcome.settled_arms(), stop
-    return record, states
+        self.record = write_record(
+            self.experiment, self.dataset, part, self.runs, self.fresh and first
+        )
+        if first:
+            record = self.planned[0].cache.record(self.record)
+            self._report(plan_lines(self.experiment, record, part, len(self.seeds)))
+        self.states += run_experiment(part, self.executor, self.reporter, self.fresh)
+        self._judge(stop, trained=self.fresh or _ended(part) > ended)
+        self.done = stop
+        return True
 
+    def _judge(self, stop: int, trained: bool) -> None:
+        """Judge at ``stop`` seeds; note the look, if some arm was judged at it, and report its verdicts."""
+        cache = self.planned[0].cache
+        outcome = load_outcome(self.record, cache)
+        settled = outcome.settled_arms()
+        last = max((judgement.look or 0 for judgement in outcome.judgements), default=0)
+        if stop in self.experiment.looks and stop <= last:
+            note_look(self.record, cache, stop, settled - self.settled, trained)
+        if stop < len(self.seeds) and trained:
+            self._report(look_lines(outcome, stop, self.settled))
+        self.settled |= settled
 
-def _note_if_reached(
-    record: Path, outcome: Outcome, look: int, settled: set[CellKey], trained: bool
-) -> None:
-    """Note a look in the record, if some arm was judged at it."""
-    if look <= max((judgement.look or 0 for judgement in outcome.judgements), default=0):
-        note_look(record, look, outcome.settled_arms() - settled, trained)
+    def _report(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.reporter.line(line)
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:
@@ -94,10 +127,13 @@ def stops(looks: Sequence[int], seeds: int) -> list[int]:
 
 
 def plan_lines(
-    experiment: Experiment, record: Path, planned: Sequence[PlannedRun], seeds: int
+    experiment: Experiment,
+    record: ExperimentRecord,
+    planned: Sequence[PlannedRun],
+    seeds: int,
 ) -> Iterator[str]:
     """How the plan is registered, and what ``seeds`` seeds mean in it."""
-    for line in registration_lines(read_experiment(record)):
+    for line in registration_lines(record):
         yield f"This plan: {line}"
     compared = any(run.cell.arm != experiment.baseline for run in planned)
     unplanned = unplanned_line(experiment.looks, seeds)
@@ -143,11 +179,14 @@ def look_lines(outcome: Outcome, stop: int, settled: Collection[CellKey]) -> Ite
         yield f"Settled, so not trained with more seeds: {', '.join(names)}"
 
 
-def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) -> None:
+def note_look(
+    path: Path, cache: FolderCache, stop: int, settled: Collection[CellKey], again: bool
+) -> None:
     """Add a look to a record.
 
     Args:
-        path: the record.
+        path: file of the record.
+        cache: records that have been read.
         stop: seeds at the look.
         settled: the arms that it has settled.
         again: whether to add it even if the record has a look at that number of seeds.
@@ -161,7 +200,7 @@ def note_look(path: Path, stop: int, settled: Collection[CellKey], again: bool) 
         look = LookTaken(time=now(), seeds=stop, settled=names)
         return {"looks_taken": [structs.asdict(entry) for entry in (*taken, look)]}
 
-    update_record(path, change)
+    update_record(path, cache, change)
 
 
 def _ended(planned: Sequence[PlannedRun]) -> set[Path]:

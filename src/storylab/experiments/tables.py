@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from storylab.config import current_name
 from storylab.decode import shown
 from storylab.errors import UserError
 
@@ -17,25 +18,26 @@ LISTS = ("train", "validation", "test")
 
 def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
     """Replace hyphens by underscores in the keys of a file, or of one of its scales, as flags may
-    have both. Names that the user chose stay.
+    have both, and former names of config fields by the current ones. Names that the user chose stay.
 
     Raises:
         UserError: a key is given in both spellings.
     """
     table = _one_spelling(table, place)
-    for key in ("config", "data"):
-        if key in table:
-            table[key] = _one_spelling(table[key], f"[{key}]")
+    if "data" in table:
+        table["data"] = _one_spelling(table["data"], "[data]")
+    if "config" in table:
+        table["config"] = _current_fields(table["config"], "[config]")
     for key, kind in (("arms", "arm"), ("conditions", "condition")):
         if isinstance(table.get(key), dict):
             table[key] = {
-                name: _one_spelling(values, f"{kind} '{name}'")
+                name: _current_fields(values, f"{kind} '{name}'")
                 for name, values in table[key].items()
             }
     if isinstance(table.get("factors"), dict):
         table["factors"] = {
             name: {
-                level: _one_spelling(changes, f"factor '{name}', level '{level}'")
+                level: _current_fields(changes, f"factor '{name}', level '{level}'")
                 for level, changes in levels.items()
             }
             if isinstance(levels, dict)
@@ -52,15 +54,20 @@ def respelled(table: dict[str, Any], place: str = "the file") -> dict[str, Any]:
     return table
 
 
-def _one_spelling(table: Any, place: str) -> Any:
-    """Spell the keys of a table with underscores. Other values stay: the code that reads them
-    reports the fault."""
+def _current_fields(table: Any, place: str) -> Any:
+    """Spell the keys of a table of config fields with underscores and by their current names."""
+    return _one_spelling(table, place, current_name)
+
+
+def _one_spelling(table: Any, place: str, rename: Callable[[str], str] = str) -> Any:
+    """Spell the keys of a table with underscores and as ``rename`` has them. Other values stay: the
+    code that reads them reports the fault."""
     if not isinstance(table, dict):
         return table
     spelled: dict[str, Any] = {}
     given: dict[str, str] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = rename(key.replace("-", "_"))
         if name in given:
             raise UserError(f"{name} is given twice in {place}, as {given[name]} and as {key}")
         given[name], spelled[name] = key, value

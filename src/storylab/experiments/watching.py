@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storylab.errors import UserError
-from storylab.experiments.records import experiment_records, read_experiment
+from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists, held, open_file
 from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache
@@ -30,24 +30,24 @@ class WatchTable:
     faults: tuple[str, ...]
 
 
-def watch_tables(runs: Path, cache: RunCache | None = None) -> Iterator[WatchTable]:
+def watch_tables(runs: Path, cache: FolderCache | None = None) -> Iterator[WatchTable]:
     """Yield a table for every experiment.
 
     Args:
         runs: the folder of runs.
-        cache: runs that an earlier call has read.
+        cache: runs and records that an earlier call has read.
 
     Raises:
         UserError: there are no experiments, or ``runs`` cannot be read.
     """
-    records, cache = experiment_records(runs), cache or RunCache()
+    records, cache = experiment_records(runs), cache or FolderCache()
     if not records:
         raise UserError(
             f"{runs} has no experiments yet: `storylab list --runs {runs}` shows its runs"
         )
     for path in records:
         try:
-            record = read_experiment(path)
+            record = cache.record(path)
         except UserError as error:
             yield WatchTable(f"{path.stem}: its record is damaged", (), (str(error),))
             continue

@@ -155,7 +155,7 @@ def _update_work(config: TrainConfig, vocab_size: int, traffic: Traffic) -> Iter
     for cost, elements in update_costs(config.optimizer, parameters, _block_weights(model)):
         moved += elements * (cost.least_bytes if traffic.least_update else cost.bytes)
         kernels += cost.kernels
-    if config.average_share:
+    if config.ema_fraction:
         moved += parameters * AVERAGE_TRAFFIC
         kernels += AVERAGE_KERNELS
     cost = OPTIMIZERS[config.optimizer].cost
@@ -275,7 +275,7 @@ def _numbers_kept(config: TrainConfig, vocab_size: int) -> int:
     average of the weights."""
     model = config.model
     parameters = model.parameter_count(vocab_size)
-    kept = (3 if config.average_share else 2) * parameters
+    kept = (3 if config.ema_fraction else 2) * parameters
     for cost, elements in update_costs(config.optimizer, parameters, _block_weights(model)):
         kept += cost.state * elements
     rows = model.n_layer * sum(matrix.n_out for matrix in model.matrices())

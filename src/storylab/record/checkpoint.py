@@ -114,7 +114,7 @@ def restore(
     load_weights(model, own)
     if {AVERAGE_PREFIX + name for name in average} != tensors.keys() - own.keys():
         raise UserError(
-            "the checkpoint's averages are not those that the average_share in the run's config.json "
+            "the checkpoint's averages are not those that the ema_fraction in the run's config.json "
             "needs: one of the two has been altered"
         )
     for name, value in average.items():

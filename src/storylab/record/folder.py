@@ -115,7 +115,7 @@ class RunFolder:
         return dataset
 
     def truncate_to(
-        self, next_iteration: int, config: TrainConfig, compile_record: Mapping[str, Any]
+        self, next_iteration: int, config: TrainConfig, findings: Mapping[str, Any]
     ) -> None:
         """Prepare the folder to continue at ``next_iteration``: drop everything after it, record
         the new stage.
@@ -123,7 +123,7 @@ class RunFolder:
         Args:
             next_iteration: number of iterations that the checkpoint has done.
             config: the config to continue with.
-            compile_record: findings of the checks of compiled code, fields of
+            findings: results of the checks before the first step, fields of
                 :class:`~storylab.record.schema.Stage`.
         """
         kept = self._lines_before(next_iteration)
@@ -135,7 +135,7 @@ class RunFolder:
         # As plain JSON, so that keys of a later version stay.
         record = read_json(self.folder / ENVIRONMENT)
         stage = msgspec.structs.asdict(current_stage())
-        again = Resumption(**stage | dict(compile_record), iteration=next_iteration)
+        again = Resumption(**stage | dict(findings), iteration=next_iteration)
         resumed = [*record.get("resumed", []), msgspec.to_builtins(again)]
         write_json(self.folder / ENVIRONMENT, record | {"resumed": resumed})
         write_json(self.folder / CONFIG, configs.to_dict(config))

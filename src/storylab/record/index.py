@@ -70,12 +70,17 @@ def list_runs(runs: Path) -> Iterator[RunEntry]:
     """
     for folder in run_folders(runs):
         try:
-            yield _entry(folder)
+            yield list_run(folder)
         except UserError as error:
             yield RunEntry(folder.name, DAMAGED, fault=str(error))
 
 
-def _entry(folder: Path) -> RunEntry:
+def list_run(folder: Path) -> RunEntry:
+    """The entry of one run folder; see :func:`list_runs`.
+
+    Raises:
+        UserError: the run is damaged.
+    """
     with reading(folder), os.scandir(folder) as entries:
         found = {entry.name: entry for entry in entries}
     summary = RunFolder(folder).read_summary() if SUMMARY in found else None

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +24,9 @@ NUMERIC_CODE = (
     *("config", "optim", "data", "model", "precision", "training"),
     "record/checkpoint.py",
 )
-# Modules of those packages that only report or time, and cannot change a number.
+# Modules of those packages, and a folder, that only report, time or check, and cannot change a number.
 NON_NUMERIC_MODULES = (
+    *("training/check.py", "training/checking.py", "training/checks"),
     *("training/log_format.py", "training/measure.py", "training/observers.py"),
     *("training/recorder.py", "training/signals.py", "training/telemetry.py"),
 )
@@ -147,9 +148,12 @@ def code_sha256() -> str:
 
 def _decides_numbers(module: str) -> bool:
     """Whether a module, such as ``model/head.py``, counts for the code version."""
-    if module in NON_NUMERIC_MODULES:
-        return False
-    return any(module == name or module.startswith(f"{name}/") for name in NUMERIC_CODE)
+    return _among(module, NUMERIC_CODE) and not _among(module, NON_NUMERIC_MODULES)
+
+
+def _among(module: str, names: Iterable[str]) -> bool:
+    """Whether a module is one of ``names``, or in a folder of them."""
+    return any(module == name or module.startswith(f"{name}/") for name in names)
 
 
 def bare_source(source: str) -> str:

@@ -51,6 +51,25 @@ class CudaVersions(Struct, frozen=True, kw_only=True):
     memory_bytes: Count
 
 
+class CheckRecord(Struct, frozen=True, kw_only=True):
+    """A check before the first step of a stage, and what it found in one line."""
+
+    name: str
+    passed: bool
+    """False only where the run goes on without the thing that was checked, which is the compiler."""
+    seconds: Amount
+    finding: str
+
+
+class Checks(Struct, frozen=True, kw_only=True):
+    """The checks before the first step of a stage."""
+
+    skipped: bool
+    """Whether --skip_checks left all of them out."""
+    seconds: Amount
+    results: list[CheckRecord] = field(default_factory=list)
+
+
 class Stage(Struct, frozen=True, kw_only=True):
     """Code, packages and machine with which a run was started or resumed."""
 
@@ -73,6 +92,8 @@ class Stage(Struct, frozen=True, kw_only=True):
     """Findings of the checks of compiled code; not set if nothing was compiled."""
     compile_fault: str | UnsetType | None = UNSET
     """Fault for which the run goes on uncompiled; None if compiled code passed the checks."""
+    checks: Checks | UnsetType = UNSET
+    """Not set where the version of storylab did not record them."""
 
 
 class Resumption(Stage, frozen=True, kw_only=True):

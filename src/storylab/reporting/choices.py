@@ -7,21 +7,21 @@ from pathlib import Path
 
 from storylab.data.tally import plural
 from storylab.experiments.attempts import SET_ASIDE
-from storylab.experiments.foresight import typical_deviation
 from storylab.experiments.neighbors import named
 from storylab.experiments.outcome import Outcome
+from storylab.experiments.records import FolderCache
 from storylab.experiments.selection import records_on, selection_line, selection_of
+from storylab.experiments.statistics import typical_deviation
 from storylab.files import reading
-from storylab.record.index import RunCache
 
 
-def choices(outcomes: Sequence[Outcome], runs: Path, cache: RunCache) -> dict[str, list[str]]:
+def choices(outcomes: Sequence[Outcome], runs: Path, cache: FolderCache) -> dict[str, list[str]]:
     """Lines on the choices behind each experiment, by its label.
 
     Args:
         outcomes: the experiments.
         runs: the folder with their records and runs.
-        cache: runs that have been read already.
+        cache: runs and records that have been read already.
 
     Raises:
         UserError: the folder cannot be read.

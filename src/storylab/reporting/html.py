@@ -30,9 +30,17 @@ def html(
     figures: Mapping[str, Mapping[str, Spec]],
     problems: Sequence[str],
     choices: Mapping[str, Sequence[str]],
+    bundle: str | None = None,
 ) -> str:
-    """The whole page; ``figures`` has each experiment's specifications by caption, and ``choices`` the
-    lines on the choices behind it."""
+    """The whole page.
+
+    Args:
+        outcomes: the experiments.
+        figures: each experiment's specifications by caption, by the experiment's label.
+        problems: records that could not be read.
+        choices: lines on the choices behind each experiment, by its label.
+        bundle: address of the script that draws the figures; by default the page holds that script.
+    """
     content = {
         "overview": {
             "headings": ["experiment", "scale", "baseline loss", "verdicts"],
@@ -47,10 +55,19 @@ def html(
     # "<" is escaped so that no text can end the script element that holds the data.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     template = resources.files("storylab.reporting").joinpath("page.html").read_text("utf-8")
-    page = template.replace("@DATA@", data.replace("<", "\\u003c"))
+    if bundle is None:
+        script = "<script>" + figure_script().replace("</script", "<\\/script") + "</script>"
+    else:
+        script = f'<script src="{bundle}"></script>'
+    # The data last: a story may hold any text.
+    return template.replace("@SCRIPT@", script).replace("@DATA@", data.replace("<", "\\u003c"))
+
+
+def figure_script() -> str:
+    """The libraries that draw the figures, as JavaScript: Vega, Vega-Lite and Vega-Embed."""
     # Its type stub asks for an argument that the function does not need.
     bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
-    return page.replace("@BUNDLE@", bundle.replace("</script", "<\\/script"))
+    return bundle
 
 
 def _overview_row(outcome: Outcome) -> list[Any]:

@@ -11,9 +11,8 @@ import vl_convert
 from storylab.errors import UserError
 from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
-from storylab.experiments.records import experiment_records
+from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists, make_folder, read_text, write_text
-from storylab.record.index import RunCache
 from storylab.reporting.choices import choices
 from storylab.reporting.figures import cost, curves, effects, precision
 from storylab.reporting.figures.style import Spec, condition_of, static
@@ -27,7 +26,7 @@ LOG_FILE, PAGE_FILE, PICTURES = "EXPERIMENTS.md", "index.html", "pictures"
 def write_report(
     runs: Path,
     out: Path,
-    cache: RunCache | None = None,
+    cache: FolderCache | None = None,
     known: Mapping[Path, Outcome] | None = None,
 ) -> Path:
     """Write EXPERIMENTS.md, index.html and the pictures of every experiment in ``runs`` to ``out``.
@@ -35,7 +34,7 @@ def write_report(
     Args:
         runs: the folder of runs.
         out: the folder to write.
-        cache: runs that have been read already.
+        cache: runs and records that have been read already.
         known: outcomes that have been computed already, by the path of the experiment's record.
 
     Raises:
@@ -46,7 +45,7 @@ def write_report(
         raise UserError(
             f"{runs} has no experiments yet: run one with `storylab experiment run FILE --runs {runs}`"
         )
-    cache = cache or RunCache()
+    cache = cache or FolderCache()
     outcomes, problems = _read_outcomes(records, cache, known or {})
     chosen = choices(outcomes, runs, cache)
     specs = {outcome.label: dict(_figures(outcome)) for outcome in outcomes}
@@ -62,8 +61,24 @@ def write_report(
     return out
 
 
+def experiment_page(path: Path, cache: FolderCache, bundle: str) -> str:
+    """The page of one experiment, as HTML.
+
+    Args:
+        path: the experiment's record.
+        cache: runs and records that have been read already.
+        bundle: address of the script that draws the figures; the page does not hold it.
+
+    Raises:
+        UserError: the record is missing or damaged, or a file cannot be read.
+    """
+    outcome = load_outcome(path, cache)
+    specs = {outcome.label: dict(_figures(outcome))}
+    return html([outcome], specs, (), choices([outcome], path.parent.parent, cache), bundle)
+
+
 def _read_outcomes(
-    records: Sequence[Path], cache: RunCache, known: Mapping[Path, Outcome]
+    records: Sequence[Path], cache: FolderCache, known: Mapping[Path, Outcome]
 ) -> tuple[list[Outcome], list[str]]:
     """The outcomes of the records, and the faults of those that cannot be read."""
     outcomes, problems = [], []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from msgspec import UNSET
+
 from storylab.experiments.outcome import Outcome
 from storylab.optim import OPTIMIZERS, REST
 from storylab.record.run import Run
@@ -34,6 +36,9 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     yield "software", f"storylab {e.storylab}, torch {e.packages.torch}, Python {e.python}"
     commits = sorted({stage.git_commit[:12] for stage in run.stages if stage.git_commit})
     version = ", ".join(sorted({stage.code_sha256[:12] for stage in run.stages}))
+    skipped = [stage.checks.skipped for stage in run.stages if stage.checks is not UNSET]
+    if any(skipped):
+        yield "checks", f"skipped in {run.folder.name} (--skip_checks)"
     yield "code", version + (f" (git {', '.join(commits)})" if commits else "")
     tokens = ", ".join(f"{count:,} {name} tokens" for name, count in data.tokens.items())
     yield (
@@ -56,8 +61,8 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         + f", betas ({c.beta1:g}, {c.beta2:g}), weight decay {c.weight_decay:g}, gradient norm "
         f"clipped at {c.grad_clip:g}"
         + (
-            f"; weights averaged over about {c.average_share:.0%} of the run"
-            if c.average_share
+            f"; weights averaged over about {c.ema_fraction:.0%} of the run"
+            if c.ema_fraction
             else ""
         ),
     )

@@ -13,8 +13,9 @@ from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
 from storylab.record.folder import LOG, PRECISION, RunFolder
-from storylab.training import checks, log_format
+from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
+from storylab.training.checks.compiled import require_blameless_compiler
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
@@ -34,7 +35,7 @@ def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder
     Raises:
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
-        UserError: the disk is full, or a check of the model failed.
+        UserError: the disk is full, or compiled code is at fault for numbers that are not finite.
     """
     loop = Loop(setup, run, observers)
     with loop.running():
@@ -80,7 +81,7 @@ class Loop:
                         yield
                 except NonFiniteError as error:
                     self.read()  # float16 raises before the steps in flight are read
-                    checks.require_blameless_compiler(self.setup, error)
+                    require_blameless_compiler(self.setup, error)
                     message, summary = write_diverged(self.run, self.setup, error, self._measured())
                     self.observers.end(summary)
                     raise Diverged(message) from error
@@ -106,15 +107,16 @@ class Loop:
             raise Interrupted(message, self.stop.number or signal.SIGINT) from None
 
     def start(self) -> None:
-        """Save a first checkpoint, print the lines for the user, and check quantized layers."""
+        """Save a first checkpoint, print the lines for the user, and record the checks."""
         if self.checkpoints.save_first():
             cuda = self.setup.precision.device.type == "cuda"
             for line in log_format.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
-        found = checks.check_precision(self.setup)
-        if found is not None:
+        if (found := self.setup.precision_info) is not None:
             write_json(self.run.folder / PRECISION, found)
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
+        if self.setup.checks is not None:
+            self.recorder.line(log_format.checks_line(self.setup.checks))
 
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""

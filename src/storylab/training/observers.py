@@ -16,6 +16,9 @@ class Observer:
     stop the run.
     """
 
+    label = ""
+    """Its name in the line that says that it was dropped; by default that of its class."""
+
     def start(self, folder: Path) -> None:
         """Training begins or goes on in a run folder."""
 
@@ -68,7 +71,10 @@ class Observers(Observer):
                 getattr(observer, method)(*values)
             except Exception as error:
                 self._observers.remove(observer)
-                name, reason = type(observer).__name__, " ".join(str(error).split())
+                name, reason = (
+                    observer.label or type(observer).__name__,
+                    " ".join(str(error).split()),
+                )
                 line = f"{name} failed and no longer watches: {reason or type(error).__name__}"
                 self.log(line)
                 self.line(line)

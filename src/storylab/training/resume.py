@@ -16,7 +16,7 @@ from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import current_stage, representative
-from storylab.training.checks import with_proven_compiler
+from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
@@ -34,7 +34,8 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
         observers: watch it.
 
     Raises:
-        UserError: other data, an incompatible config, or a damaged checkpoint; nothing is changed.
+        UserError: other data, an incompatible config, a damaged checkpoint, or a check of this machine
+            has failed; nothing is changed.
         Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
@@ -79,8 +80,8 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
         )
     for note in _notes(run, stored, config, done):
         observers.line(note)
-    setup = with_proven_compiler(setup, observers, run)
-    run.truncate_to(done, setup.config, setup.compile_record())
+    setup = run_checks(setup, observers, run)
+    run.truncate_to(done, setup.config, setup.findings())
     return fit(setup, run, observers)
 
 

@@ -19,6 +19,7 @@ from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder, require_free
+from storylab.record.schema import Checks
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import ComputePolicy, choose_device, choose_precision
@@ -96,6 +97,8 @@ class TrainingSetup:
         progress: how far the run has come.
         compile_checks: results of comparing compiled with uncompiled code.
         compile_fault: the fault for which a run goes on uncompiled; None otherwise.
+        checks: results of the checks before the first step; None before they have run.
+        precision_info: the content of ``precision.json``; None without a recipe or its check.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, precision: ComputePolicy) -> None:
@@ -111,6 +114,8 @@ class TrainingSetup:
         self.progress = RunProgress()
         self.compile_checks: list[CompileCheck] = []
         self.compile_fault: str | None = None
+        self.checks: Checks | None = None
+        self.precision_info: dict[str, Any] | None = None
 
     def restore(self, run: RunFolder) -> None:
         """Go to the run's last checkpoint, or stay at the start if it has none yet.
@@ -129,8 +134,8 @@ class TrainingSetup:
             self.state.scaler.load_state_dict(self.progress.scaler)
 
     def identity(self) -> dict[str, Any]:
-        """Device, hashes of the initial weights and of the first batch, and the checks of compiled code,
-        for ``environment.json``. The hashes prove which runs share weights and data order."""
+        """Device, hashes of the initial weights and of the first batch, and results of the checks, for
+        ``environment.json``. The hashes prove which runs share weights and data order."""
         device = self.precision.device
         cuda = device.type == "cuda"
         weights = {name: p.detach() for name, p in self.state.model.named_parameters()}
@@ -139,12 +144,13 @@ class TrainingSetup:
             "gpu": torch.cuda.get_device_name(device) if cuda else None,
             "initial_weights_sha256": checkpoint.weights_sha256(weights),
             "first_batch_sha256": hashlib.sha256(self.batches(0).numpy().tobytes()).hexdigest(),
-            **self.compile_record(),
+            **self.findings(),
         }
 
-    def compile_record(self) -> dict[str, Any]:
-        """The checks of the compiled code, for ``environment.json``; empty if there were none."""
-        if not self.compile_checks and self.compile_fault is None:
-            return {}
-        checks = [check.to_dict() for check in self.compile_checks]
-        return {"compile_checks": checks, "compile_fault": self.compile_fault}
+    def findings(self) -> dict[str, Any]:
+        """Results of the checks before the first step, for ``environment.json``; empty if none has run."""
+        found: dict[str, Any] = {} if self.checks is None else {"checks": self.checks}
+        if self.compile_checks or self.compile_fault is not None:
+            checks = [check.to_dict() for check in self.compile_checks]
+            found |= {"compile_checks": checks, "compile_fault": self.compile_fault}
+        return found

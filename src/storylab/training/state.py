@@ -46,7 +46,7 @@ class TrainState:
             self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
-        self.ema = WeightAverage(self.model, config.average_share * config.iterations)
+        self.ema = WeightAverage(self.model, config.ema_fraction * config.iterations)
 
     def step(
         self,

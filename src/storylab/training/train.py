@@ -6,7 +6,7 @@ from storylab.config import TrainConfig
 from storylab.data.dataset import load_dataset
 from storylab.files import exclusive
 from storylab.record.folder import RunFolder, create_run
-from storylab.training.checks import with_proven_compiler
+from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.setup import TrainingSetup, resolve
@@ -16,7 +16,7 @@ def train(config: TrainConfig, *observers: Observer) -> RunFolder:
     """Train a model as ``config`` says, in a new run folder.
 
     Raises:
-        UserError: data, device or folder cannot be used, or the disk is full.
+        UserError: data, device or folder cannot be used, a check has failed, or the disk is full.
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
     """
@@ -26,7 +26,7 @@ def train(config: TrainConfig, *observers: Observer) -> RunFolder:
     dataset = load_dataset(config.data_dir)
     dataset.require_window(config.block_size)
     setup = TrainingSetup(config, dataset, precision)
-    setup = with_proven_compiler(setup, watching, asked=asked)
+    setup = run_checks(setup, watching, compile_asked=asked)
     run = create_run(setup.config, dataset, setup.identity())
     with exclusive(run.folder):
         return fit(setup, run, watching)

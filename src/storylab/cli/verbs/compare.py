@@ -59,10 +59,10 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
         UserError: the first run or all others cannot be read, or the runs differ in their seeds alone.
     """
     from storylab.experiments.by_hand import compare_given
-    from storylab.record.index import RunCache
+    from storylab.experiments.records import FolderCache
 
     # Without the first there is no baseline.
-    cache = RunCache()
+    cache = FolderCache()
     results, faults = [cache.load(command.runs[0])], []
     for folder in command.runs[1:]:
         try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
     closing_code,
@@ -14,6 +13,7 @@ from storylab.cli.experiments import (
     print_plan,
     print_results,
     require_document,
+    tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExperimentConfirmCommand:
+class ExperimentConfirmCommand(ExperimentFlags):
     """Confirm arms of an experiment: train them and the baseline with seeds that no run in the folder has
     used with this data, and judge them once, on the test split.
 
@@ -35,31 +35,19 @@ class ExperimentConfirmCommand:
     | storylab experiment confirm mine.toml --only 3e-3 --seeds 8
     """
 
-    file: ExperimentFile
-    """Experiment file (TOML)."""
     only: tuple[str, ...] = ()
     """Arms to confirm; by default those of an earlier call, or the only one besides the baseline."""
     seeds: int | None = None
     """Number of seeds, at least 5; by default 5, or as many as an earlier call had."""
-    scale: str | None = None
-    """One of the file's scales; by default laptop if the file has it, else the first."""
-    dry_run: bool = False
-    """Show the plan, with expected time and memory from a short calibration and the differences that it
-    can see, and stop."""
-    runs: Path = DEFAULT_RUNS_DIR
-    """Folder that holds the run folders."""
-    data_dir: Path | None = None
-    """Prepared data set; by default the one that the file's [data] describes."""
-    exit_code: ExitByVerdict = False
-    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
     require_document(command.json, command.dry_run)
+    executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
-        outcome, states = _results(command, call.executor)
+        outcome, states = _results(command, executor)
     if outcome is None:
         return 0
     return closing_code(outcome, states, command.exit_code, command.json)
@@ -73,27 +61,26 @@ def _results(
     from storylab.experiments.foresight import expected_spread
     from storylab.experiments.outcome import load_outcome
     from storylab.experiments.plan import plan_runs
-    from storylab.experiments.selection import openings_of, selection_line, selection_on
+    from storylab.experiments.records import FolderCache
+    from storylab.experiments.selection import selection_line, selection_on
     from storylab.experiments.spec import load_experiment
-    from storylab.record.index import RunCache
 
-    search, cache = load_experiment(command.file, command.scale), RunCache()
+    search, cache = load_experiment(command.file, command.scale), FolderCache()
     dataset, runs = open_data(search, command.data_dir), command.runs
     experiment = confirmation(search, dataset, runs, command.only, command.seeds, cache)
-    planned = plan_runs(experiment, dataset, runs)
-    on_data = (runs, dataset.fingerprint, cache)
+    planned = plan_runs(experiment, dataset, runs, cache=cache)
     spread = expected_spread(search, dataset.fingerprint, runs, cache).nats
-    print(selection_line(selection_on(*on_data), spread))
+    print(selection_line(selection_on(runs, dataset.fingerprint, cache), spread))
     print(f"Seeds for the confirmation alone: {', '.join(map(str, experiment.seeds))}")
     if command.dry_run:
         print_plan(experiment, dataset, planned, runs, executor)
         return None, []
     record, states = train_planned(experiment, dataset, planned, runs, executor)
     if "finished" not in states:
-        return load_outcome(record, planned[0].cache), states
-    print(openings_line(openings_of(*on_data)))
-    note_opening(record, len(experiment.seeds), dataset.fingerprint)
-    return print_results(record, runs, planned[0].cache), states
+        return load_outcome(record, cache), states
+    before = note_opening(record, len(experiment.seeds), dataset.fingerprint, cache)
+    print(openings_line(before))
+    return print_results(record, runs, cache), states
 
 
 VERB = Verb(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, ExitByVerdict, ExperimentFile
+from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
     closing_code,
@@ -14,6 +13,7 @@ from storylab.cli.experiments import (
     print_plan,
     print_results,
     require_document,
+    tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExperimentRunCommand:
+class ExperimentRunCommand(ExperimentFlags):
     """Run an experiment file: every arm with every seed, then the comparison and the report.
 
     Finished runs are not trained again, and a stopped experiment continues where it stopped. With more
@@ -35,33 +35,21 @@ class ExperimentRunCommand:
     | storylab experiment run mine.toml --seeds 8 --only full --dry_run
     """
 
-    file: ExperimentFile
-    """Experiment file (TOML)."""
-    scale: str | None = None
-    """One of the file's scales; by default laptop if the file has it, else the first."""
     seeds: int | None = None
     """Number of seeds, trained look by look; by default those that the file lists."""
     only: tuple[str, ...] = ()
     """Run these arms only."""
-    dry_run: bool = False
-    """Show the plan, with expected time and memory from a short calibration and the differences that it can
-    see, and stop."""
     fresh: bool = False
     """Train everything again; earlier runs are set aside, not deleted."""
-    runs: Path = DEFAULT_RUNS_DIR
-    """Folder that holds the run folders."""
-    data_dir: Path | None = None
-    """Prepared data set; by default the one that the file's [data] describes."""
-    exit_code: ExitByVerdict = False
-    json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
     require_document(command.json, command.dry_run)
+    executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
-        outcome, states = _results(command, call.executor)
+        outcome, states = _results(command, executor)
     if outcome is None:
         return 0
     return closing_code(outcome, states, command.exit_code, command.json)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storylab.cli.arguments import AsJson
+import msgspec
+from msgspec import UNSET
+
+from storylab.cli.arguments import AsJson, OptionalRunFolder
 from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
-from storylab.config import DEFAULT_PRESET, PRESETS, ModelConfig, PresetName
-from storylab.documents.info import InfoDocument
-from storylab.flags import default_for, vocab_size_or
+from storylab.config import DEFAULT_PRESET, PRESETS, ModelConfig, PresetName, parse_attention
+from storylab.documents.info import CheckEntry, InfoDocument, StageEntry
+from storylab.errors import UserError
+from storylab.flags import default_for, given_flags, vocab_size_or
+
+if TYPE_CHECKING:
+    from storylab.record.schema import Stage
 
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Print the shape and the parameter count of a model.
+    """Print the shape and the parameter count of a model, or of a run and its checks.
 
     Examples: storylab info | storylab info --preset 113m | storylab info --preset 10m --n_layer 6
+    | storylab info runs/a
     """
+
+    run: OptionalRunFolder = None
+    """Run folder, instead of the flags of a model; also prints the checks before its first step."""
 
     preset: PresetName = DEFAULT_PRESET
     """Named model shape; the shape flags override single values of it."""
@@ -31,21 +45,77 @@ class InfoCommand:
 def run(call: Call) -> int:
     """Print shape and parameter count."""
     preset = default_for(call.args)
-    command = call.parse(InfoCommand, InfoCommand(preset.preset, preset.model))
-    document = _document(command.preset, command.model, command.vocab_size)
+    command = call.parse(InfoCommand, InfoCommand(preset=preset.preset, model=preset.model))
+    if command.run is not None:
+        flags = [name for name in given_flags(call.args) if name != "json"]
+        if flags:
+            raise UserError(
+                f"--{flags[0]} is for a model: leave it out, or leave {command.run} out"
+            )
+        document = _document_of_run(command.run)
+    else:
+        document = _document(command.preset, command.model, command.vocab_size)
     if command.json:
         print_document(lambda: document)
         return 0
     for name, value in document.model.items():
         print(f"{name:<12} {value if isinstance(value, str) else f'{value:,}'}")
     print(f"{'head size':<12} {document.head_size}")
-    windows = ", ".join(pattern.short for pattern in command.model.layer_patterns)
+    patterns = parse_attention(str(document.model["attention"]))
+    layers = range(int(document.model["n_layer"]))
+    windows = ", ".join(patterns[layer % len(patterns)].short for layer in layers)
     print(
         f"{'windows':<12} {windows} (receptive field: {document.receptive_field_tokens or 'all'})"
     )
     print(f"{'vocabulary':<12} {document.vocab_size:,}")
     print(f"{document.parameters:,} parameters")
+    for stage in document.stages:
+        for line in _stage_lines(stage):
+            print(line)
     return 0
+
+
+def _stage_lines(stage: StageEntry) -> Iterator[str]:
+    """The checks of a stage in words."""
+    name = f"checks before iteration {stage.iteration}"
+    if stage.skipped is None:
+        yield f"{name}: not recorded (by an earlier version of storylab)"
+    elif stage.skipped:
+        yield f"{name}: skipped (--skip_checks)"
+    else:
+        yield f"{name}: {stage.seconds:.1f} s"
+        for check in stage.checks:
+            yield f"  {check.name:<18} {'passed' if check.passed else 'FAILED'}: {check.finding}"
+
+
+def _document_of_run(folder: Path) -> InfoDocument:
+    """Shape, parameter count and checks of a run.
+
+    Raises:
+        UserError: there is no run, or its files are damaged.
+    """
+    from storylab.record.folder import open_run
+
+    run = open_run(folder)
+    config, environment = run.read_config(), run.read_environment()
+    vocab_size = run.read_data().tokenizer.vocab_size
+    stages = [(0, environment), *((stage.iteration, stage) for stage in environment.resumed)]
+    return msgspec.structs.replace(
+        _document(config.preset, config.model, vocab_size),
+        run=str(folder),
+        stages=[_stage(iteration, stage) for iteration, stage in stages],
+    )
+
+
+def _stage(iteration: int, stage: Stage) -> StageEntry:
+    if stage.checks is UNSET:
+        return StageEntry(iteration=iteration, skipped=None, seconds=None, checks=[])
+    return StageEntry(
+        iteration=iteration,
+        skipped=stage.checks.skipped,
+        seconds=stage.checks.seconds,
+        checks=[CheckEntry(**msgspec.structs.asdict(check)) for check in stage.checks.results],
+    )
 
 
 def _document(preset: PresetName, model: ModelConfig, vocab_size: int) -> InfoDocument:
@@ -59,7 +129,9 @@ def _document(preset: PresetName, model: ModelConfig, vocab_size: int) -> InfoDo
         receptive_field_tokens=model.receptive_field,
         vocab_size=vocab_size,
         parameters=model.parameter_count(vocab_size),
+        run=None,
+        stages=[],
     )
 
 
-VERB = Verb("info", "print shape and parameter count of a model", "runs", run, position=6)
+VERB = Verb("info", "print shape and parameter count of a model or run", "runs", run, position=6)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from storylab.cli.arguments import RunFolder
+from storylab.cli.arguments import RunFolder, Track
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
 
 
@@ -25,6 +26,9 @@ class ResumeCommand:
     nothing else may depend on the length of the run."""
     data_dir: Path | None = None
     """New place of the run's data set, if it has moved."""
+    skip_checks: bool = False
+    """Go on without the checks of this machine; the run records it."""
+    track: Track = ()
 
 
 def run(call: Call) -> int:
@@ -40,8 +44,10 @@ def run(call: Call) -> int:
         changes["max_iters"] = command.max_iters
     if command.data_dir is not None:
         changes["data_dir"] = command.data_dir
+    if command.skip_checks:
+        changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
-    return show_training(lambda reporter: resume(command.run, wanted, reporter))
+    return show_training(partial(resume, command.run, wanted), command.track)
 
 
 VERB = Verb(

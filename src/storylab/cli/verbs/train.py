@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
+from storylab.cli.arguments import Track
 from storylab.cli.registry import Call, Verb
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig
 from storylab.errors import UserError
 from storylab.flags import default_for, given_flags
+from storylab.tracking import require_installed
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,19 @@ class TrainCommand:
     Examples: storylab train --dtype bfloat16 --max_iters 1000
     | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
     | storylab train (the same flags) --out_dir runs/a --resume
+    | storylab train --preset nano --track tensorboard mlflow
     """
 
     config: TrainConfig = field(default_factory=TrainConfig)
     resume: bool = False
     """Continue the run in --out_dir; its config must be the same."""
+    track: Track = ()
 
 
 def run(call: Call) -> int:
     """Train a run, or continue it with --resume."""
     command = call.parse(TrainCommand, TrainCommand(default_for(call.args)))
+    require_installed(command.track)
     config = command.config
     split_is_free = not {"batch_size", "gradient_accumulation_steps"} & {*given_flags(call.args)}
     from storylab.cli.training import show_training
@@ -46,7 +52,7 @@ def run(call: Call) -> int:
         folder = config.out_dir
         if split_is_free:
             config = split_as(open_run(folder).read_config(), config)
-        return show_training(lambda reporter: resume(folder, config, reporter))
+        return show_training(partial(resume, folder, config), command.track)
     if config.data_dir == DEFAULT_DATA_DIR and not DEFAULT_DATA_DIR.exists():
         _prepare_default_data(config)
     from storylab.training.precision import choose_device
@@ -59,7 +65,7 @@ def run(call: Call) -> int:
                 f"micro-batches of {chosen.batch_size} sequences, which fit into the GPU's memory"
             )
         config = chosen
-    return show_training(lambda reporter: train(config, reporter))
+    return show_training(partial(train, config), command.track)
 
 
 def _prepare_default_data(config: TrainConfig) -> None:

@@ -33,8 +33,8 @@ def run(call: Call) -> int:
     from rich.text import Text
 
     from storylab.cli.console import make_table, print_table
+    from storylab.experiments.records import FolderCache
     from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
-    from storylab.record.index import RunCache
 
     require_runs_folder(command.runs)
     if command.once or not sys.stdout.isatty():
@@ -42,7 +42,7 @@ def run(call: Call) -> int:
             print_table(table.title, WATCH_COLUMNS, table.rows)
             print(*table.faults, sep="\n", end="\n" * bool(table.faults))
         return 0
-    cache = RunCache()
+    cache = FolderCache()
     with Live(auto_refresh=False) as live:
         while True:
             parts: list[Any] = [

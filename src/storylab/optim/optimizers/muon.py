@@ -23,7 +23,7 @@ def build(groups: ParameterGroups, config: TrainConfig) -> torch.optim.Optimizer
     (group,) = groups
     return Muon(
         zip(group["params"], group["parts"], strict=True),
-        lr=config.matrix_lr,
+        lr=config.muon_lr,
         weight_decay=group["weight_decay"],
         normalize_rows=config.optimizer == "normuon",
     )
@@ -51,7 +51,7 @@ ENTRIES = (
         ),
         state_names=frozenset({"momentum"}),
         matrices_only=True,
-        rate_field="matrix_lr",
+        rate_field="muon_lr",
     ),
     OptimizerEntry(
         name="normuon",
@@ -69,6 +69,6 @@ ENTRIES = (
         ),
         state_names=frozenset({"momentum", "row_squares"}),
         matrices_only=True,
-        rate_field="matrix_lr",
+        rate_field="muon_lr",
     ),
 )

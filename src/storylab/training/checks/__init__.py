@@ -1,0 +1,1 @@
+"""Checks before the first step. Each module here holds one, as ``CHECK``."""
