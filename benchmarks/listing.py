@@ -66,6 +66,7 @@ def make_runs(place: Path, count: int, rows: int, old: bool) -> Path:
     summary |= {"iterations": rows, "tokens": 64 * rows}
     if old:
         summary = {key: value for key, value in summary.items() if key not in LISTING_KEYS}
+    (first / "SHA256SUMS").unlink(missing_ok=True)  # of the files as they were
     (first / "summary.json").write_text(json.dumps(summary, indent=2))
     for number in range(1, count):
         folder = first.with_name(f"run-{number:05}")

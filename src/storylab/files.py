@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +19,8 @@ from storylab.decode import decode
 from storylab.errors import UserError
 
 T = TypeVar("T")
+Check = Callable[[bytes], None]  # raises a UserError for bytes that are not those written
+
 FOLDERS_OPEN = os.name != "nt"  # whether a folder has a descriptor, to be locked and synced by
 READING_REMEDIES = {
     errno.ENOENT: "; check the path, and where it leads if it is a link",
@@ -250,14 +251,18 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, check: Check | None = None) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON.
+        UserError: the file is missing, unreadable or not JSON, or ``check`` refuses it.
     """
     with open_file(path) as file:
-        return json_of(file.read(), path)
+        data = file.read()
+    value = json_of(data, path)
+    if check is not None:
+        check(data)
+    return value
 
 
 def json_of(data: bytes, path: Path) -> Any:
@@ -288,18 +293,16 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def read_record(path: Path, kind: type[T]) -> T:
+def read_record(path: Path, kind: type[T], check: Check | None = None) -> T:
     """Read a JSON file that holds a value of type ``kind``, see :func:`storylab.decode.decode`.
 
     Raises:
-        UserError: the file cannot be read, or something in it is missing or of another type.
+        UserError: the file cannot be read, something in it is missing or of another type, or ``check``
+            refuses it.
     """
     with open_file(path) as file:
         data = file.read()
-    return decode(kind, data, str(path))
-
-
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    value = decode(kind, data, str(path))
+    if check is not None:
+        check(data)
+    return value

@@ -106,6 +106,20 @@ def test_the_verbs_with_the_flag_are_those_with_a_document(
     assert having == DOCUMENTS.keys()
 
 
+def test_verify_names_each_difference_with_its_file(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = document(capsys, "verify", runs / "a-s1", "--depth", "record")
+    assert found.depth == "record" and found.differences == 0
+    assert [(item.path, item.kind) for item in found.verified] == [(str(runs / "a-s1"), "run")]
+    shutil.copytree(runs / "a-s1", tmp_path / "run")
+    (tmp_path / "run/log.txt").write_text("")
+    assert main(["verify", str(tmp_path / "run"), "--depth", "record", "--json"]) == 1
+    other = msgspec.json.decode(capsys.readouterr().out, type=DOCUMENTS["verify"])
+    (difference,) = other.verified[0].differences
+    assert (difference.check, difference.file) == ("bytes", "log.txt")
+
+
 def test_list_is_what_the_summaries_say(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from list_source import STORIES, write
+from record_folders import forget_checksums
 from storylab.data import builtin
 from storylab.data.dataset import (
     fingerprint,
@@ -58,6 +59,7 @@ def test_ids_are_checked_when_loaded(tmp_path: Path) -> None:
     manifest = data.manifest | {"dtype": "uint16"}
     manifest["fingerprint"] = fingerprint(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    forget_checksums(folder)
     with pytest.raises(UserError, match="overflow"):
         load_dataset(folder)
 

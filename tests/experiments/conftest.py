@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from record_folders import forget_checksums
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
@@ -19,4 +21,5 @@ def rng() -> np.random.Generator:
 def runs(trained: Path, tmp_path: Path) -> Path:
     """A copy, to change, of the runs that the module's fixture ``trained`` has trained."""
     shutil.copytree(trained, tmp_path / "runs")
+    forget_checksums(tmp_path)
     return tmp_path / "runs"

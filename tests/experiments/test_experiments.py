@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executors import InProcess, Unused, perform_quietly
+from record_folders import forget_checksums
 from reporters import Watcher
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
@@ -550,6 +551,7 @@ def test_runs_by_other_code_are_shown_and_trained_again_on_demand(
 ) -> None:
     executor = InProcess()
     run_experiment(planned, executor, Watcher())
+    forget_checksums(planned[0].folder)
     environment = planned[0].folder / "environment.json"
     values = json.loads(environment.read_text()) | {"code_sha256": "other"}
     environment.write_text(json.dumps(values))

@@ -16,6 +16,7 @@ import pytest
 from msgspec import structs
 
 from executors import train_here
+from record_folders import forget_checksums
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
@@ -473,6 +474,7 @@ def test_all_cells_stop_when_every_effect_is_settled(copied: Path) -> None:
 def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
     record = read_experiment(copied)
     folder = copied.parent.parent / record.cells[3].runs["2"]
+    forget_checksums(folder)
     summary = folder / SUMMARY
     data = json.loads(summary.read_text())
     summary.write_text(json.dumps(data | {"status": "diverged", "reason": "loss is nan"}))

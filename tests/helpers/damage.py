@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from executors import InProcess, perform_quietly
+from record_folders import forget_checksums
 from storylab.cli import main
 from storylab.execution.job import Job, Outcome
 
@@ -28,7 +29,8 @@ RECORD = FILES[:9]
 
 
 def change(path: Path, **values: Any) -> None:
-    """Replace keys of a JSON file."""
+    """Replace keys of a JSON file, as if its folder had no checksums."""
+    forget_checksums(path.parent)
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from damage import Place
 from executors import train_here
-from record_folders import Opened
+from record_folders import Opened, forget_checksums
 from samples import SMALL_EXPERIMENT
 from storylab.data.dataset import Dataset
 from storylab.experiments.plan import plan_runs
@@ -44,7 +44,8 @@ def opened() -> Opened:
 
 @pytest.fixture(scope="module")
 def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The place before any damage, trained in this process."""
+    """The place before any damage, trained in this process; without checksums, so that damage meets the
+    checks behind them."""
     place = Place(tmp_path_factory.mktemp("whole") / "place")
     shutil.copytree(dataset.folder, place.data)
     place.file.write_text(SMALL_EXPERIMENT.format(seeds="1, 2"))
@@ -53,6 +54,7 @@ def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Place:
     for run in planned:
         assert train_here(run.config).status == "done"
     shutil.copy(write_record(experiment, dataset, planned, place.runs), place.root)
+    forget_checksums(place.root)
     return place
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from record_folders import folders
+from record_folders import folders, forget_checksums
 from storylab.config import to_dict
 from storylab.record.folder import RunFolder
 from storylab.record.run import load_run
 from storylab.record.schema import EvaluationRow, IterationRow
+from storylab.record.stages import truncate_to
 
 
 def test_what_is_written_is_read_back(place: Path) -> None:
     """Every file of a run, through its type, to the same JSON; American names are in the code alone."""
+    forget_checksums(place)
     folder = folders(place)[0]
     run = RunFolder(folder)
     for name, value in (
@@ -42,6 +44,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
 
 def test_a_later_version_may_write_more(place: Path) -> None:
     folder = folders(place)[0]
+    forget_checksums(place)
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(json.dumps(json.loads(line) | {"later": {}}) for line in lines))
@@ -51,7 +54,7 @@ def test_a_later_version_may_write_more(place: Path) -> None:
     assert load_run(folder).finished
     # What is not known is kept where a resumed run cuts its rows and notes its stage.
     run = RunFolder(folder)
-    run.truncate_to(3, run.read_config(), {"compile_fault": "none"})
+    truncate_to(run, 3, run.read_config(), {"compile_fault": "none"})
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert all("later" in row and row["iteration"] < 3 for row in kept)
     assert sum(row["kind"] == "iteration" for row in kept) == 3

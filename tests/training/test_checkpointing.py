@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
     changed = data.replace(b'\\"next_iteration\\": 6', b'\\"next_iteration\\": 5')
     assert changed != data
     path.write_bytes(changed)
+    open_run(config.out_dir).checkpoint("previous").unlink()
     with pytest.raises(UserError, match="altered"):
         resume(config.out_dir)
 
@@ -68,12 +70,36 @@ def test_the_last_checkpoint_is_written_once(
     saved: list[tuple[str, int]] = []
     save = checkpoint.save
 
-    def counted(path: Path, tensors: Any, state: dict[str, Any]) -> None:
+    def counted(path: Path, tensors: Any, state: dict[str, Any], previous: Path | None) -> None:
         if path.stem == "last":
             saved.append((path.stem, state["next_iteration"]))
-        save(path, tensors, state)
+        save(path, tensors, state, previous)
 
     # A file that is written twice looks like one that is written once.
     monkeypatch.setattr(checkpoint, "save", counted)
     train(tiny_config(max_iters=8, eval_interval=4))
     assert saved == [("last", 0), ("last", 5), ("last", 9)]
+
+
+def test_every_changed_byte_of_a_checkpoint_is_found_when_it_is_read(
+    tiny_config: MakeConfig,
+) -> None:
+    """All of the header's ends, and places all over the file."""
+    path = train(tiny_config(max_iters=3)).checkpoint("last")
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    draw = random.Random(1)
+    places = {
+        *range(24),
+        *range(header - 24, header + 4),
+        *(draw.randrange(header) for _ in range(200)),
+    }
+    places |= {draw.randrange(header, len(data)) for _ in range(100)}
+    for place in sorted(places):
+        # White space at the end of the header is white space still.
+        for value in {draw.randrange(256), ord("\t")} - {data[place]}:
+            path.write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
+            with pytest.raises(UserError, match=r"last\.safetensors"):
+                checkpoint.load(path)
+    path.write_bytes(data)
+    checkpoint.load(path)

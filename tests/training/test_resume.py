@@ -17,6 +17,7 @@ import torch
 
 import storylab
 from finished_runs import InterruptAt, found, metrics, weights
+from record_folders import forget_checksums
 from samples import MakeConfig
 from storylab.config import FORMER_NAMES
 from storylab.data.dataset import Dataset
@@ -107,6 +108,7 @@ def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig)
 
 def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=3))
+    forget_checksums(run.folder)
     file = run.folder / "config.json"
     text = file.read_text().replace('"ema_fraction": 0.0', '"ema_fraction": 0.5')
     assert text != file.read_text()
@@ -230,6 +232,7 @@ def test_a_run_goes_on_on_its_own_kind_of_device(
     config = tiny_config()
     with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
+    forget_checksums(config.out_dir)
     path = config.out_dir / "config.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     before = {p: p.read_bytes() for p in config.out_dir.rglob("*") if p.is_file()}
@@ -272,5 +275,65 @@ def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, 
     with pytest.raises(Interrupted):
         train(config, InterruptAt(6, signal.SIGTERM))
     (config.out_dir / file).unlink()
+    (config.out_dir / "checkpoints/previous.safetensors").unlink()
     with pytest.raises(UserError, match=file.split("/")[-1]):
         resume(config.out_dir)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(
+    tiny_config: MakeConfig, tmp_path: Path, damage: str
+) -> None:
+    """Evaluations, with a checkpoint after each, come before iterations 4 and 8."""
+    straight = train(tiny_config(out_dir=tmp_path / "straight", max_iters=12))
+    config = tiny_config(max_iters=12)
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(10, signal.SIGTERM))
+    last, previous = (open_run(config.out_dir).checkpoint(n) for n in ("last", "previous"))
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    match damage:
+        case "flip":
+            last.write_bytes(data)
+        case "truncate":
+            last.write_bytes(data[:-100])
+        case "delete":
+            last.unlink()
+    with pytest.raises(UserError, match=r"last\.safetensors"):
+        load_story_model(open_run(config.out_dir))
+    lines: list[str] = []
+
+    class Lines(Observer):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    resumed = resume(config.out_dir, None, Lines())
+    (said,) = [line for line in lines if "last.safetensors" in line]
+    assert said.endswith("going on from the checkpoint before it, of iteration 9")
+    assert weights(resumed) == weights(straight) and metrics(resumed) == metrics(straight)
+    assert not previous.exists()
+
+
+def test_two_damaged_checkpoints_are_one_clear_line(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    for name in ("last", "previous"):
+        open_run(config.out_dir).checkpoint(name).write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"last\.safetensors is not a whole.*previous\.safetensors"):
+        resume(config.out_dir)
+
+
+def test_rows_that_have_changed_since_the_checkpoint_are_refused(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(6, signal.SIGTERM))
+    path = config.out_dir / "metrics.jsonl"
+    data = path.read_bytes()
+    changed = data.replace(b'"grad_norm": 0', b'"grad_norm": 1', 1)
+    assert changed != data
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"metrics\.jsonl has been altered"):
+        resume(config.out_dir)
+    path.write_bytes(data)
+    resume(config.out_dir)

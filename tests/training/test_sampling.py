@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from record_folders import forget_checksums
 from samples import MakeConfig
 from storylab.errors import UserError
 from storylab.training.sampling import load_story_model
@@ -32,6 +33,7 @@ def test_another_story_may_come_before_the_prompt(tiny_config: MakeConfig) -> No
 
 def test_weights_that_do_not_fit_the_config_are_refused(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=0))
+    forget_checksums(run.folder)
     path = run.folder / "config.json"
     path.write_text(path.read_text().replace('"n_hidden": 48', '"n_hidden": 50'))
     with pytest.raises(UserError, match=r"config\.json"):

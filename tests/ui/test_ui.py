@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from executors import train_here
-from record_folders import Opened, folders
+from record_folders import Opened, folders, forget_checksums
 from samples import SMALL_EXPERIMENT
 from storylab.cli import main
 from storylab.data.dataset import Dataset
@@ -59,6 +59,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
             sample["prompt"] += HOSTILE
             sample["text"] += HOSTILE
         (folder / "summary.json").write_text(json.dumps(summary))
+    forget_checksums(root)
     return root
 
 

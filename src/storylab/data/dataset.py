@@ -7,11 +7,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from storylab.checksums import read_checksums
 from storylab.data.layout import READ_IN_TRAINING, SPLITS, TEST
 from storylab.data.manifest import Manifest
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
@@ -183,7 +185,9 @@ def load_dataset(folder: Path) -> Dataset:
         raise UserError(
             f"no prepared data in {folder}: run `storylab prepare` first, or give its --data_dir"
         )
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    sums = read_checksums(folder)
+    check = partial(sums.require, MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, check)
     found = manifest.get("format", FORMAT) if isinstance(manifest, dict) else FORMAT
     if found not in (FORMAT_WITHOUT_TEST, FORMAT):
         raise UserError(f"{folder} has data of format {shown(found)}: {REPAIR}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from storylab.checksums import add_checksums, write_checksums
 from storylab.data.dataset import (
     FORMAT,
     FORMAT_WITHOUT_TEST,
@@ -237,6 +238,10 @@ def write_dataset(
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(partial / MANIFEST, manifest)
+        shards = [(s["file"], s["sha256"]) for split in splits.values() for s in split["shards"]]
+        tables = [(s["stories_file"], s["stories_sha256"]) for s in splits.values()]
+        write_checksums(partial, dict([*shards, *tables]))
+        add_checksums(partial, (MANIFEST, TOKENIZER_FILE))
 
 
 def _described(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from storylab.checksums import sha256_file
 from storylab.data import builtin
 from storylab.data.hub import download
 from storylab.data.layout import END_OF_TEXT, TEST, TRAIN, VALIDATION
 from storylab.data.reading import kind_of, read_texts, text_bytes
 from storylab.data.tally import Tally, plural
 from storylab.errors import UserError
-from storylab.files import reading, sha256_file, shown
+from storylab.files import reading, shown
 
 
 class Source(Protocol):

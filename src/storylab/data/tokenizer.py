@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from storylab.checksums import sha256_file
 from storylab.data.hub import download
 from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
-from storylab.files import atomic_path, open_file, reading, sha256_file, shown
+from storylab.files import atomic_path, open_file, reading, shown
 
 # GPT-2's rule for cutting text into words before pairs are merged (tiktoken's possessive spelling).
 WORD_PATTERN = (

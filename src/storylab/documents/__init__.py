@@ -16,6 +16,7 @@ from storylab.documents.info import InfoDocument
 from storylab.documents.list import ListDocument
 from storylab.documents.noise import NoiseDocument
 from storylab.documents.plan import PlanDocument
+from storylab.documents.verify import VerifyDocument
 
 Document = (
     CompareDocument
@@ -26,6 +27,7 @@ Document = (
     | ListDocument
     | NoiseDocument
     | PlanDocument
+    | VerifyDocument
 )
 
 # The document of every verb that has --json.
@@ -39,4 +41,5 @@ DOCUMENTS = {
     "compare": CompareDocument,
     "experiment run": ExperimentDocument,
     "experiment confirm": ExperimentDocument,
+    "verify": VerifyDocument,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from storylab.checksums import add_checksums, drop_checksums
 from storylab.config import TrainConfig
 from storylab.execution.job import Job, Outcome, Status
 from storylab.experiments.plan import PlannedRun
@@ -85,6 +86,7 @@ def train_run(
     Raises:
         UserError: the run folder cannot be read or written.
     """
+    drop_checksums(run.folder, [FAILURE])
     with reading(run.folder):
         (run.folder / FAILURE).unlink(missing_ok=True)
     attempt = Attempt(run.config)
@@ -99,6 +101,7 @@ def train_run(
             make_folder(run.folder)
             failure = {"outcome": outcome.status, "reason": outcome.reason, "started": started}
             write_json(run.folder / FAILURE, failure)
+            add_checksums(run.folder, [FAILURE])
             return
         attempt, note = further
         report(note)
@@ -116,6 +119,7 @@ def _note_micro_batch(run: PlannedRun, attempt: Attempt) -> None:
     planned, trained = run.config.batch_size, attempt.config.batch_size
     if trained != planned:
         write_json(run.folder / MICROBATCH_NOTE, {"asked": planned, "trained": trained})
+        add_checksums(run.folder, [MICROBATCH_NOTE])
 
 
 def set_aside(folder: Path) -> Path:

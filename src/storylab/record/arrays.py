@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from storylab.errors import UserError
-from storylab.files import atomic_path, open_file
+from storylab.files import Check, atomic_path, open_file
 
 # No loss of a story or a position comes near it.
 LARGEST_LOSS = 1e40
@@ -30,14 +30,14 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def read_array(path: Path, dimensions: int) -> np.ndarray:
+def read_array(path: Path, dimensions: int, check: Check | None = None) -> np.ndarray:
     """Read finite float64 numbers from a ``.npy`` file of one or two dimensions.
 
     The header must be the one that :func:`write_array` leaves: numpy's own reader evaluates it as
     an expression of Python, and allocates any amount of memory that it names.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, holds something else, or ``check`` refuses it.
     """
     with open_file(path) as file:
         data = file.read()
@@ -51,4 +51,6 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
     array = np.frombuffer(values, "<f8").reshape(shape).astype(np.float64)
     if not np.isfinite(array).all() or (array.size and np.abs(array).max() > LARGEST_LOSS):
         raise UserError(f"{path} is damaged: it has numbers that are not finite, or far too large")
+    if check is not None:
+        check(data)
     return array

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from storylab.errors import UserError
 from storylab.files import atomic_path, exists, open_file
 
 MODEL_PREFIX, AVERAGE_PREFIX, OPTIMIZER_PREFIX = "model.", "average.", "optimizer."
+# The library reads no longer one.
+LARGEST_HEADER = 100_000_000
 HISTORIES = ("amax_history", "amax_iteration")
 
 
@@ -37,8 +40,16 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def save(
+    path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous: Path | None = None
+) -> None:
     """Write tensors and JSON ``state`` to ``path``; until it is complete the old file stays.
+
+    Args:
+        path: the checkpoint.
+        tensors: by name.
+        state: everything else.
+        previous: keeps the old file from then on.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -53,6 +64,17 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
             # The library wraps the system's message, such as "No space left on device".
             raise OSError(None, str(error)) from error
         temporary.chmod(0o644)  # the library leaves it readable by its owner alone
+        if previous is not None and exists(path):
+            _keep(path, previous)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file ``path`` the name ``previous`` as well."""
+    with atomic_path(previous) as link:
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            os.replace(path, link)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,8 +85,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not exists(path):
         raise UserError(f"{path} is missing: the run has no such checkpoint (yet)")
-    with open_file(path):
-        pass  # the library reports any file that it cannot open as missing
+    header = _header(path)  # the library reports any file that it cannot open as missing
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -74,9 +95,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text = metadata.get("state", "")
     if not text or "sha256" not in metadata:
         raise UserError(f"{path} is not a whole storylab checkpoint (its header has no state)")
-    if _sha256(tensors, text) != metadata["sha256"]:
+    # The sum covers state and tensors; of the rest of the file nothing but this is possible.
+    usual = metadata.keys() == {"format", "sha256", "state"} and metadata["format"] == "pt"
+    closed = header.rstrip(b" ").endswith(b"}")
+    if not (usual and closed) or _sha256(tensors, text) != metadata["sha256"]:
         raise UserError(f"{path} has been altered (its SHA-256 differs): restore it from a copy")
     return tensors, decode(dict[str, Any], text.encode(), str(path))
+
+
+def _header(path: Path) -> bytes:
+    """The JSON at the start of a safetensors file, with the spaces that fill it up."""
+    with open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, LARGEST_HEADER))
 
 
 def _sha256(tensors: dict[str, Tensor], state: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from storylab.checksums import Checksums
 from storylab.errors import UserError
 from storylab.files import exists, open_file, reading
 from storylab.record.folder import (
@@ -83,7 +84,9 @@ def list_run(folder: Path) -> RunEntry:
     """
     with reading(folder), os.scandir(folder) as entries:
         found = {entry.name: entry for entry in entries}
-    summary = RunFolder(folder).read_summary() if SUMMARY in found else None
+    # A second file for each run would double the time of a listing, so checksums are not read.
+    unchecked = RunFolder(folder, Checksums(folder))
+    summary = unchecked.read_summary() if SUMMARY in found else None
     if summary is None:
         state, reason = run_state(folder)
         if state == FAILED:

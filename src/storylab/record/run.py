@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from storylab.checksums import Checksums
 from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.files import exists, read_record, reading
-from storylab.record.arrays import read_array
 from storylab.record.folder import (
     CONFIG,
     FAILURE,
@@ -23,7 +23,7 @@ from storylab.record.folder import (
     STORY_LOSSES,
     TEST_LOSSES,
     RunFolder,
-    open_run,
+    open_checked,
 )
 from storylab.record.provenance import representative
 from storylab.record.schema import (
@@ -194,20 +194,21 @@ def training_memory(rows: Sequence[Row]) -> int | None:
 
 def run_state(folder: Path) -> tuple[str, str]:
     """State of a run folder and the reason for it, for folders in any condition."""
-    state, reason, _ = _state(folder)
+    state, reason, _ = _state(RunFolder(folder))
     return state, reason
 
 
-def _state(folder: Path) -> tuple[str, str, Summary | None]:
+def _state(run: RunFolder) -> tuple[str, str, Summary | None]:
+    folder = run.folder
     try:
         with reading(folder):
             if exists(folder) and not folder.is_dir():
                 return DAMAGED, f"{folder} is not a folder", None
-        summary = RunFolder(folder).read_summary()
+        summary = run.read_summary()
         if summary is not None:
             return summary.status, summary.reason, summary
         if exists(folder / FAILURE):
-            failure = read_record(folder / FAILURE, Failure)
+            failure = read_record(folder / FAILURE, Failure, run.check(FAILURE))
             return FAILED, f"{failure.outcome}: {failure.reason}", None
         return (UNFINISHED if exists(folder / CONFIG) else NEW), "", None
     except UserError as error:
@@ -216,10 +217,11 @@ def _state(folder: Path) -> tuple[str, str, Summary | None]:
 
 @dataclass(frozen=True)
 class RunHead:
-    """The two small files that decide which runs belong together."""
+    """The two small files that decide which runs belong together, and the checksums of the folder."""
 
     config: TrainConfig
     data: DataInfo
+    checksums: Checksums | None
 
 
 def read_head(folder: Path) -> RunHead:
@@ -228,8 +230,8 @@ def read_head(folder: Path) -> RunHead:
     Raises:
         UserError: there is no run, or one of the two is damaged.
     """
-    run = open_run(folder)
-    return RunHead(run.read_config(), run.read_data())
+    run = open_checked(folder)
+    return RunHead(run.read_config(), run.read_data(), run.checksums)
 
 
 def load_run(folder: Path, head: RunHead | None = None) -> Run:
@@ -242,13 +244,12 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
     Raises:
         UserError: there is no run, or its files are damaged or do not fit together.
     """
-    run = open_run(folder)
-    state, reason, summary = _state(folder)
+    run = RunFolder(folder, head.checksums) if head else open_checked(folder)
+    state, reason, summary = _state(run)
     if state == DAMAGED:
         raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
-    head = head or read_head(folder)
+    head = head or RunHead(run.read_config(), run.read_data(), run.checksums)
     none = np.empty((0, 2))
-    positions = folder / POSITION_LOSSES
     loaded = Run(
         folder=folder,
         state=state,
@@ -258,14 +259,16 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
         environment=run.read_environment(),
         summary=summary,
         rows=run.read_rows(),
-        story_losses=read_array(folder / STORY_LOSSES, 2) if state == FINISHED else none,
-        position_losses=read_array(positions, 1) if exists(positions) else np.empty(0),
-        test_losses=read_array(folder / TEST_LOSSES, 2) if summary and summary.test else none,
+        story_losses=run.read_array(STORY_LOSSES, 2) if state == FINISHED else none,
+        position_losses=run.read_array(POSITION_LOSSES, 1)
+        if exists(folder / POSITION_LOSSES)
+        else np.empty(0),
+        test_losses=run.read_array(TEST_LOSSES, 2) if summary and summary.test else none,
     )
     if fault := next(_faults(loaded), None):
         raise UserError(f"{folder} is damaged: {fault}")
     if exists(folder / PRECISION):
-        read_record(folder / PRECISION, PrecisionInfo)
+        read_record(folder / PRECISION, PrecisionInfo, run.check(PRECISION))
     return loaded
 
 

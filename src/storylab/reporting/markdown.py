@@ -78,7 +78,7 @@ def _template() -> jinja2.Template:
         autoescape=False,
     )
     environment.filters |= {
-        "plain": _plain,
+        "plain": plain,
         "row": _row,
         "unwrap": _unwrap,
         "paragraphs": lambda text: "\n\n".join(map(_unwrap, text.strip().split("\n\n"))),
@@ -156,12 +156,12 @@ def _overview(o: Outcome) -> list[str]:
     """The experiment's row in the first table."""
     losses = o.baseline_of(o.conditions[0]).arm.losses
     return [
-        f"[{_plain(o.record.title)}](#{_anchor(o.label)})",
+        f"[{plain(o.record.title)}](#{_anchor(o.label)})",
         o.record.scale or "-",
         f"{float(np.mean(losses)):.4f}" if losses else "none yet",
         str(len({cell.arm.name for cell in o.cells})),
         str(len({run.config.seed for run in o.runs if run.finished})),
-        _plain(headline(o)),
+        plain(headline(o)),
     ]
 
 
@@ -212,7 +212,7 @@ def _quoted(text: str, most: int = 420) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", line)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text with markdown's syntax escaped: window:64*3 has asterisks, a title may have tags."""
     return text.replace("*", "\\*").replace("<", "&lt;")
 

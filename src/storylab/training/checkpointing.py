@@ -13,14 +13,15 @@ from torch import Tensor
 
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder
+from storylab.record.stages import prefixes
 from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 from storylab.training.telemetry import Telemetry
 
 
 class Checkpoints:
-    """The two checkpoints of a run: the last weights with the state to resume from, and the best
-    weights."""
+    """The checkpoints of a run: the last weights with the state to resume from, the one before it until
+    the run ends, and the best weights."""
 
     def __init__(
         self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
@@ -54,11 +55,25 @@ class Checkpoints:
             UserError: the disk is full or the folder cannot be written.
         """
         scaler = self.state.scaler.state_dict()
-        state = dataclasses.replace(self.progress, power=self.telemetry.totals(), scaler=scaler)
         self.run.sync_metrics()
-        path = self.run.checkpoint("last")
-        self.saver.save(path, self.state.tensors(), dataclasses.asdict(state))
+        state = dataclasses.replace(
+            self.progress,
+            power=self.telemetry.totals(),
+            scaler=scaler,
+            prefixes=prefixes(self.run.folder),
+        )
+        path, previous = self.run.checkpoint("last"), self.run.checkpoint("previous")
+        self.saver.save(path, self.state.tensors(), dataclasses.asdict(state), previous)
         self._saved_at, self._saved_iteration = time.perf_counter(), self.progress.next_iteration
+
+    def settle(self) -> None:
+        """Wait until all are on the disk at the end of a run, and drop the one before the last.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        self.saver.wait()
+        self.run.checkpoint("previous").unlink(missing_ok=True)
 
     def save_best(self, iteration: int, val_loss: float) -> None:
         """Save the current weights as the best ones.
@@ -84,14 +99,22 @@ class Saver:
         self._writing: dict[Path, Future[None]] = {}
         self._copies: dict[Path, dict[str, Tensor]] = {}
 
-    def save(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint. An earlier one that failed raises its error here or in :meth:`wait`.
+    def save(
+        self,
+        path: Path,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        previous: Path | None = None,
+    ) -> None:
+        """Write a checkpoint, see :func:`storylab.record.checkpoint.save`.
+
+        An earlier one that failed raises its error here or in :meth:`wait`.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
         if self._pool is None:
-            checkpoint.save(path, tensors, state)
+            checkpoint.save(path, tensors, state, previous)
             return
         if path in self._writing:
             self._writing.pop(path).result()  # it still reads the copy
@@ -105,7 +128,7 @@ class Saver:
 
         def write() -> None:
             copied.synchronize()
-            checkpoint.save(path, copies, state)
+            checkpoint.save(path, copies, state, previous)
 
         self._writing[path] = self._pool.submit(write)
 

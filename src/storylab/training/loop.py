@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from storylab.checksums import add_checksums
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
 from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
-from storylab.record.folder import LOG, PRECISION, RunFolder
+from storylab.record.folder import PRECISION, RunFolder
+from storylab.record.stages import append_to_log
 from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.checks.compiled import require_blameless_compiler
@@ -72,7 +74,7 @@ class Loop:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure power, note signals, and turn a stop or numbers that are not finite into a saved end."""
-        self.observers.log = lambda line: self.run.append(LOG, line)
+        self.observers.log = lambda line: append_to_log(self.run, line)
         self.observers.start(self.run.folder)
         try:
             with self.recorder.telemetry, stop_signals(self.stop.note):
@@ -82,6 +84,7 @@ class Loop:
                 except NonFiniteError as error:
                     self.read()  # float16 raises before the steps in flight are read
                     require_blameless_compiler(self.setup, error)
+                    self.checkpoints.settle()
                     message, summary = write_diverged(self.run, self.setup, error, self._measured())
                     self.observers.end(summary)
                     raise Diverged(message) from error
@@ -114,6 +117,7 @@ class Loop:
                 self.recorder.line(line)
         if (found := self.setup.precision_info) is not None:
             write_json(self.run.folder / PRECISION, found)
+            add_checksums(self.run.folder, [PRECISION])
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
         if self.setup.checks is not None:
             self.recorder.line(log_format.checks_line(self.setup.checks))
@@ -176,10 +180,9 @@ class Loop:
         if not self.checkpoints.up_to_date:
             self.checkpoints.save_last()
         final = self.evaluator.final()
-        self.checkpoints.saver.wait()
-        summary = write_finished(self.run, self.setup, final, self._measured())
-        for line in ("", *log_format.summary_lines(summary)):
-            self.recorder.line(line)
+        self.checkpoints.settle()
+        measured, line = self._measured(), self.recorder.line
+        summary = write_finished(self.run, self.setup, final, measured, line)
         self.observers.end(summary)
 
     def _measured(self) -> dict[str, Any]:

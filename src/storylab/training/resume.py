@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.provenance import current_stage, representative
+from storylab.record.stages import truncate_to
 from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
@@ -63,7 +65,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
     _check_shares(stored, config)
     dataset = run.load_data(config.data_dir)
     setup = TrainingSetup(config, dataset, precision)
-    setup.restore(run)
+    fault = setup.restore(run)
     done = setup.progress.next_iteration
     _check_learning_rates(stored, config, done)
     summary = run.read_summary()
@@ -78,10 +80,13 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
         observers.line(
             f"This machine lacks {missing}: training goes on uncompiled; bits may differ"
         )
+    if fault is not None:
+        observers.line(f"{fault}; going on from the checkpoint before it, of iteration {done}")
+        os.replace(run.checkpoint("previous"), run.checkpoint("last"))
     for note in _notes(run, stored, config, done):
         observers.line(note)
     setup = run_checks(setup, observers, run)
-    run.truncate_to(done, setup.config, setup.findings())
+    truncate_to(run, done, setup.config, setup.findings())
     return fit(setup, run, observers)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from storylab.decode import convert
 from storylab.errors import UserError
+from storylab.record.stages import Prefix
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
 from storylab.training.telemetry import PowerTotals
 
@@ -35,6 +36,8 @@ class RunProgress:
     peak_memory_bytes: int = 0
     power: PowerTotals = field(default_factory=PowerTotals)
     scaler: dict[str, Any] = field(default_factory=dict)
+    prefixes: dict[str, Prefix] = field(default_factory=dict)
+    """Rows and log as they were when the checkpoint was saved."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunProgress:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
@@ -18,8 +19,9 @@ from storylab.data.layout import TRAIN
 from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
 from storylab.record import checkpoint
-from storylab.record.folder import RunFolder, require_free
+from storylab.record.folder import METRICS, RunFolder
 from storylab.record.schema import Checks
+from storylab.record.stages import require_free, require_prefix
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import ComputePolicy, choose_device, choose_precision
@@ -117,21 +119,28 @@ class TrainingSetup:
         self.checks: Checks | None = None
         self.precision_info: dict[str, Any] | None = None
 
-    def restore(self, run: RunFolder) -> None:
+    def restore(self, run: RunFolder) -> str | None:
         """Go to the run's last checkpoint, or stay at the start if it has none yet.
 
+        Returns:
+            Why the checkpoint before the last one is used; None where it is the last one.
+
         Raises:
-            UserError: the checkpoint is damaged or belongs to another config.
+            UserError: the checkpoints are damaged or belong to another config, or the rows so far are
+                damaged.
         """
-        if not run.checkpoint("last").exists() and not run.read_rows():
-            return  # killed before it had trained
-        tensors, values = checkpoint.load(run.checkpoint("last"))
+        last, previous = run.checkpoint("last"), run.checkpoint("previous")
+        if not (last.exists() or previous.exists() or run.read_rows()):
+            return None  # killed before it had trained
+        tensors, values, fault = _load_good(last, previous)
         self.progress = RunProgress.from_dict(values)
+        require_prefix(run.folder, METRICS, self.progress.prefixes)
         if self.state.quantization is not None:
             self.state.quantization.advance(max(self.progress.next_iteration - 1, 0))
         self.state.restore(tensors)
         if self.progress.scaler:
             self.state.scaler.load_state_dict(self.progress.scaler)
+        return fault
 
     def identity(self) -> dict[str, Any]:
         """Device, hashes of the initial weights and of the first batch, and results of the checks, for
@@ -154,3 +163,21 @@ class TrainingSetup:
             checks = [check.to_dict() for check in self.compile_checks]
             found |= {"compile_checks": checks, "compile_fault": self.compile_fault}
         return found
+
+
+def _load_good(last: Path, previous: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Tensors and state of the last checkpoint, or of the one before it with the fault of the last one.
+
+    Raises:
+        UserError: neither can be used.
+    """
+    try:
+        return *checkpoint.load(last), None
+    except UserError as error:
+        if not previous.exists():
+            raise
+        fault = str(error)
+    try:
+        return *checkpoint.load(previous), fault
+    except UserError as error:
+        raise UserError(f"{fault}; and the one before it: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from storylab.precision.quantize import wrong_kernels
 from storylab.record.folder import LOG, POSITION_LOSSES, STORY_LOSSES, TEST_LOSSES, RunFolder
 from storylab.record.run import median_speed, training_memory
 from storylab.record.schema import SplitLoss, Summary
+from storylab.record.stages import end_run
+from storylab.training import log_format
 from storylab.training.evaluation import Evaluation
 from storylab.training.evaluator import FinalEvaluation
 from storylab.training.setup import TrainingSetup
@@ -20,9 +22,14 @@ from storylab.training.step import NonFiniteError
 
 
 def write_finished(
-    run: RunFolder, setup: TrainingSetup, final: FinalEvaluation, measured: Mapping[str, Any]
+    run: RunFolder,
+    setup: TrainingSetup,
+    final: FinalEvaluation,
+    measured: Mapping[str, Any],
+    line: Callable[[str], None],
 ) -> Summary:
-    """Write the final losses and the summary of a run that reached its end; returns the summary."""
+    """Write the final losses and the summary of a run that reached its end, the latter to ``line``, too;
+    returns the summary."""
     evaluation, own, test = final.evaluation, final.own_precision, final.test
     for name, whole in ((STORY_LOSSES, evaluation), (TEST_LOSSES, test)):
         if whole is not None:
@@ -37,7 +44,9 @@ def write_finished(
         validation_own_precision=None if own is None else evaluation_summary(own),
         test=None if test is None else evaluation_summary(test),
     )
-    run.write_summary(summary)
+    for text in ("", *log_format.summary_lines(summary)):
+        line(text)
+    end_run(run, summary)
     return summary
 
 
@@ -57,7 +66,7 @@ def write_diverged(
     )
     run.append(LOG, message)  # the caller shows it
     summary = summarize(run, setup, None, **measured, samples=[], reason=str(error))
-    run.write_summary(summary)
+    end_run(run, summary)
     return message, summary
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from storylab.config import TrainConfig
 from storylab.data.dataset import load_dataset
 from storylab.files import exclusive
-from storylab.record.folder import RunFolder, create_run
+from storylab.record.folder import RunFolder
+from storylab.record.stages import create_run
 from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers

@@ -1,0 +1,1 @@
+"""Recompute from the record of runs, data sets and experiments everything that can be recomputed."""
