@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from storylab.checksums import sha256_file
 from storylab.cli import main
-from storylab.files import sha256_file
 from storylab.record.run import Run
 
 pytest.importorskip("transformers", reason="the hf extra is not installed")

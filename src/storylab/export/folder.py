@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 import storylab
+from storylab.checksums import sha256_file
 from storylab.errors import UserError
 from storylab.export import EXPORTERS, find_exporter
 from storylab.export.card import CARD, model_card
@@ -29,7 +30,6 @@ from storylab.files import (
     exists,
     read_record,
     reading,
-    sha256_file,
     shown,
     sync_folder,
     write_error,
