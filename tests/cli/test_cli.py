@@ -247,8 +247,11 @@ def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, "trian")
-    known = "prepare, train, resume, eval, sample, info, doctor, experiment, plan, bench, compare, "
-    assert line == f"storylab: unknown verb 'trian': use one of {known}noise, list, watch\n"
+    known = (
+        "prepare, train, resume, eval, sample, info, doctor, export, sync, experiment, plan, bench, "
+        "compare, noise, list, watch, ui, verify"
+    )
+    assert line == f"storylab: unknown verb 'trian': use one of {known}\n"
     assert (
         "there is no 'x': say what to do: storylab experiment run, new, confirm, report"
         in fails(capsys, "experiment", "x")

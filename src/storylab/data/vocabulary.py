@@ -59,7 +59,7 @@ def train_tokenizer(stories: Iterator[str], vocab_size: int) -> Tokenizer:
             f"bpe:{vocab_size}: the training text only supports {len(vocabulary) + 1} ids; "
             "choose a smaller vocabulary or give more text"
         )
-    to_byte = {character: byte for byte, character in _byte_characters().items()}
+    to_byte = {character: byte for byte, character in byte_characters().items()}
     in_order = sorted(vocabulary, key=vocabulary.__getitem__)
     return Tokenizer(f"bpe:{vocab_size}", tuple(bytes(to_byte[c] for c in t) for t in in_order))
 
@@ -97,7 +97,7 @@ def _first_bytes(stories: Iterator[str], limit: int) -> Iterator[str]:
             return
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte: itself where printable, else 256, 257, …."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
