@@ -1081,7 +1081,7 @@ def kinds_of_steps(here):
 
 
 def low_precision(here):
-    """FP8: the products alone, and torchao's layers in the project's model, uncompiled and compiled."""
+    """FP8: the products alone, and the layers of native and torchao in the project's model."""
     import torch
 
     model = here.config().model
@@ -1119,42 +1119,50 @@ def low_precision(here):
                     fp8_tflops=flops / fp8 / 1e12,
                     faster=bf16 / fp8,
                 )
-    if not importlib.util.find_spec("torchao") or not here.cuda:
-        here.record("torchao", left_out="not installed" if here.cuda else "needs a card")
+    backends = ["native"]
+    if not here.cuda:
+        here.record("FP8 layers", left_out="needs a card")
         return
+    if importlib.util.find_spec("torchao"):
+        backends.append("torchao")
+    else:
+        here.record("torchao", left_out="not installed")
+    for backend in backends:
+        for dtype in ("fp8-current", "fp8-rowwise"):
+            low_precision_layers(here, backend, dtype)
+
+
+def low_precision_layers(here, backend, dtype):
+    """A backend's layers in the project's model: self-test, then steps uncompiled and compiled."""
     from storylab.precision import selftest
 
-    for dtype in ("fp8-current", "fp8-rowwise"):
-        with here.part(dtype):
-            learner = here.learner(dtype=dtype, backend="torchao", compile=None)
-            checks = selftest.check_model(
-                learner.model.blocks, learner.precision.recipe, learner.precision.hardware
-            )
-            found = selftest.summarize(checks)
-            batch = here.batch(4 * here.sequences)
-            took = here.seconds(
-                lambda learner=learner, batch=batch: learner.step(0, batch, 1e-4), 4
-            )
+    name = f"{dtype} by {backend}"
+    with here.part(name):
+        learner = here.learner(dtype=dtype, backend=backend, compile=None)
+        checks = selftest.check_model(
+            learner.model.blocks, learner.precision.recipe, learner.precision.hardware
+        )
+        found = selftest.summarize(checks)
+        batch = here.batch(4 * here.sequences)
+        took = here.seconds(lambda: learner.step(0, batch, 1e-4), 4)
+        here.record(
+            name,
+            low=found["low"],
+            products=found["products"],
+            largest_distance=found["largest_distance_from_emulation"],
+            tokens_per_second=batch[:, 1:].numel() / took,
+            peak_gb=here.peak(),
+        )
+        with here.part(f"{name}, compiled"):
+            learner.model.compile_blocks()
+            took = here.seconds(lambda: learner.step(0, batch, 1e-4), 4, 3)
             here.record(
-                dtype,
-                low=found["low"],
-                products=found["products"],
-                largest_distance=found["largest_distance_from_emulation"],
+                f"{name}, compiled",
                 tokens_per_second=batch[:, 1:].numel() / took,
-                peak_gb=here.peak(),
+                loss=learner.step(0, batch, 0.0).read().loss,
             )
-            with here.part(f"{dtype}, compiled"):
-                learner.model.compile_blocks()
-                took = here.seconds(
-                    lambda learner=learner, batch=batch: learner.step(0, batch, 1e-4), 4, 3
-                )
-                here.record(
-                    f"{dtype}, compiled",
-                    tokens_per_second=batch[:, 1:].numel() / took,
-                    loss=learner.step(0, batch, 0.0).read().loss,
-                )
-            del learner
-            free()
+        del learner
+        free()
 
 
 def plain_llama(config, vocab, device):
@@ -1478,7 +1486,7 @@ STEPS = {
     "micro_batches": (micro_batches, 90),
     "peers": (peers, 150),
     "kinds_of_steps": (kinds_of_steps, 100),
-    "low_precision": (low_precision, 90),
+    "low_precision": (low_precision, 150),
     "bits_long": (bits_long, 90),
     "command_line": (command_line, 180),
     "small_models": (small_models, 100),

@@ -188,7 +188,7 @@ def recipe_checks(device: torch.device) -> Iterator[RecipeCheck]:
     """The self-test of each recipe with each backend that the device could have."""
     draws = torch.Generator().manual_seed(0)
     weight = torch.randn(TEST_LAYER, generator=draws).mul(0.02).to(device)
-    backends: tuple[Backend, ...] = ("emulated", "te", "torchao")
+    backends: tuple[Backend, ...] = ("emulated", "te", "torchao", "native")
     for name, recipe in RECIPES.items():
         for backend in backends if device.type == "cuda" else backends[:1]:
             products, fault = [], None

@@ -216,9 +216,13 @@ def test_plan_has_the_numbers_of_the_roofline(capsys: pytest.CaptureFixture[str]
             speed = tokens_per_second(config, 50257, card, software)
             assert kind.tokens_per_second == pytest.approx(speed)
             assert f"{speed:,.0f}" in text
-            assert sum(part.seconds for part in kind.parts) == pytest.approx(
-                kind.micro_batch_seconds
-            )
+            busy = sum(part.seconds for part in kind.parts)
+            assert busy + kind.waiting_seconds == pytest.approx(kind.micro_batch_seconds)
+            if gpu.gpu == "rtx5090" and kind.software != "limit":
+                slowest, fastest = kind.slowest_tokens_per_second, kind.fastest_tokens_per_second
+                assert slowest < speed < fastest and f"{slowest:,.0f} to {fastest:,.0f}" in text
+            else:
+                assert kind.slowest_tokens_per_second is kind.fastest_tokens_per_second is None
             hours = kind.training_seconds / 3600
             assert kind.energy_joules == pytest.approx(hours * card.watts * 3600)
             assert kind.training_seconds == pytest.approx(found.run.tokens / speed)

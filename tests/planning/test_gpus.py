@@ -16,6 +16,7 @@ def test_every_number_of_a_gpu_has_a_source() -> None:
         assert "NVIDIA" in gpu.source and gpu.source.endswith("."), gpu.name
         units = {form.matrix_unit for form in FORMATS.values()} | {"bfloat16"}
         assert "bfloat16" in gpu.tflops and gpu.tflops.keys() <= units
+        assert gpu.products is None or gpu.measured_by.endswith("."), gpu.name
 
 
 @pytest.mark.parametrize(

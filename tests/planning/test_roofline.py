@@ -25,7 +25,7 @@ from storylab.planning.roofline import (
     micro_batch_work,
     tokens_per_second,
 )
-from storylab.planning.software import LIMIT, SOFTWARE
+from storylab.planning.software import GAP, LIMIT, SOFTWARE
 from storylab.precision.edit import find_recipe
 from storylab.precision.recipes import RECIPES
 from storylab.training.precision import ComputePolicy
@@ -149,7 +149,7 @@ def test_an_update_costs_the_same_kernels_compiled_or_not() -> None:
     for kind in ("eager", "compiled"):
         work = micro_batch_work(config, 300, SOFTWARE[kind])
         update = sum(w.seconds(gpu, SOFTWARE[kind]) for w in work if w.part is StepPart.UPDATE)
-        assert update * 16 == pytest.approx((10 + 5 + 4 * 43 + 16 * 4) * 8e-6, rel=1e-3)
+        assert update * 16 == pytest.approx((10 + 5 + 4 * 43 + 16 * 4) * GAP, rel=1e-3)
 
 
 @pytest.mark.parametrize("ema_fraction", [0.0, 0.1])

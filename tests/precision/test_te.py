@@ -22,7 +22,7 @@ from engine_stand_in import (
 from samples import TINY
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
-from storylab.precision.backends import te, torchao
+from storylab.precision.backends import native, te, torchao
 from storylab.precision.backends.te import require_te_version, te_arguments
 from storylab.precision.convert import quantize_blocks
 from storylab.precision.edit import find_recipe
@@ -158,7 +158,7 @@ def test_transformer_engine_is_called_as_it_is_documented(
 def test_what_a_card_cannot_do_is_said_before_the_run(
     dtype: str, capability: tuple[int, int], message: str
 ) -> None:
-    for backend in (te, torchao):
+    for backend in (te, torchao, native):
         with pytest.raises(UserError, match=f"{message}.*emulated"):
             backend.load(RECIPES[dtype], "card", capability)
 

@@ -89,6 +89,7 @@ def test_a_tracker_gets_every_row_and_the_results(tiny_config: MakeConfig) -> No
     assert watching.place == str(run.folder.parent / "kept.jsonl")
 
 
+@pytest.mark.slow
 def test_the_test_split_stays_closed(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(), observer("Keeping"))
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -133,6 +134,7 @@ def test_a_broken_tracker_changes_nothing_and_is_named_once(
     assert all(seconds < 8 + 2 for seconds in waited)
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_queue_are_dropped_counted_and_named_once(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(), observer("Keeping", capacity=0))
     assert remarks(run) == [
@@ -207,6 +209,7 @@ def test_a_resumed_run_is_the_same_run_with_every_row_once(tiny_config: MakeConf
     assert [step for step, name in steps if name.startswith("memory")] == list(range(9))
 
 
+@pytest.mark.slow
 def test_the_id_is_of_the_run_and_not_of_its_folder(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -218,6 +221,7 @@ def test_the_id_is_of_the_run_and_not_of_its_folder(
     assert tracked_run(other.folder, Place("a")).id != first
 
 
+@pytest.mark.slow
 def test_an_error_of_the_run_ends_the_process(tiny_config: MakeConfig) -> None:
     with pytest.raises(UserError), trackers([]) as none:
         assert none == []

@@ -141,7 +141,7 @@ def test_an_evaluation_that_is_not_finite_is_a_divergence(
         else Evaluation(np.array([math.nan]), np.ones(1), np.zeros(1), 1)
     )
     # Weights that are finite give a loss that is; only the evaluation is to fail.
-    monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *a: nothing)
+    monkeypatch.setattr(f"storylab.training.evaluator.{which}", lambda *_, **__: nothing)
     config = tiny_config()
     with pytest.raises(Diverged, match="loss is nan"):
         train(config)

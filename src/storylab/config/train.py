@@ -38,7 +38,7 @@ Dtype = Literal[
     "nvf4",
 ]
 NATIVE_DTYPES = ("float32", "bfloat16", "float16")
-Backend = Literal["auto", "emulated", "te", "torchao"]
+Backend = Literal["auto", "emulated", "te", "torchao", "native"]
 MethodName = Literal["record", "fast"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 # The names are those of the entries, so that a new one is named in one place.
@@ -80,7 +80,8 @@ class TrainConfig:
     forward.weight.square=false high_last_share=0.25"."""
     backend: Annotated[Backend, mark("precision", before="auto")] = "auto"
     """Backend of a low-precision dtype: emulated (exact, any device, no faster), or the hardware
-    through te (TransformerEngine) or torchao; auto is emulated on a CPU and te on a GPU."""
+    through te (TransformerEngine), torchao or native (torch's own FP8 products; nothing to install);
+    auto is emulated on a CPU and te on a GPU."""
     quantization_stats: Annotated[bool, mark("record", before=False, effect="presentation")] = False
     """Record errors, underflow, saturation and scales of every quantised tensor at evaluations."""
     max_iters: Annotated[int, mark("length", checks=COUNT_OR_NONE, effect="result")] = 1000

@@ -82,7 +82,7 @@ class RecipeCheck(Struct, frozen=True, kw_only=True):
     """The self-test of one recipe with one backend."""
 
     dtype: Annotated[str, about("the value of `--dtype` that chooses the recipe")]
-    backend: Annotated[str, about("`emulated`, `te` or `torchao`")]
+    backend: Annotated[str, about("`emulated`, `te`, `torchao` or `native`")]
     products: Annotated[list[ProductError], about("the three products; empty if it cannot run")]
     fault: Annotated[str | None, about("why it cannot run; else null")]
 

@@ -55,8 +55,21 @@ class SoftwarePrediction(Struct, frozen=True, kw_only=True):
 
     software: Annotated[str, about("a value of `--software`, or `limit`: the limit of the card")]
     parts: Annotated[list[PartCost], about("the parts of a micro-batch, in the order of a step")]
-    micro_batch_seconds: Annotated[float, about("all parts", "seconds")]
+    waiting_seconds: Annotated[
+        float, about("in which the GPU waits for the host to start kernels", "seconds")
+    ]
+    micro_batch_seconds: Annotated[float, about("all parts, and that waiting", "seconds")]
     tokens_per_second: Annotated[float, about("speed of training", "tokens per second")]
+    slowest_tokens_per_second: Annotated[
+        float | None,
+        about(
+            "the same on the slowest measured card of this name; null where cards do not differ",
+            "tokens per second",
+        ),
+    ]
+    fastest_tokens_per_second: Annotated[
+        float | None, about("the same on the fastest measured card", "tokens per second")
+    ]
     bfloat16_peak_share: Annotated[
         float, about("FLOP per second over the GPU's bfloat16 peak, 0 to 1")
     ]
@@ -143,4 +156,10 @@ class PlanDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
     run: Annotated[RunShape | None, about("the run of the flags; null for an experiment")]
     experiment: Annotated[ExperimentShape | None, about("the experiment; null for a run")]
     gpus: Annotated[list[GpuPrediction], about("one for each `--gpu` other than `this`")]
+    measured_over_predicted: Annotated[
+        list[float],
+        about(
+            "speed of runs that the predictions were not fitted to over their prediction: lowest, highest"
+        ),
+    ]
     this_machine: Annotated[MeasuredPlan | None, about("with `--gpu this`; else null")]

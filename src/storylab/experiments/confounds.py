@@ -41,6 +41,7 @@ def loss_confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Ite
     same_batch &= a.config.tokens_per_iteration == b.config.tokens_per_iteration
     if paired and same_batch and ours.first_batch_sha256 != theirs.first_batch_sha256:
         yield "data order: other first batches for the same seed"
+    yield from _processes(a, b)
     versions = a.code_versions | b.code_versions
     if len(versions) > 1:
         yield f"code: {len(versions)} versions ({', '.join(sorted(v[:8] for v in versions))})"
@@ -50,12 +51,20 @@ def loss_confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Ite
         )
 
 
+def _processes(a: Run, b: Run) -> Iterable[str]:
+    """The numbers of processes, which decide the order of additions, and the speed."""
+    yield from _differences(
+        "world_size", *({stage.world_size for stage in run.stages} for run in (a, b))
+    )
+
+
 def speed_confounds(a: Run, b: Run) -> Iterable[str]:
     """Everything but the factor that can move two runs' speed, memory and energy."""
     for key in ("processor", "cpu", "cores", "threads"):
         yield from _differences(
             key, *({getattr(stage, key) for stage in run.stages} for run in (a, b))
         )
+    yield from _processes(a, b)
     for key in ("gpu", "device"):  # recorded at the start only, as a resumed run keeps its device
         yield from _differences(key, *({getattr(run.environment, key)} for run in (a, b)))
     yield from _differences(

@@ -209,7 +209,7 @@ def ratio_text(ratio: Ratio, more: str, less: str, what: str, paired: bool = Tru
 def detail_lines(c: Comparison) -> list[str]:
     """The facts behind the verdict, one a line."""
     lines = [*_loss_details(c), *_cost_details(c), *_curve_details(c)]
-    lines += [f"differs: {text}" for text in (*c.confounds, *c.speed_confounds)]
+    lines += [f"differs: {text}" for text in dict.fromkeys((*c.confounds, *c.speed_confounds))]
     lines += [f"not finished: {text}" for text in c.failures]
     return [*lines, *c.notes]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOMENTUM = 0.95
 # Decay of the squares that NorMuon keeps of every row (Li et al. 2025).
 NORMUON_DECAY = 0.95
+
+Work = Callable[[Tensor], Tensor]
+"""Matrices ``[n, rows, columns]`` to as many results of the same shape, each from its own matrix."""
+Divide = Callable[[Work, Tensor], Tensor]
+"""Does a work on matrices, of which several processes may each do a share."""
+
+
+def undivided(work: Work, matrices: Tensor) -> Tensor:
+    """Do the whole work here."""
+    return work(matrices)
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,7 +42,12 @@ class Muon(torch.optim.Optimizer):
         normalize_rows: divide every row of an update by the root of a running mean of its squares,
             and give the whole the norm that it had (NorMuon, Li et al. 2025, arXiv 2510.05491,
             except for that norm, which gives lr the same meaning with and without).
+
+    Attributes:
+        divide: divides the orthogonalization, most of an update's work, between the processes of a run.
     """
+
+    divide: Divide
 
     skips_where_found_inf = True
 
@@ -46,6 +61,7 @@ class Muon(torch.optim.Optimizer):
         joined = list(matrices)
         defaults = {"lr": lr, "weight_decay": weight_decay, "normalize_rows": normalize_rows}
         super().__init__([p for p, _ in joined], defaults)
+        self.divide = undivided
         self.rows = {p: tuple(rows) for p, rows in joined}
 
     @torch.no_grad()
@@ -71,11 +87,14 @@ class Muon(torch.optim.Optimizer):
                 for parts in zip(*(t.split(self.rows[parameter]) for t in joined), strict=True):
                     shapes[parts[0].shape].append(parts)
             for same_shape in shapes.values():
-                _update_same_shape(same_shape, group, keep)
+                _update_same_shape(same_shape, group, keep, self.divide)
 
 
 def _update_same_shape(
-    tensors: Sequence[tuple[Tensor, ...]], group: dict[str, Any], keep: Tensor | None
+    tensors: Sequence[tuple[Tensor, ...]],
+    group: dict[str, Any],
+    keep: Tensor | None,
+    divide: Divide,
 ) -> None:
     """Update matrices of one shape together, where ``keep`` (a bool scalar) is not false.
 
@@ -84,10 +103,11 @@ def _update_same_shape(
             where the group normalises rows.
         group: the parameter group with its settings.
         keep: None for true.
+        divide: see :class:`Muon`.
     """
     weights, nesterov, *squares = (list(part) for part in zip(*tensors, strict=True))
     rows, columns = weights[0].shape
-    change = orthogonalize(torch.stack(nesterov)) * max(1.0, rows / columns) ** 0.5
+    change = divide(_newton_schulz, torch.stack(nesterov)).float() * max(1.0, rows / columns) ** 0.5
     if squares:
         means = torch.stack(squares[0])
         change = _normalize_rows(change, means, keep)
@@ -119,8 +139,13 @@ def _normalize_rows(updates: Tensor, squares: Tensor, keep: Tensor | None) -> Te
 def orthogonalize(matrices: Tensor) -> Tensor:
     """The nearest matrices with all singular values 1, roughly: ``[n, rows, columns]`` float32.
 
-    Newton-Schulz iterations in bfloat16; singular values end between about 0.7 and 1.2.
+    Singular values end between about 0.7 and 1.2.
     """
+    return _newton_schulz(matrices).float()
+
+
+def _newton_schulz(matrices: Tensor) -> Tensor:
+    """:func:`orthogonalize` by Newton-Schulz iterations in bfloat16, in which the result stays."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -130,4 +155,4 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         square = x @ x.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x

@@ -8,6 +8,7 @@ import torch
 
 from storylab.config import NATIVE_DTYPES, PRESETS, TrainConfig
 from storylab.planning.roofline import memory_bytes
+from storylab.training.ranks import ONE_PROCESS, Ranks
 
 # Tokens in a micro-batch from which on a GPU gains nothing: on an H100 113M parameters run at 348,000 tok/s
 # with 64 x 128 tokens, 392,000 with 256 x 128 and 398,000 with 512 x 128 (docs/gpu.md).
@@ -17,18 +18,19 @@ ENOUGH_TOKENS = 512 * 128
 SHARE = 0.6
 
 
-def fitted(config: TrainConfig, free_bytes: float) -> TrainConfig:
+def fitted(config: TrainConfig, free_bytes: float, processes: int = 1) -> TrainConfig:
     """The config with the longest micro-batches of use that fit into a GPU's free memory; the sequences
     of an iteration stay as they are.
 
     A micro-batch is a divisor of an iteration, so that all have one shape. Low precision stays as it is, as
-    its memory is not predicted.
+    its memory is not predicted. Several processes get equally many of them, if they can, and at least one.
     """
     if config.dtype not in NATIVE_DTYPES:
         return config
     sequences, vocab_size = _sequences(config), PRESETS[config.preset].vocab_size
-    most = min(sequences, max(1, ENOUGH_TOKENS // config.block_size))
-    sizes = [size for size in range(1, most + 1) if sequences % size == 0]
+    most = min(sequences // processes, max(1, ENOUGH_TOKENS // config.block_size))
+    shared = processes if sequences % processes == 0 else 1
+    sizes = [size for size in range(1, most + 1) if sequences % (size * shared) == 0]
     fitting = [
         size
         for size in sizes
@@ -37,12 +39,16 @@ def fitted(config: TrainConfig, free_bytes: float) -> TrainConfig:
     return _split(config, max(fitting, default=1))
 
 
-def fitted_here(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """:func:`fitted` on a CUDA device; the config itself on any other."""
+def fitted_here(
+    config: TrainConfig, device: torch.device, ranks: Ranks = ONE_PROCESS
+) -> TrainConfig:
+    """:func:`fitted` on a CUDA device, the fullest of those that ``ranks`` have; the config itself on any
+    other."""
     if device.type != "cuda":
         return config
-    free, _ = torch.cuda.mem_get_info(device)
-    return fitted(config, free)
+    used = torch.tensor(-float(torch.cuda.mem_get_info(device)[0]), dtype=torch.float64)
+    ranks.largest([used])
+    return fitted(config, -float(used), ranks.size)
 
 
 def split_as(stored: TrainConfig, config: TrainConfig) -> TrainConfig:

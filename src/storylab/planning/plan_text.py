@@ -13,6 +13,7 @@ from storylab.documents.plan import (
 )
 from storylab.experiments.factors import qualified_name
 from storylab.planning.predict import find_software
+from storylab.planning.software import UNSEEN_RUNS
 from storylab.training.log_format import format_duration
 
 # Names of matrix units and recipes in the text.
@@ -50,6 +51,11 @@ def gpu_lines(gpu: GpuPrediction, shape: RunShape) -> Iterator[str]:
         )
     if run.idle_windows:
         yield f"  {run.idle_windows}"
+    low, high = UNSEEN_RUNS
+    yield (
+        f"  runs that this was not fitted to were {low:g} to {high:g} times as fast as predicted "
+        "(docs/plan.md)"
+    )
     room = "" if run.fits else ": more than the card has, take a smaller batch"
     yield f"  memory about {run.training_memory_bytes / 1e9:.1f} GB{room}"
 
@@ -63,8 +69,12 @@ def _rows(kinds: Sequence[SoftwarePrediction]) -> Iterator[tuple[str, list[str]]
     for i, part in enumerate(kinds[0].parts):
         name = f"{part.name} ({part.flops / 1e9:,.0f}, {part.bytes / 1e9:.2f})"
         yield name, [f"{1e3 * kind.parts[i].seconds:.2f}" for kind in kinds]
+    if any(kind.waiting_seconds for kind in kinds):
+        yield "the GPU waits for the host", [f"{1e3 * kind.waiting_seconds:.2f}" for kind in kinds]
     yield "all", [f"{1e3 * kind.micro_batch_seconds:.2f}" for kind in kinds]
     yield "tok/s", [f"{kind.tokens_per_second:,.0f}" for kind in kinds]
+    if any(kind.slowest_tokens_per_second for kind in kinds):
+        yield "tok/s on the slowest to the fastest measured card", [_range(kind) for kind in kinds]
     yield "of the bfloat16 peak", [f"{kind.bfloat16_peak_share:.0%}" for kind in kinds]
     yield (
         "the whole run, evaluations left out",
@@ -85,6 +95,13 @@ def _rows(kinds: Sequence[SoftwarePrediction]) -> Iterator[tuple[str, list[str]]
             f"{name} can bring at most (Amdahl)",
             [f"{each.largest_speedup:.2f}x" for each in found],
         )
+
+
+def _range(kind: SoftwarePrediction) -> str:
+    slowest, fastest = kind.slowest_tokens_per_second, kind.fastest_tokens_per_second
+    if slowest is None or fastest is None:
+        return ""
+    return f"{slowest:,.0f} to {fastest:,.0f}"
 
 
 def measured_line(plan: MeasuredPlan) -> str:

@@ -19,7 +19,14 @@ from storylab.documents.plan import (
 )
 from storylab.model.cost import training_flops
 from storylab.planning.gpus import GPUS, Gpu
-from storylab.planning.roofline import gains, memory_bytes, micro_batch_seconds, micro_batch_work
+from storylab.planning.roofline import (
+    gains,
+    memory_bytes,
+    micro_batch_seconds,
+    micro_batch_work,
+    tokens_per_second,
+    waiting_seconds,
+)
 from storylab.planning.software import LIMIT, SOFTWARE, Software, SoftwareName
 from storylab.precision.backends import has_backend
 from storylab.precision.edit import find_recipe
@@ -134,6 +141,7 @@ def _with_software(gpu: Gpu, config: TrainConfig, vocab_size: int, name: str) ->
     tokens = config.batch_size * config.block_size
     flops = training_flops(config.model, vocab_size, config.block_size) * tokens
     whole = _run_seconds(config, seconds)
+    slowest, fastest = _speeds_of_cards(gpu, config, vocab_size, software, recipe)
     return SoftwarePrediction(
         software=name,
         parts=[
@@ -146,8 +154,11 @@ def _with_software(gpu: Gpu, config: TrainConfig, vocab_size: int, name: str) ->
             )
             for work in table
         ],
+        waiting_seconds=waiting_seconds(table, gpu, software),
         micro_batch_seconds=seconds,
         tokens_per_second=tokens / seconds,
+        slowest_tokens_per_second=slowest,
+        fastest_tokens_per_second=fastest,
         bfloat16_peak_share=flops / seconds / (gpu.tflops["bfloat16"] * 1e12),
         training_seconds=whole,
         energy_joules=whole * gpu.watts,
@@ -159,6 +170,18 @@ def _with_software(gpu: Gpu, config: TrainConfig, vocab_size: int, name: str) ->
             and can_run(gpu, wanted)
         ],
     )
+
+
+def _speeds_of_cards(
+    gpu: Gpu, config: TrainConfig, vocab_size: int, software: Software, recipe: Recipe | None
+) -> tuple[float | None, float | None]:
+    """Tokens per second on the slowest and the fastest measured card of this name; None where cards do
+    not differ, and for the limit."""
+    cards = None if software.limit else gpu.measured_cards()
+    if cards is None:
+        return None, None
+    slow, fast = (tokens_per_second(config, vocab_size, card, software, recipe) for card in cards)
+    return slow, fast
 
 
 def _gain(

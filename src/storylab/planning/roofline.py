@@ -1,7 +1,8 @@
 """Predict the time of a training step: the FLOPs and bytes of every part against a GPU's limits.
 
-A part takes the longer of its arithmetic and its memory traffic, plus the time to start its kernels
-(Williams et al. 2009, the roofline model). :mod:`storylab.planning.gpus` has the limits,
+On the GPU a part takes the longer of its arithmetic and its memory traffic (Williams et al. 2009, the
+roofline model), and a gap for each of its kernels. The host starts kernels while the GPU works, so a
+micro-batch takes as long as the slower of the two. :mod:`storylab.planning.gpus` has the limits,
 :mod:`storylab.planning.software` the shares of them that software reaches. Parts are those of
 :class:`StepPart`, into which a profile cuts a measured step too. This module does not load torch.
 """
@@ -26,8 +27,6 @@ from storylab.planning.software import Software, Traffic
 from storylab.precision.formats import MatrixUnit
 from storylab.precision.recipes import Recipe
 
-# Bytes per weight: cast for every micro-batch, its gradient added up.
-WEIGHT_TRAFFIC = 16
 # Bytes per parameter whose average is kept: both read, the average written.
 AVERAGE_TRAFFIC = 12
 # Kernels of the average, each for many parameters at once.
@@ -55,17 +54,16 @@ class Work:
     unit: MatrixUnit = "bfloat16"
 
     def seconds(self, gpu: Gpu, software: Software) -> float:
-        """Predicted time.
+        """Predicted time of the GPU.
 
         Raises:
             KeyError: the GPU lacks the matrix unit.
         """
         share = software.attention if self.part is StepPart.ATTENTION else software.products
-        arithmetic = self.flops / (gpu.tflops[self.unit] * 1e12 * share)
+        rate = gpu.limit_rate(self.unit) if software.limit else gpu.product_rate(self.unit)
+        arithmetic = self.flops / (rate * 1e12 * share)
         traffic = self.bytes / (gpu.bandwidth * 1e12 * software.bandwidth)
-        updates = self.part is StepPart.UPDATE
-        launch = software.update_launch if updates else software.launch
-        return max(arithmetic, traffic) + self.kernels * launch
+        return max(arithmetic, traffic) + self.kernels * software.gap
 
 
 def micro_batch_work(
@@ -96,7 +94,7 @@ def micro_batch_work(
         Work(
             StepPart.CASTS,
             "casts of weights, sums of gradients",
-            bytes=(_block_weights(model) + vocab_size * width) * WEIGHT_TRAFFIC,
+            bytes=(_block_weights(model) + vocab_size * width) * traffic.weight,
         ),
         *_update_work(config, vocab_size, traffic),
     ]
@@ -189,8 +187,14 @@ def _linear_work(config: TrainConfig, recipe: Recipe | None) -> Iterator[Work]:
     if recipe is not None:
         products = len(recipe.quantized_blocks(layers)) * recipe.quantized_gemms / 3
     share, linear_part = products / layers, StepPart.LINEAR
+    # A product and its two gradients for each matrix.
+    kernels = 3 * layers * len(model.matrices())
     yield Work(
-        linear_part, "linear layers", flops=(1 - share) * flops, bytes=(1 - share) * 6.0 * moved
+        linear_part,
+        "linear layers",
+        flops=(1 - share) * flops,
+        bytes=(1 - share) * 6.0 * moved,
+        kernels=(1 - share) * kernels,
     )
     if recipe is None or not products:
         return
@@ -202,6 +206,7 @@ def _linear_work(config: TrainConfig, recipe: Recipe | None) -> Iterator[Work]:
         unit=unit,
         # Operands are read in the low format, results written as before.
         bytes=share * moved * (2.0 + 2.0 * element),
+        kernels=share * kernels,
     )
     # Every element is read in bfloat16 twice and written in both layouts.
     traffic = products * tokens * activations * (2 * 2.0 + 2 * element)
@@ -215,16 +220,23 @@ def predicted_shares(
     software: Software,
     recipe: Recipe | None = None,
 ) -> dict[StepPart, float]:
-    """Predicted share of a micro-batch's time that each part takes, of all parts."""
+    """Predicted share of the GPU's time that each part of a micro-batch takes."""
     times: dict[StepPart, float] = defaultdict(float)
     for work in micro_batch_work(config, vocab_size, software, recipe):
         times[work.part] += work.seconds(gpu, software)
     return {part: times[part] / sum(times.values()) for part in StepPart}
 
 
+def waiting_seconds(work: Sequence[Work], gpu: Gpu, software: Software) -> float:
+    """Predicted seconds of a micro-batch in which the GPU waits for the host to start kernels."""
+    host = sum(each.kernels for each in work) * software.launch
+    return max(0.0, host - sum(each.seconds(gpu, software) for each in work))
+
+
 def micro_batch_seconds(work: Sequence[Work], gpu: Gpu, software: Software) -> float:
-    """Predicted seconds of a micro-batch."""
-    return sum(each.seconds(gpu, software) for each in work)
+    """Predicted seconds of a micro-batch: those of the GPU, or of the host where it takes longer."""
+    busy = sum(each.seconds(gpu, software) for each in work)
+    return busy + waiting_seconds(work, gpu, software)
 
 
 def tokens_per_second(

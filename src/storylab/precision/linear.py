@@ -67,7 +67,9 @@ class LayerContext:
     def random_bytes(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Uniform uint8, made on a CUDA device where it is read there: a CPU takes longer to draw and
         copy the bytes of a gradient than the GPU takes to compute it."""
-        seed = self.layer.state.draw_seed(f"{self.layer.name} {self.kind} {self.use}")
+        seed = self.layer.state.draw_seed(
+            f"{self.layer.name} {self.kind} {self.use}", shared=self.kind == "weight"
+        )
         if device.type == "cuda":
             return hashed_bytes(shape, seed, device)
         return random_bytes(shape, torch.Generator().manual_seed(seed)).to(device)

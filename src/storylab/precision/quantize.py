@@ -71,12 +71,16 @@ def per_tensor(values: Tensor, form: Format, amax: Tensor | None = None) -> Quan
 
     Where amax is 0 or not finite the scale is 1.
     """
-    amax = tensor_amax(values) if amax is None else amax
+    scale = per_tensor_scale(tensor_amax(values) if amax is None else amax, form)
+    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
+
+
+def per_tensor_scale(amax: Tensor, form: Format) -> Tensor:
+    """The factor that takes a tensor with this largest magnitude to the format's, float32."""
     # Tensor by tensor: a number over a tensor is its reciprocal times the number, an ulp off.
     scale = torch.div(torch.full_like(amax, form.max), amax).clamp(max=FLOAT32_MAX)
     usable = torch.isfinite(amax) & (amax > 0)
-    scale = torch.where(usable, scale, torch.ones_like(scale))
-    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
+    return torch.where(usable, scale, torch.ones_like(scale))
 
 
 @fused
@@ -87,11 +91,16 @@ def _per_tensor_pass(values: Tensor, scale: Tensor, form: Format) -> Tensor:
 def per_row(values: Tensor, form: Format) -> Quantized:
     """One scale for each row of ``values [M, K]``: the greatest power of two that keeps it in the
     format's range (torchao's rowwise scaling). The scale is ``[M, 1]``."""
+    scale = per_row_scale(values, form)
+    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
+
+
+def per_row_scale(values: Tensor, form: Format) -> Tensor:
+    """The factors of :func:`per_row` for ``values [M, K]``: ``[M, 1]`` float32."""
     amax = values.abs().amax(dim=1, keepdim=True).float()
     ratio = torch.div(torch.full_like(amax, form.max), amax.clamp(min=1e-12))
     # Its exponent bits alone are the power of two below it.
-    scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
-    return Quantized(_per_tensor_pass(values, scale, form), 1.0 / scale)
+    return (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def mxfp8(values: Tensor, form: Format = E4M3) -> Quantized:

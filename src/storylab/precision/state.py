@@ -45,6 +45,9 @@ class QuantizationState:
     weights_version: int = 0
     """Counts up whenever the weights may have changed."""
     draws: dict[str, int] = field(default_factory=dict)
+    first_draw: int = 0
+    draw_step: int = 1
+    """The draws of this process: those of every ``draw_step``-th micro-batch, from ``first_draw`` on."""
     on_quantize: Callable[[QuantizationEvent], None] | None = None
     """Optional callback, invoked for each tensor quantized in a training pass."""
 
@@ -79,9 +82,11 @@ class QuantizationState:
         finally:
             self.on_quantize = None
 
-    def draw_seed(self, name: str) -> int:
-        """Seed of the next draw called ``name`` in this iteration, below 2^56."""
+    def draw_seed(self, name: str, shared: bool = False) -> int:
+        """Seed of the next draw called ``name`` in this iteration, below 2^56; ``shared`` ones are not of a
+        micro-batch."""
         count = self.draws[name] = self.draws.get(name, -1) + 1
-        text = f"{self.seed} {self.iteration} {name} {count}"
+        place = count if shared else self.first_draw + count * self.draw_step
+        text = f"{self.seed} {self.iteration} {name} {place}"
         digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:7], "little")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -58,6 +59,8 @@ class RunFolder:
 
     folder: Path
     checksums: Checksums | None = None
+    writes: ClassVar[bool] = True
+    """Whether this process writes the run; False where another process of the same run does."""
 
     def check(self, name: str) -> Check:
         """A check of the bytes of a file, which is read after this call, against its checksum."""

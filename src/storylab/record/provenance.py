@@ -28,7 +28,8 @@ NUMERIC_CODE = (
 NON_NUMERIC_MODULES = (
     *("training/check.py", "training/checking.py", "training/checks"),
     *("training/log_format.py", "training/measure.py", "training/observers.py"),
-    *("training/recorder.py", "training/signals.py", "training/telemetry.py"),
+    *("training/recorder.py", "training/signals.py", "training/silent_folder.py"),
+    "training/telemetry.py",
 )
 # Code versions that `benchmarks/same_bits.py` has shown to give equal bits: SHA-256 of each, as
 # :func:`code_sha256` gives it, with the one that represents them all. To add one, run the benchmark against
@@ -82,7 +83,16 @@ def current_stage() -> Stage:
         memory_bytes=psutil.virtual_memory().total,
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
+        world_size=_world_size(),
     )
+
+
+def _world_size() -> int:
+    """Number of processes that torch.distributed has joined to this one, itself included."""
+    import torch.distributed as dist
+
+    joined = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if joined else 1
 
 
 def _version(package: str) -> str | None:

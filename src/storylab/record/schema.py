@@ -88,6 +88,8 @@ class Stage(Struct, frozen=True, kw_only=True):
     memory_bytes: Count
     cores: int | None
     threads: Count
+    world_size: Size = 1
+    """Number of processes, each with these threads."""
     compile_checks: list[dict[str, Any]] | UnsetType = UNSET
     """Findings of the checks of compiled code; not set if nothing was compiled."""
     compile_fault: str | UnsetType | None = UNSET

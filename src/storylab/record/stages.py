@@ -46,6 +46,7 @@ from storylab.record.folder import (
     LOG,
     METRICS,
     POSITION_LOSSES,
+    PRECISION,
     STORY_LOSSES,
     SUMMARY,
     TEST_LOSSES,
@@ -131,6 +132,8 @@ def truncate_to(
     Raises:
         UserError: the record is damaged, or cannot be written.
     """
+    if not run.writes:
+        return
     folder = run.folder
     kept = _lines_before(folder / METRICS, next_iteration)
     run.read_environment()
@@ -178,6 +181,8 @@ def end_run(run: RunFolder, summary: Summary) -> None:
     Raises:
         UserError: a file cannot be read or written.
     """
+    if not run.writes:
+        return
     text = json.dumps(msgspec.to_builtins(summary), indent=2, allow_nan=False) + "\n"
     with atomic_path(run.folder / SUMMARY) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -201,8 +206,21 @@ def files_of(folder: Path) -> Iterator[str]:
     yield from sorted(name for name in names if name != CHECKSUMS)
 
 
+def write_precision(run: RunFolder, found: Mapping[str, Any]) -> None:
+    """Replace ``precision.json``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if run.writes:
+        write_json(run.folder / PRECISION, found)
+        add_checksums(run.folder, [PRECISION])
+
+
 def append_to_log(run: RunFolder, line: str) -> None:
     """Add a line to ``log.txt``, also after the end of a run."""
+    if not run.writes:
+        return
     sealed = LOG in read_checksums(run.folder).sums
     drop_checksums(run.folder, [LOG])
     run.append(LOG, line)

@@ -27,13 +27,14 @@ class Checkpoints:
         self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
     ) -> None:
         self.run, self.state, self.progress, self.telemetry = run, state, progress, telemetry
-        self.saver = Saver(state.precision.device)
+        self.saver = Saver(state.precision.device, run.writes)
         self._saved_at = time.perf_counter()
         self._saved_iteration: int | None = None
 
     def save_first(self) -> bool:
         """Save a checkpoint from before any fault unless the run has one; returns whether it saved."""
-        missing = not self.run.checkpoint("last").exists()
+        ranks = self.state.ranks
+        missing = ranks.any(ranks.leads and not self.run.checkpoint("last").exists())
         if missing:
             self.save_last()
         return missing
@@ -45,8 +46,8 @@ class Checkpoints:
 
     def minutes_passed(self) -> bool:
         """Whether the config's ``checkpoint_minutes`` have passed since the last save."""
-        minutes = (time.perf_counter() - self._saved_at) / 60
-        return minutes >= self.state.config.checkpoint_minutes
+        minutes, ranks = (time.perf_counter() - self._saved_at) / 60, self.state.ranks
+        return ranks.any(ranks.leads and minutes >= self.state.config.checkpoint_minutes)
 
     def save_last(self) -> None:
         """Save the current weights with all that resuming needs.
@@ -73,7 +74,8 @@ class Checkpoints:
             UserError: one could not be written.
         """
         self.saver.wait()
-        self.run.checkpoint("previous").unlink(missing_ok=True)
+        if self.run.writes:
+            self.run.checkpoint("previous").unlink(missing_ok=True)
 
     def save_best(self, iteration: int, val_loss: float) -> None:
         """Save the current weights as the best ones.
@@ -91,9 +93,14 @@ class Saver:
     The copy is queued on the device after the step that it belongs to, so that the steps after it
     cannot reach it. One checkpoint is written after the other, and one copy of each is kept in
     pinned memory.
+
+    Args:
+        device: device of the tensors.
+        writes: False saves nothing, as another process of the run does.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, writes: bool = True) -> None:
+        self._writes = writes
         self._cuda = device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if self._cuda else None
         self._writing: dict[Path, Future[None]] = {}
@@ -113,6 +120,8 @@ class Saver:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
+        if not self._writes:
+            return
         if self._pool is None:
             checkpoint.save(path, tensors, state, previous)
             return

@@ -17,6 +17,7 @@ from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.record.folder import open_run
 from storylab.training.precision import ComputePolicy
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.sampling import load_story_model
 
 Tick = Callable[[int, int], None]
@@ -82,19 +83,23 @@ def window_losses(
     block_size: int,
     precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> np.ndarray:
     """Loss of every target in the windows at ``starts [W]``, in nats: ``[W, block_size]`` float32.
 
-    Past the end of the split a window is filled with token 0, which nothing before it sees.
+    Past the end of the split a window is filled with token 0, which nothing before it sees. Every rank
+    evaluates a share of the batches and gets all losses.
     """
-    losses = np.empty((len(starts), block_size), dtype=np.float32)
-    for first in range(0, len(starts), EVAL_BATCH):
-        tick(first, len(starts))
+    losses = np.zeros((len(starts), block_size), dtype=np.float32)
+    batches = range(0, len(starts), EVAL_BATCH)
+    for first in ranks.turns(batches, lambda first: tick(first, len(starts))):
         chosen = slice(first, first + EVAL_BATCH)
         windows = torch.from_numpy(_padded_windows(split, starts[chosen], block_size + 1))
         windows = windows.to(precision.device)
         with torch.no_grad(), precision.autocast():
             losses[chosen] = model.token_losses(windows[:, :-1], windows[:, 1:]).cpu().numpy()
+    # Zeros are added to the losses that another rank has computed, which changes no bit.
+    ranks.add(torch.from_numpy(losses))
     return losses
 
 
@@ -113,10 +118,11 @@ def estimate_loss(
     batches: int,
     precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> float:
     """Mean loss in nats over ``batches`` x 64 windows, the same ones at every call."""
     starts = evaluation_windows(split, block_size, batches * EVAL_BATCH)
-    losses = window_losses(model, split, starts, block_size, precision, tick)
+    losses = window_losses(model, split, starts, block_size, precision, tick, ranks)
     return float(losses.mean(dtype=np.float64))
 
 
@@ -127,6 +133,7 @@ def evaluate_split(
     precision: ComputePolicy,
     tick: Tick = lambda done, total: None,
     aligned: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
     """Loss of every token of ``split`` (but the first), read in windows of ``block_size``.
 
@@ -147,7 +154,7 @@ def evaluate_split(
     else:
         new = np.arange(0, targets, block_size)
         starts = np.minimum(new, targets - block_size)
-    losses = window_losses(model, split, starts, block_size, precision, tick)
+    losses = window_losses(model, split, starts, block_size, precision, tick, ranks)
     by_target = np.empty(targets, dtype=np.float32)
     stops = np.append(new[1:], targets)
     for row, start, first, end in zip(losses, starts, new, stops, strict=True):

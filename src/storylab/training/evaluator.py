@@ -50,7 +50,7 @@ class Evaluator:
         recorder: gets lines and rows.
         checkpoints: keeps the best weights.
         cores: an evaluation may use all threads.
-        leave: called before every batch; raises if a signal has come.
+        leave: called before every batch, of all ranks at once; raises if a signal has come.
     """
 
     def __init__(
@@ -114,12 +114,14 @@ class Evaluator:
     def _estimate(self, split: str) -> float:
         setup, config = self.setup, self.setup.config
         data, size, batches = setup.dataset.splits[split], config.block_size, config.eval_iters
-        return estimate_loss(setup.state.model, data, size, batches, setup.precision, self._tick)
+        model, ranks = setup.state.model, setup.state.ranks
+        return estimate_loss(model, data, size, batches, setup.precision, self._tick, ranks)
 
     def _whole(self, split: Split) -> Evaluation:
         setup = self.setup
         size, precision = setup.config.block_size, setup.precision
-        evaluation = evaluate_split(setup.state.model, split, size, precision, self._tick)
+        model, ranks = setup.state.model, setup.state.ranks
+        evaluation = evaluate_split(model, split, size, precision, self._tick, ranks=ranks)
         if not math.isfinite(evaluation.loss):
             raise NonFiniteError(f"final {split.name} loss is {evaluation.loss}")
         return evaluation

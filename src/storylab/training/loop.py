@@ -8,19 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from storylab.checksums import add_checksums
 from storylab.data.batches import Prefetcher
 from storylab.errors import Diverged, Interrupted
-from storylab.files import write_json
 from storylab.optim.schedule import learning_rate
-from storylab.record.folder import PRECISION, RunFolder
-from storylab.record.stages import append_to_log
+from storylab.record.folder import RunFolder
+from storylab.record.stages import append_to_log, write_precision
 from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.checks.compiled import require_blameless_compiler
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.recorder import Recorder
 from storylab.training.run_progress import InFlightStep, StepsInFlight, StopRequested, StopSignal
 from storylab.training.setup import TrainingSetup
@@ -29,17 +28,19 @@ from storylab.training.step import NonFiniteError
 from storylab.training.summary import write_diverged, write_finished
 
 
-def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder:
+def fit(
+    setup: TrainingSetup, run: RunFolder, observers: Observers, ranks: Ranks = ONE_PROCESS
+) -> RunFolder:
     """Train from the current progress to ``max_iters``, evaluate, and sum up.
 
-    The caller holds the run folder, so that no other process writes to it.
+    The caller holds the run folder, so that nobody else writes to it. All ``ranks`` call this together.
 
     Raises:
         Interrupted: a signal stopped it; the run can be resumed.
         Diverged: loss or gradients are not finite.
         UserError: the disk is full, or compiled code is at fault for numbers that are not finite.
     """
-    loop = Loop(setup, run, observers)
+    loop = Loop(setup, run, observers, ranks)
     with loop.running():
         loop.start()
         for iteration in range(setup.progress.next_iteration, setup.config.iterations):
@@ -59,15 +60,21 @@ def fit(setup: TrainingSetup, run: RunFolder, observers: Observers) -> RunFolder
 class Loop:
     """The parts of a run under way. Each iteration calls them in the order that :func:`fit` shows."""
 
-    def __init__(self, setup: TrainingSetup, run: RunFolder, observers: Observers) -> None:
+    def __init__(
+        self, setup: TrainingSetup, run: RunFolder, observers: Observers, ranks: Ranks
+    ) -> None:
+        setup.require_same(ranks)
+        setup.state.join(ranks)
         self.setup, self.run, self.observers = setup, run, observers
         self.config, self.state, self.progress = setup.config, setup.state, setup.progress
-        device, self.stop = setup.precision.device, StopSignal()
-        self.recorder = Recorder(run, self.config, self.progress, device, observers)
+        device, self.stop = setup.precision.device, StopSignal(ranks)
+        self.recorder = Recorder(run, self.config, self.progress, device, observers, ranks)
         self.checkpoints = Checkpoints(run, self.state, self.progress, self.recorder.telemetry)
         self.prefetcher = Prefetcher(setup.batches, pin=device.type == "cuda")
         self.in_flight = StepsInFlight(device)
-        self.cores = CoreSharing(device.type == "cpu", self._thread_free, self.recorder.line)
+        # Timing ways of waiting is for a process that waits for no other.
+        alone = device.type == "cpu" and ranks.size == 1
+        self.cores = CoreSharing(alone, self._thread_free, self.recorder.line)
         parts = self.recorder, self.checkpoints, self.cores
         self.evaluator = Evaluator(setup, *parts, leave=self.stop.check)
 
@@ -116,8 +123,7 @@ class Loop:
             for line in log_format.opening_lines(self.config, self.setup.batches, cuda):
                 self.recorder.line(line)
         if (found := self.setup.precision_info) is not None:
-            write_json(self.run.folder / PRECISION, found)
-            add_checksums(self.run.folder, [PRECISION])
+            write_precision(self.run, found)
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
         if self.setup.checks is not None:
             self.recorder.line(log_format.checks_line(self.setup.checks))
@@ -139,7 +145,7 @@ class Loop:
         self.in_flight.add(InFlightStep(iteration, result, waited), started)
 
     def _between(self) -> None:
-        """Before every micro-batch."""
+        """Where an iteration may be left."""
         self.stop.check()
         self.cores.tick()
 

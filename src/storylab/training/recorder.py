@@ -16,9 +16,10 @@ from storylab.record.folder import LOG, RunFolder
 from storylab.record.schema import IterationRow, QuantizationRow, Row
 from storylab.training import log_format
 from storylab.training.observers import Observers
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.run_progress import InFlightStep, RunProgress
 from storylab.training.step import StepMetrics
-from storylab.training.telemetry import Telemetry, peak_memory_bytes
+from storylab.training.telemetry import Telemetry
 
 
 class Recorder:
@@ -34,10 +35,11 @@ class Recorder:
         progress: RunProgress,
         device: torch.device,
         observers: Observers,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.run, self.config, self.progress = run, config, progress
-        self.device, self.observers = device, observers
-        self.telemetry = Telemetry(device, progress.power)
+        self.observers = observers
+        self.telemetry = Telemetry(device, progress.power, ranks)
         self._lap_start = time.perf_counter()
 
     def line(self, text: str) -> None:
@@ -66,7 +68,7 @@ class Recorder:
         progress.seconds_since_line += now - self._lap_start
         self._lap_start = now
         progress.training_seconds += seconds * len(done)
-        peak = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
+        peak = max(progress.peak_memory_bytes, self.telemetry.peak_memory())
         progress.peak_memory_bytes = peak
         meters = self.telemetry.latest()
         self.rows([self._iteration_row(*step, seconds, meters) for step in done])

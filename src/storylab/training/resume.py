@@ -12,7 +12,6 @@ from msgspec import UNSET
 from storylab.compiler import missing_for_compiling
 from storylab.config import FIELDS, TrainConfig, differences, flat
 from storylab.errors import UserError
-from storylab.files import exclusive
 from storylab.optim.schedule import learning_rate, telling_iterations
 from storylab.precision.edit import find_recipe
 from storylab.record.folder import RunFolder, open_run
@@ -22,10 +21,16 @@ from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
 from storylab.training.precision import choose_device
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.setup import TrainingSetup, resolve_device
 
 
-def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer) -> RunFolder:
+def resume(
+    folder: Path,
+    wanted: TrainConfig | None = None,
+    *observers: Observer,
+    ranks: Ranks = ONE_PROCESS,
+) -> RunFolder:
     """Continue the run in ``folder`` to the same bits as if it had never stopped.
 
     Args:
@@ -33,7 +38,8 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
         wanted: config to continue with, by default the run's own. It may differ in folders and in
             how often to print. It may also differ in ``max_iters`` if the learning rates of the
             iterations so far stay the same and nothing depends on a share of the run.
-        observers: watch it.
+        observers: watch it, in the process that leads.
+        ranks: the processes of the run, which all call this; another number of them gives other bits.
 
     Raises:
         UserError: other data, an incompatible config, a damaged checkpoint, or a check of this machine
@@ -41,11 +47,12 @@ def resume(folder: Path, wanted: TrainConfig | None = None, *observers: Observer
         Interrupted, Diverged: as in training.
     """
     run = open_run(folder)
-    with exclusive(folder):
-        return _resume(run, wanted or run.read_config(), Observers(observers))
+    watching = Observers(observers if ranks.leads else ())
+    with ranks.hold(folder):
+        return _resume(run, wanted or run.read_config(), watching, ranks)
 
 
-def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFolder:
+def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ranks) -> RunFolder:
     stored = run.read_config()
     _require_device(run, stored)
     wanted = dataclasses.replace(wanted, out_dir=run.folder)
@@ -63,6 +70,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
         ) from error
     _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
     _check_shares(stored, config)
+    ranks.require(config, precision)
     dataset = run.load_data(config.data_dir)
     setup = TrainingSetup(config, dataset, precision)
     fault = setup.restore(run)
@@ -82,12 +90,15 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers) -> RunFol
         )
     if fault is not None:
         observers.line(f"{fault}; going on from the checkpoint before it, of iteration {done}")
-        os.replace(run.checkpoint("previous"), run.checkpoint("last"))
     for note in _notes(run, stored, config, done):
         observers.line(note)
     setup = run_checks(setup, observers, run)
+    ranks.any(False)  # all have read the run before it changes
+    run = ranks.folder(run.folder)
+    if fault is not None and run.writes:
+        os.replace(run.checkpoint("previous"), run.checkpoint("last"))
     truncate_to(run, done, setup.config, setup.findings())
-    return fit(setup, run, observers)
+    return fit(setup, run, observers, ranks)
 
 
 def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:
@@ -100,6 +111,7 @@ def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) 
     now, then = current_stage(), run.read_environment()
     for name, a, b in (
         ("code", representative(now.code_sha256), representative(then.code_sha256)),
+        ("number of processes", now.world_size, then.world_size),
         ("number of threads", now.threads, then.threads),
         ("CPU", now.cpu, then.cpu),
     ):

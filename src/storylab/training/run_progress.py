@@ -12,6 +12,7 @@ import torch
 from storylab.decode import convert
 from storylab.errors import UserError
 from storylab.record.stages import Prefix
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
 from storylab.training.telemetry import PowerTotals
 
@@ -64,12 +65,14 @@ class InFlightStep:
 class StopSignal:
     """SIGTERM or Ctrl-C, noted when it comes and acted on where it is safe to leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ONE_PROCESS) -> None:
         self.number: int | None = None
+        self._ranks = ranks
 
     def check(self) -> None:
-        """Leave the current work if a signal has come."""
-        if self.number is not None:
+        """Leave the current work if a signal has come to any process of the run; all ask at once."""
+        if number := self._ranks.highest(self.number or 0):
+            self.number = number
             raise StopRequested
 
     def note(self, number: int) -> None:

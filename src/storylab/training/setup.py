@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from storylab.compiler import missing_for_compiling
-from storylab.config import TrainConfig
+from storylab.config import TrainConfig, to_dict
 from storylab.data.batches import TrainingBatches
 from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN
@@ -20,16 +20,18 @@ from storylab.errors import UserError
 from storylab.precision.backends.protocol import require_aligned
 from storylab.record import checkpoint
 from storylab.record.folder import METRICS, RunFolder
+from storylab.record.provenance import code_sha256
 from storylab.record.schema import Checks
 from storylab.record.stages import require_free, require_prefix
 from storylab.training.compile_check import CompileCheck
 from storylab.training.compile_policy import worth_compiling
 from storylab.training.precision import ComputePolicy, choose_device, choose_precision
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, ComputePolicy]:
+def resolve(config: TrainConfig, ranks: Ranks = ONE_PROCESS) -> tuple[TrainConfig, ComputePolicy]:
     """Fill in every default of the config of a new run, and choose its precision, without the data.
 
     Raises:
@@ -39,8 +41,9 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ComputePolicy]:
     config.require_no_rise()
     method = "" if config.method == "record" else f"{config.method}-"
     name = f"{config.preset}-{method}{config.dtype}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = config.out_dir or Path("runs") / name
+    folder = Path(ranks.text(str(config.out_dir or Path("runs") / name)))
     config, precision = resolve_device(dataclasses.replace(config, out_dir=folder))
+    ranks.require(config, precision)
     require_free(folder)
     return config, precision
 
@@ -79,8 +82,11 @@ def resolve_compile(config: TrainConfig, precision: ComputePolicy) -> bool:
     device = precision.device.type
     missing = missing_for_compiling(device)
     if config.compile:
-        if precision.recipe is not None:
-            raise UserError(f"--compile is not for low precision: leave it out with {config.dtype}")
+        compiles = precision.hardware is not None and precision.hardware.compiles
+        if precision.recipe is not None and not compiles:
+            raise UserError(
+                f"--compile is not for {config.dtype} with --backend {precision.backend}: leave it out"
+            )
         if missing is not None:
             raise UserError(
                 f"--compile on {device} needs {missing}: install it, or leave --compile out"
@@ -141,6 +147,15 @@ class TrainingSetup:
         if self.progress.scaler:
             self.state.scaler.load_state_dict(self.progress.scaler)
         return fault
+
+    def require_same(self, ranks: Ranks) -> None:
+        """Raise a UserError unless all processes of the run are about to do the same."""
+        ranks.require_same(
+            lambda: (
+                f"{self.progress.next_iteration} {self.dataset.fingerprint} {code_sha256()} "
+                f"{checkpoint.weights_sha256(self.state.tensors())} {to_dict(self.config)}"
+            )
+        )
 
     def identity(self) -> dict[str, Any]:
         """Device, hashes of the initial weights and of the first batch, and results of the checks, for

@@ -11,10 +11,13 @@ from storylab.config import TrainConfig
 from storylab.model.transformer import Transformer
 from storylab.optim.build import build_optimizers
 from storylab.optim.ema import WeightAverage
+from storylab.optim.orthogonal import Muon
 from storylab.precision.convert import quantize_blocks
+from storylab.precision.linear import QuantizedLinear
 from storylab.record import checkpoint
 from storylab.training.allocator import keep_freed_memory
 from storylab.training.precision import ComputePolicy, require_same_bits
+from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.step import DeviceStepMetrics, training_step
 
 
@@ -47,6 +50,17 @@ class TrainState:
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
         self.ema = WeightAverage(self.model, config.ema_fraction * config.iterations)
+        self.ranks = ONE_PROCESS
+
+    def join(self, ranks: Ranks) -> None:
+        """Divide every step from now on between the processes of a run."""
+        self.ranks = ranks
+        ranks.follow(self.model)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.divide = ranks.divide
+        if self.quantization is not None:
+            self.quantization.first_draw, self.quantization.draw_step = ranks.rank, ranks.size
 
     def step(
         self,
@@ -57,7 +71,7 @@ class TrainState:
     ) -> DeviceStepMetrics:
         """Train on ``batch [S, T + 1]`` (int64) as in ``iteration``, in micro-batches of the config's size.
 
-        ``between`` is called before each of them and may raise to leave.
+        ``between`` is called where it may raise to leave.
 
         Raises:
             NonFiniteError: see :func:`training_step`.
@@ -74,11 +88,21 @@ class TrainState:
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
             between=between,
+            ranks=self.ranks,
         )
+        self.ranks.largest(self._amaxes())
         if self.quantization is not None:
             self.quantization.weights_changed()
         self.ema.update(self.model, iteration)
         return result
+
+    def _amaxes(self) -> list[Tensor]:
+        """The largest magnitudes that delayed scales have noted in this iteration, each ``[3]``."""
+        return [
+            layer.amax_history[:, 0]
+            for layer in self.model.modules()
+            if isinstance(layer, QuantizedLinear) and layer.recipe.delayed
+        ]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from storylab.model.transformer import Transformer
 from storylab.optim.build import set_learning_rate, skip_where
 from storylab.training.precision import ComputePolicy
+from storylab.training.ranks import ONE_PROCESS, Ranks
 
 
 class NonFiniteError(ArithmeticError):
@@ -76,6 +77,7 @@ def training_step(
     learning_rate: float,
     grad_clip: float,
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> DeviceStepMetrics:
     """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
 
@@ -86,7 +88,9 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
-        between: called before each micro-batch; it may raise to leave, the weights being untouched.
+        between: called where it may raise to leave, the weights being untouched, see
+            :meth:`Ranks.micro_batches`.
+        ranks: the processes that share the micro-batches.
 
     Raises:
         NonFiniteError: the loss, or the gradient of another precision than float16, is not finite. On
@@ -94,7 +98,7 @@ def training_step(
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss = _accumulate_gradient(model, scaler, precision, batch, micro_batch, between)
+    loss = _accumulate_gradient(model, scaler, precision, batch.split(micro_batch), between, ranks)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     max_norm = grad_clip or math.inf
@@ -111,19 +115,20 @@ def _accumulate_gradient(
     model: Transformer,
     scaler: torch.amp.GradScaler,
     precision: ComputePolicy,
-    batch: Tensor,
-    micro_batch: int,
+    parts: Sequence[Tensor],
     between: Callable[[], None],
+    ranks: Ranks,
 ) -> Tensor:
-    """Add the gradient of the batch's mean loss to the parameters; returns that loss, a scalar."""
-    total = torch.zeros((), device=batch.device)
-    for windows in batch.split(micro_batch):
-        between()
+    """Add the gradient of the mean loss of all ``parts [s, T + 1]`` to the parameters; returns that loss, a
+    scalar."""
+    total = torch.zeros((), device=parts[0].device)
+    sequences = sum(map(len, parts))
+    for windows in ranks.micro_batches(parts, between):
         with precision.autocast():
-            loss = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
+            loss = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / sequences)
         scaler.scale(loss).backward()
         total += loss.detach()
-    return total
+    return ranks.sum_gradients(model, total)
 
 
 def _update(result: DeviceStepMetrics, optimizers: Sequence[torch.optim.Optimizer]) -> None:

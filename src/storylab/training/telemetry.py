@@ -1,8 +1,9 @@
-"""Memory, power and utilization of a device; None where the device does not report one."""
+"""Memory, power and utilization of a run's devices; None where a device does not report one."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from storylab.training.ranks import ONE_PROCESS, Ranks
 
 try:
     import resource
@@ -36,7 +39,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass
 class PowerTotals:
-    """Sums over a run, resumed parts included; saved with its checkpoints."""
+    """Sums over a run, resumed parts included; saved with its checkpoints. Watts and joules are those of
+    all devices, the percent are their mean."""
 
     samples: int = 0
     watts: float = 0.0
@@ -48,11 +52,14 @@ class Telemetry:
     """Read an NVIDIA GPU's power, utilization and energy in a thread once a second.
 
     Power (watts) and energy (joules) come from NVML's counters; on any other device they stay None.
-    Nothing is estimated from a card's rated power.
+    Nothing is estimated from a card's rated power. Each process reads its own card; the numbers that the
+    methods return are those of the whole run, so that all processes call them at the same time.
     """
 
-    def __init__(self, device: torch.device, before: PowerTotals) -> None:
-        self.device, self.before = device, before
+    def __init__(
+        self, device: torch.device, before: PowerTotals, ranks: Ranks = ONE_PROCESS
+    ) -> None:
+        self.device, self.before, self._ranks = device, before, ranks
         self.samples: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -93,27 +100,43 @@ class Telemetry:
 
     def totals(self) -> PowerTotals:
         """Sums up to now, those from before a resume included."""
-        samples = list(self.samples)
+        samples, before, size = list(self.samples), self.before, self._ranks.size
+        count, watts, percent, energy = self._ranks.sum(
+            [
+                len(samples),
+                sum(watts for watts, _ in samples),
+                sum(percent for _, percent in samples),
+                self._energy_used(),
+            ]
+        )
         return PowerTotals(
-            self.before.samples + len(samples),
-            self.before.watts + sum(watts for watts, _ in samples),
-            self.before.percent + sum(percent for _, percent in samples),
-            self._energy_so_far(),
+            before.samples + round(count / size),
+            before.watts + watts,
+            before.percent + percent / size,
+            self._energy_so_far(energy),
         )
 
-    def _energy_so_far(self) -> float | None:
+    def _energy_used(self) -> float:
+        """Joules since the start of this process; NaN where unknown."""
+        now = None if self._energy_start is None else self._energy()
+        return math.nan if now is None or self._energy_start is None else now - self._energy_start
+
+    def _energy_so_far(self, used: float) -> float | None:
         energy = self.before.energy_joules
-        if self._energy_start is not None and (now := self._energy()) is not None:
-            energy = (energy or 0.0) + now - self._energy_start
-        return energy
+        return energy if math.isnan(used) else (energy or 0.0) + used
+
+    def peak_memory(self) -> int:
+        """Peak memory so far, in bytes, see :func:`peak_memory_bytes`."""
+        return int(self._ranks.sum([peak_memory_bytes(self.device)])[0])
 
     def latest(self) -> dict[str, float | None]:
         """The newest power (watts) and utilization (percent), and the energy so far (joules)."""
-        watts, percent = self.samples[-1] if self.samples else (None, None)
+        own = self.samples[-1] if self.samples else (math.nan, math.nan)
+        watts, percent, energy = self._ranks.sum([*own, self._energy_used()])
         return {
-            "power_watts": watts,
-            "utilization_percent": percent,
-            "energy_joules": self._energy_so_far(),
+            "power_watts": None if math.isnan(watts) else watts,
+            "utilization_percent": None if math.isnan(percent) else percent / self._ranks.size,
+            "energy_joules": self._energy_so_far(energy),
         }
 
     def means(self) -> dict[str, float | None]:

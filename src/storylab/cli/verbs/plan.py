@@ -24,7 +24,7 @@ from storylab.documents.plan import (
 from storylab.errors import UserError
 from storylab.flags import default_for, given_flags, vocab_size_or
 from storylab.planning.gpus import GpuName
-from storylab.planning.software import SOFTWARE, SoftwareName
+from storylab.planning.software import SOFTWARE, UNSEEN_RUNS, SoftwareName
 
 if TYPE_CHECKING:
     from storylab.experiments.experiment import Experiment
@@ -153,6 +153,7 @@ def _document(command: PlanCommand) -> PlanDocument:
             run=run_shape(command.config, vocab_size),
             experiment=None,
             gpus=[plan for plan in plans if isinstance(plan, GpuPrediction)],
+            measured_over_predicted=list(UNSEEN_RUNS),
             this_machine=next((plan for plan in plans if isinstance(plan, MeasuredPlan)), None),
         )
     experiment = load_experiment(command.file, command.scale)
@@ -167,6 +168,7 @@ def _document(command: PlanCommand) -> PlanDocument:
             seeds=len(experiment.seeds),
         ),
         gpus=list(_arm_plans(command, command.file, experiment, vocab_size)),
+        measured_over_predicted=list(UNSEEN_RUNS),
         this_machine=None,
     )
 

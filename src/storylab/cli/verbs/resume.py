@@ -36,6 +36,7 @@ def run(call: Call) -> int:
     command = call.parse(ResumeCommand)
     from storylab.cli.training import show_training
     from storylab.record.folder import open_run
+    from storylab.training.parallel import joined
     from storylab.training.resume import resume
 
     config = open_run(command.run).read_config()
@@ -47,7 +48,9 @@ def run(call: Call) -> int:
     if command.skip_checks:
         changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
-    return show_training(partial(resume, command.run, wanted), command.track)
+    with joined(config.device) as ranks:
+        work = partial(resume, command.run, wanted, ranks=ranks)
+        return show_training(work, command.track, prints=ranks.leads)
 
 
 VERB = Verb(

@@ -30,6 +30,11 @@ class PrecisionBackend(Protocol):
         """Tokens of a sequence and features of a layer must be multiples of this."""
         ...
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes its layers."""
+        ...
+
     def layer(self, linear: nn.Linear) -> nn.Module:
         """A module that computes ``linear`` without bias by the recipe, with the same weight."""
         ...

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from storylab.config import Backend
 from storylab.errors import UserError
-from storylab.precision.backends import torchao
+from storylab.precision.backends import native
 from storylab.precision.backends.protocol import (
     EMULATED,
     PrecisionBackend,
@@ -49,12 +49,13 @@ class TransformerEngine:
     Attributes:
         library: the module ``transformer_engine.pytorch``.
         recipe: the library's own recipe.
-        alignment: see :class:`PrecisionBackend`.
+        alignment, compiles: see :class:`PrecisionBackend`; nobody has compiled its layers here.
     """
 
     library: Any
     recipe: Any
     alignment: int
+    compiles: bool = False
     name: Backend = "te"
 
     def layer(self, linear: nn.Linear) -> nn.Module:
@@ -168,7 +169,7 @@ def load(recipe: Recipe, gpu: str, capability: Capability) -> PrecisionBackend:
     require_features(recipe, gpu, capability)
     found = te_arguments(recipe)
     if found is None:
-        other = "use --backend torchao" if torchao.computes(recipe) else "take back a change"
+        other = "use --backend native" if native.computes(recipe) else "take back a change"
         raise UserError(f"TransformerEngine has no such recipe: {other}, or {EMULATED}")
     try:
         import transformer_engine.pytorch as library
@@ -177,7 +178,7 @@ def load(recipe: Recipe, gpu: str, capability: Capability) -> PrecisionBackend:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"TransformerEngine cannot be loaded ({reason}): pip install --no-build-isolation "
-            f"'storylab[te]', or {EMULATED}"
+            f"'storylab[te]', {'use --backend native, ' if native.computes(recipe) else ''}or {EMULATED}"
         ) from error
     require_te_version(importlib.metadata.version("transformer-engine"), recipe, capability)
     name, arguments = found

@@ -34,12 +34,13 @@ class Torchao:
     Attributes:
         convert: the library's ``convert_to_float8_training``.
         config: its argument of that name.
-        alignment: see :class:`PrecisionBackend`.
+        alignment, compiles: see :class:`PrecisionBackend`.
     """
 
     convert: Any
     config: Any
     alignment: int = 16
+    compiles: bool = True
     name: Backend = "torchao"
 
     def layer(self, linear: nn.Linear) -> nn.Module:
