@@ -17,7 +17,7 @@ import pytest
 
 from storylab import files
 from storylab.errors import UserError
-from storylab.files import exclusive, held, lock_file
+from storylab.locks import exclusive, held, lock_file
 from storylab.record.index import run_folders
 
 # filelock and psutil have a version for each system. They are loaded before the modules are hidden,

@@ -14,7 +14,7 @@ from list_source import STORIES, write
 from storylab.data.prepare import PrepareConfig, prepare
 from storylab.data.tokenizer import gpt2_tokenizer
 from storylab.errors import UserError
-from storylab.files import exclusive
+from storylab.locks import exclusive
 
 
 def test_counts_duplicates_and_overlap(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from damage import (
 )
 from storylab.decode import convert, decode
 from storylab.errors import UserError
-from storylab.files import atomic_path, exists, held, open_file
+from storylab.files import atomic_path, exists, open_file
+from storylab.locks import held
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.schema import DataInfo
 

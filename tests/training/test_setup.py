@@ -19,7 +19,7 @@ from storylab.compiler import missing_for_compiling
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import Interrupted, UserError
-from storylab.files import exclusive
+from storylab.locks import exclusive
 from storylab.record import checkpoint
 from storylab.record.folder import open_run
 from storylab.record.schema import IterationRow

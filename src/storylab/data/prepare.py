@@ -31,15 +31,8 @@ from storylab.data.tally import Tally
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer
 from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
-from storylab.files import (
-    exclusive,
-    read_json,
-    reading,
-    shown,
-    sync_folder,
-    write_error,
-    write_json,
-)
+from storylab.files import read_json, reading, shown, sync_folder, write_error, write_json
+from storylab.locks import exclusive
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of the work, the bytes done, and the total of bytes (None: unknown)."""
@@ -238,10 +231,15 @@ def write_dataset(
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(partial / MANIFEST, manifest)
-        shards = [(s["file"], s["sha256"]) for split in splits.values() for s in split["shards"]]
-        tables = [(s["stories_file"], s["stories_sha256"]) for s in splits.values()]
-        write_checksums(partial, dict([*shards, *tables]))
+        write_checksums(partial, dict(_known_sums(splits)))
         add_checksums(partial, (MANIFEST, TOKENIZER_FILE))
+
+
+def _known_sums(splits: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of every shard and table of stories."""
+    for split in splits.values():
+        yield from ((shard["file"], shard["sha256"]) for shard in split["shards"])
+        yield split["stories_file"], split["stories_sha256"]
 
 
 def _described(tokenizer: Tokenizer) -> dict[str, Any]:

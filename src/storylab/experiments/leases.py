@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from storylab.errors import UserError
-from storylab.files import HeldError, exclusive, exists, held, make_folder
+from storylab.files import exists, make_folder
+from storylab.locks import HeldError, exclusive, held
 
 # The folder in RUNS with one folder to lock for each run, which is there before the run folder is.
 LOCKS = ".locks"

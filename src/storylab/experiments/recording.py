@@ -19,13 +19,8 @@ from storylab.experiments.plan import PlannedRun, ResolvedCell, resolved_cells
 from storylab.experiments.records import EXPERIMENTS, FolderCache, experiment_records
 from storylab.experiments.registered_plan import plan_of
 from storylab.experiments.registration import Progress, registered_values
-from storylab.files import (
-    HeldError,
-    exclusive,
-    exists,
-    make_folder,
-    open_file,
-)
+from storylab.files import exists, make_folder, open_file
+from storylab.locks import HeldError, exclusive
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.run import ENDED
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from storylab.errors import UserError
 from storylab.experiments.records import FolderCache, experiment_records
-from storylab.files import exists, held, open_file
+from storylab.files import exists, open_file
+from storylab.locks import held
 from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache
 from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, run_state

@@ -26,7 +26,6 @@ from storylab.export.reference import (
     save_reference,
 )
 from storylab.files import (
-    exclusive,
     exists,
     read_record,
     reading,
@@ -36,6 +35,7 @@ from storylab.files import (
     write_json,
     write_text,
 )
+from storylab.locks import exclusive
 from storylab.record.checkpoint import weights_sha256
 from storylab.record.folder import open_run
 from storylab.record.run import load_run
@@ -73,8 +73,8 @@ def export_run(
 
     Args:
         folder: the run folder.
-        format_name: one of :data:`~storylab.export.EXPORTERS`.
-        weights: type of the weights; None: the format's first.
+        format_name: one of :data:`~storylab.export.EXPORTERS`, with ``weights`` of a type that it has, or
+            None for its first.
         checkpoint: ``best`` or ``last``.
         out: the folder to write; an earlier export in it is replaced.
 
@@ -82,20 +82,15 @@ def export_run(
         UserError: the format cannot hold the model, the run has no such checkpoint, ``out`` has something
             else in it, a package is missing, or the check found a difference.
     """
-    exporter = find_exporter(format_name)
-    weights = weights or exporter.weights[0]
-    if weights not in exporter.weights:
-        known = ", ".join(exporter.weights)
-        raise UserError(f"--format {format_name} has no weights of type {weights}: use {known}")
+    exporter, weights = _chosen(format_name, weights)
     config = open_run(folder).read_config()
     exporter.refuse(config.model, config.block_size, weights)
-    out = out.resolve()
-    _require_own(out)
+    _require_own(out.resolve())
     source = load_weights(load_run(folder), checkpoint)
-    with _whole_or_nothing(out) as partial:
+    with _whole_or_nothing(out.resolve()) as partial:
         exporter.write(source, weights, partial)
-        model = exporter.as_written(source, weights)
-        prompts = make_reference(model, source.tokenizer, source.block_size)
+        written = exporter.as_written(source, weights)
+        prompts = make_reference(written, source.tokenizer, source.block_size)
         save_reference(prompts, partial)
         findings = _findings(exporter, source, weights, prompts, partial)
         write_text(partial / CARD, model_card(source, exporter, weights, findings))
@@ -114,6 +109,16 @@ def export_run(
         )
         write_json(partial / RECORD, msgspec.to_builtins(record))
     return record
+
+
+def _chosen(format_name: str, weights: str | None) -> tuple[Exporter, str]:
+    """A format, and a type of weights that it has."""
+    exporter = find_exporter(format_name)
+    weights = weights or exporter.weights[0]
+    if weights not in exporter.weights:
+        known = ", ".join(exporter.weights)
+        raise UserError(f"--format {format_name} has no weights of type {weights}: use {known}")
+    return exporter, weights
 
 
 def _findings(

@@ -86,14 +86,10 @@ def time_steps(
     with Telemetry(timer.device, PowerTotals()) as telemetry:
         times = timer.times(config.batch_size, seconds)
         joules = telemetry.latest()["energy_joules"]
-    found: dict[str, Any] = {
-        "seconds": statistics.median(times),
-        "joules": None if joules is None else joules / len(times),
-        "memory": timer.memory(),
-        "shares": None,
-        "busy": None,
-        "products": None,
-    }
+    found: dict[str, Any] = dict.fromkeys(("shares", "busy", "products"))
+    found["seconds"] = statistics.median(times)
+    found["joules"] = None if joules is None else joules / len(times)
+    found["memory"] = timer.memory()
     if timer.precision.hardware is None:
         parts = timer.part_seconds(config.batch_size)
         found["shares"] = shares_of(parts)

@@ -100,13 +100,7 @@ def list_run(folder: Path) -> RunEntry:
         run = load_run(folder)
         started, speed = run.environment.started, run.speed
     for name in _files(summary, found):
-        if name not in found:
-            raise UserError(f"{folder / name} is missing: restore it from a copy")
-        with reading(folder / name):
-            regular = found[name].is_file()
-        if not regular:
-            with open_file(folder / name):
-                pass  # whose message describes the path
+        _require_file(folder / name, found.get(name))
     return RunEntry(
         folder.name,
         summary.status,
@@ -117,6 +111,17 @@ def list_run(folder: Path) -> RunEntry:
         summary.peak_memory_bytes,
         started,
     )
+
+
+def _require_file(path: Path, entry: os.DirEntry[str] | None) -> None:
+    """Raise a UserError if a file of a folder is missing, or is no file."""
+    if entry is None:
+        raise UserError(f"{path} is missing: restore it from a copy")
+    with reading(path):
+        regular = entry.is_file()
+    if not regular:
+        with open_file(path):
+            pass  # whose message describes the path
 
 
 def _files(summary: Summary, found: dict[str, os.DirEntry[str]]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from storylab.config import TrainConfig
 from storylab.errors import Interrupted, UserError
-from storylab.files import exclusive
+from storylab.locks import exclusive
 from storylab.record.folder import RunFolder
 from storylab.training.precision import ComputePolicy
 from storylab.training.ranks import ONE_PROCESS, Ranks

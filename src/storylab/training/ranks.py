@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from storylab.config import TrainConfig
-from storylab.files import exclusive
+from storylab.locks import exclusive
 from storylab.record.folder import RunFolder
 from storylab.training.precision import ComputePolicy
 
@@ -95,7 +95,7 @@ class Ranks:
         return RunFolder(folder)
 
     def hold(self, folder: Path) -> AbstractContextManager[None]:
-        """Context that holds ``folder`` for this run, see :func:`storylab.files.exclusive`."""
+        """Context that holds ``folder`` for this run, see :func:`storylab.locks.exclusive`."""
         return exclusive(folder)
 
 

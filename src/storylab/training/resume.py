@@ -20,7 +20,7 @@ from storylab.record.stages import truncate_to
 from storylab.training.checking import run_checks
 from storylab.training.loop import fit
 from storylab.training.observers import Observer, Observers
-from storylab.training.precision import choose_device
+from storylab.training.precision import ComputePolicy, choose_device
 from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.setup import TrainingSetup, resolve_device
 
@@ -54,21 +54,7 @@ def resume(
 
 def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ranks) -> RunFolder:
     stored = run.read_config()
-    _require_device(run, stored)
-    wanted = dataclasses.replace(wanted, out_dir=run.folder)
-    if wanted.compile is None:
-        wanted = dataclasses.replace(wanted, compile=stored.compile)
-    missing = missing_for_compiling(choose_device(wanted.device).type)
-    uncompiled = wanted.compile is True and missing is not None
-    try:
-        config, precision = resolve_device(
-            dataclasses.replace(wanted, compile=False) if uncompiled else wanted
-        )
-    except UserError as error:
-        raise UserError(
-            f"{run.folder} goes on with its own config alone, and cannot here: {error}"
-        ) from error
-    _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
+    config, precision, missing = _resolved(run, stored, wanted)
     _check_shares(stored, config)
     ranks.require(config, precision)
     dataset = run.load_data(config.data_dir)
@@ -84,7 +70,7 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ra
             "permits (during warm-up, or --schedule constant)"
         )
         return run
-    if uncompiled:
+    if missing is not None:
         observers.line(
             f"This machine lacks {missing}: training goes on uncompiled; bits may differ"
         )
@@ -99,6 +85,32 @@ def _resume(run: RunFolder, wanted: TrainConfig, observers: Observers, ranks: Ra
         os.replace(run.checkpoint("previous"), run.checkpoint("last"))
     truncate_to(run, done, setup.config, setup.findings())
     return fit(setup, run, observers, ranks)
+
+
+def _resolved(
+    run: RunFolder, stored: TrainConfig, wanted: TrainConfig
+) -> tuple[TrainConfig, ComputePolicy, str | None]:
+    """The config to go on with, its precision here, and the lack for which it is uncompiled, if any.
+
+    Raises:
+        UserError: the run cannot go on so, or not on this machine.
+    """
+    _require_device(run, stored)
+    wanted = dataclasses.replace(wanted, out_dir=run.folder)
+    if wanted.compile is None:
+        wanted = dataclasses.replace(wanted, compile=stored.compile)
+    missing = None
+    if wanted.compile is True:
+        missing = missing_for_compiling(choose_device(wanted.device).type)
+    here = wanted if missing is None else dataclasses.replace(wanted, compile=False)
+    try:
+        config, precision = resolve_device(here)
+    except UserError as error:
+        raise UserError(
+            f"{run.folder} goes on with its own config alone, and cannot here: {error}"
+        ) from error
+    _check_config(stored, dataclasses.replace(config, compile=wanted.compile))
+    return config, precision, missing
 
 
 def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) -> Iterator[str]:

@@ -79,22 +79,19 @@ def training_step(
     between: Callable[[], None] = lambda: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> DeviceStepMetrics:
-    """Accumulate the gradient of the batch's mean loss over micro-batches, clip it, and update.
-
-    A step whose loss or gradient is not finite updates nothing.
+    """Accumulate the gradient of the batch's mean loss, clip it, and update if both are finite.
 
     Args:
         batch: ``[S, T + 1]`` int64 token windows on the model's device.
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
-        between: called where it may raise to leave, the weights being untouched, see
-            :meth:`Ranks.micro_batches`.
-        ranks: the processes that share the micro-batches.
+        between: called where it may raise and the weights are untouched.
+        ranks: the processes that share the micro-batches; see :meth:`Ranks.micro_batches`.
 
     Raises:
-        NonFiniteError: the loss, or the gradient of another precision than float16, is not finite. On
-            CUDA it is the result's ``read`` that raises.
+        NonFiniteError: the loss, or a gradient of another precision than float16, is not finite; on
+            CUDA the result's ``read`` raises it.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

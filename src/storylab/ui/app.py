@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,8 @@ def create_app(runs: Path) -> Starlette:
     library = Library(runs)
     figures = cache(figure_script)
 
-    def overview(request: Request) -> Response:
-        return _answer(request, library.overview)
-
-    def curve(request: Request) -> Response:
-        return _answer(request, lambda: library.curve(request.path_params["name"]))
-
-    def detail(request: Request) -> Response:
-        return _answer(request, lambda: library.detail(request.path_params["name"]))
+    def answer(read: Callable[..., Any]) -> Callable[[Request], Response]:
+        return lambda request: _answer(request, partial(read, **request.path_params))
 
     def experiment(request: Request) -> Response:
         try:
@@ -68,9 +62,9 @@ def create_app(runs: Path) -> Starlette:
         routes=[
             *(Route(f"/{name}", file) for name in FILES),
             Route(FIGURES, script),
-            Route("/api/overview", overview),
-            Route("/api/curves/{name}", curve),
-            Route("/api/runs/{name}", detail),
+            Route("/api/overview", answer(library.overview)),
+            Route("/api/curves/{name}", answer(library.curve)),
+            Route("/api/runs/{name}", answer(library.detail)),
             Route("/experiments/{name}", experiment),
         ],
         middleware=[

@@ -9,7 +9,8 @@ from pathlib import Path
 from storylab.config import PRESENTATION_FIELDS, flat
 from storylab.errors import UserError
 from storylab.experiments.records import FolderCache, experiment_records
-from storylab.files import exists, held
+from storylab.files import exists
+from storylab.locks import held
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import METRICS, SUMMARY, RunFolder, open_run
 from storylab.record.index import RunEntry, list_run, run_folders
