@@ -114,6 +114,9 @@ def test_the_list_is_that_of_the_command_line(client: TestClient, runs: Path) ->
     names = ("name", "state", "loss", "speed", "memory", "started")
     shown = [[row[name] for name in names] for row in answer["runs"]]
     assert shown == [[getattr(row, name) for name in names] for row in list_runs(runs)]
+    assert {row["arm"] for row in answer["runs"]} == {
+        f"{arm}, seed {seed}" for arm in ("low", "high") for seed in (1, 2)
+    }
     assert answer["experiments"] == [
         {"name": "rates", "title": "Two rates", "done": 4, "planned": 4, "fault": ""}
     ]
@@ -365,11 +368,11 @@ def test_a_run_in_progress_grows_on_the_page(
     assert page.locator("#stories img").count() == 0
     assert "learning_rate" in page.locator("#configs").inner_text()
     # The filter, the order, and an address that can be kept.
-    page.get_by_label("filter by name").fill("no such run")
+    page.get_by_label("filter by name or arm").fill("no such run")
     assert rows.count() == 0
-    page.get_by_label("filter by name").fill("")
+    page.get_by_label("filter by name or arm").fill("")
     page.get_by_role("button", name="val loss").click()
-    cells = page.locator("#runs tbody td:nth-child(7)").all_inner_texts()
+    cells = page.locator("#runs tbody td:nth-child(8)").all_inner_texts()
     losses = [float(text) for text in cells if text]
     assert losses == sorted(losses) and losses
     page.reload()

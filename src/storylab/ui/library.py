@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
+
+from msgspec import structs
 
 from storylab.config import PRESENTATION_FIELDS, flat
 from storylab.errors import UserError
+from storylab.experiments.factors import qualified_name
 from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists
 from storylab.locks import held
@@ -48,11 +52,16 @@ class Library:
             UserError: the folder cannot be read.
         """
         with self._lock:
-            runs = [self._row(folder) for folder in run_folders(self.folder)]
-            states = {row.name: row.state for row in runs}
-            experiments = [
-                self._experiment(path, states) for path in experiment_records(self.folder)
+            records, arms = experiment_records(self.folder), dict[str, str]()
+            for path in records:
+                with suppress(UserError):  # its row says why
+                    arms = _arms(self._cache.record(path)) | arms
+            runs = [
+                structs.replace(self._row(folder), arm=arms.get(folder.name, ""))
+                for folder in run_folders(self.folder)
             ]
+            states = {row.name: row.state for row in runs}
+            experiments = [self._experiment(path, states) for path in records]
             return Overview(folder=str(self.folder), runs=runs, experiments=experiments)
 
     def curve(self, name: str) -> Curve:
@@ -191,6 +200,15 @@ class Library:
         names = _run_names(record)
         done = sum(states.get(name) in ENDED for name in names)
         return ExperimentRow(name=path.stem, title=record.title, done=done, planned=len(names))
+
+
+def _arms(record: ExperimentRecord) -> dict[str, str]:
+    """Arm, condition and seed of every run, by the name of its folder."""
+    return {
+        name: f"{qualified_name(cell.arm, cell.condition)}, seed {seed}"
+        for cell in record.cells
+        for seed, name in cell.runs.items()
+    }
 
 
 def _run_names(record: ExperimentRecord) -> list[str]:

@@ -15,6 +15,8 @@ class RunRow(Struct, frozen=True, kw_only=True):
     name: str
     state: str
     """``finished``, ``diverged``, ``failed``, ``training``, ``stopped`` or ``damaged``."""
+    arm: str = ""
+    """Its arm in the first experiment that lists it, with condition and seed; empty if none does."""
     started: str = ""
     fault: str = ""
     """Why it failed, diverged or is damaged."""

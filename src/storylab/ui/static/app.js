@@ -31,6 +31,7 @@ function duration(seconds) {
 
 const COLUMNS = [
   ["run", row => row.name, row => row.name],
+  ["arm", row => row.arm, row => row.arm],
   ["state", row => row.state, row => row.state],
   ["iteration", row => row.iteration, row => row.iteration == null ? "" : `${whole(row.iteration)}/${whole(row.iterations)}`],
   ["left", row => row.seconds_left, row => duration(row.seconds_left)],
@@ -43,7 +44,7 @@ const COLUMNS = [
 ];
 const NUMBERS = new Set(["iteration", "left", "parameters", "tokens", "val loss", "tok/s", "GB"]);
 
-const page = { runs: [], sort: 9, up: false, chosen: new Map(), curves: new Map(), details: new Map() };
+const page = { runs: [], sort: 10, up: false, chosen: new Map(), curves: new Map(), details: new Map() };
 
 // The address holds the choice, so that it can be kept and sent.
 function fromAddress() {
@@ -81,7 +82,7 @@ function heading([name], i) {
 function showRuns() {
   const text = find("filter").value.toLowerCase(), state = find("state").value;
   const [, key] = COLUMNS[page.sort];
-  const rows = page.runs.filter(row => row.name.toLowerCase().includes(text) && (!state || row.state === state));
+  const rows = page.runs.filter(row => `${row.name} ${row.arm}`.toLowerCase().includes(text) && (!state || row.state === state));
   rows.sort((a, b) => {
     const x = key(a), y = key(b);
     if (x == null || y == null) return (x == null) - (y == null);
@@ -194,7 +195,7 @@ async function showFigures() {
       width: "container", height: 220, data: { values }, background: null,
       mark: { type: "line", point: values.length < 60, clip: true, strokeWidth: 1.5 },
       encoding: {
-        x: { field: "x", type: "quantitative", title: find("axis").selectedOptions[0].textContent, axis: { format: "~s" } },
+        x: { field: "x", type: "quantitative", title: find("axis").selectedOptions[0].textContent, axis: { format: find("axis").value === "tokens" ? "~s" : "," } },
         y: { field: "y", type: "quantitative", title: unit, scale: { zero: !isLoss, type: isLoss && log ? "log" : "linear" } },
         color: { field: "run", type: "nominal", legend: null, scale: { domain: [...page.chosen.keys()], range: [...page.chosen.values()] } },
         tooltip: [{ field: "run" }, { field: "x", format: ",.0f" }, { field: "y", format: ".5~g" }],
@@ -215,7 +216,8 @@ function table(headings, rows) {
 function runHeading(name) {
   const mark = make("span", { className: "mark" });
   mark.style.background = page.chosen.get(name);
-  return make("span", {}, mark, name);
+  const arm = page.runs.find(row => row.name === name)?.arm;
+  return make("span", { title: name }, mark, arm || name);
 }
 
 function showDetails() {
