@@ -69,7 +69,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
     config = tiny_config(max_iters=0)
     with monkeypatch.context() as patch:
         # A fault after the folder is made and before its config is written.
-        patch.setattr("storylab.record.folder.current_stage", lambda: 1 / 0)
+        patch.setattr("storylab.record.stages.current_stage", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert config.out_dir.is_dir()
