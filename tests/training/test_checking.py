@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from record_folders import forget_checksums
 from samples import TINY, MakeConfig
 from storylab.cli import main
 from storylab.config import METHODS
@@ -103,8 +104,6 @@ def test_results_are_recorded_and_shown(
     assert [result.name for result in checks.results] == names
     assert all(result.passed and result.finding for result in checks.results)
     assert sum(result.seconds for result in checks.results) <= checks.seconds
-    line = "6 of 6 checks before the first step passed in "
-    assert line in (run.folder / "log.txt").read_text()
     # Another machine may have other kernels; the data and the initial weights are the same.
     resume(run.folder, dataclasses.replace(run.read_config(), max_iters=9))
     resume(run.folder, dataclasses.replace(run.read_config(), max_iters=10, skip_checks=True))
@@ -112,6 +111,7 @@ def test_results_are_recorded_and_shown(
     assert isinstance(stages[0], Checks) and isinstance(stages[1], Checks)
     assert [result.name for result in stages[0].results] == ["causality"]
     assert stages[1] == Checks(skipped=True, seconds=0.0)
+    assert (run.folder / "log.txt").read_text().count("were skipped (--skip_checks)") == 1
     assert main(["info", str(run.folder)]) == 0
     text = capsys.readouterr().out
     assert "checks before iteration 0: " in text and "  causality          passed: " in text
@@ -164,6 +164,7 @@ def test_runs_of_versions_without_these_records_read(
     tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(tiny_config(max_iters=1))
+    forget_checksums(run.folder)
     for name, key in (("environment.json", "checks"), ("config.json", "skip_checks")):
         path = run.folder / name
         values = json.loads(path.read_text())

@@ -262,9 +262,9 @@ def test_the_first_process_alone_prints_and_writes(two: Path) -> None:
     assert [row.iteration for row in iterations] == list(range(COMMON["max_iters"] + 1))
 
 
-def test_memory_is_that_of_all_processes(one: Path, two: Path, four: Path) -> None:
-    peaks = [found(RunFolder(folder / "adamw")).peak_memory_bytes for folder in (one, two, four)]
-    assert 1.3 < peaks[1] / peaks[0] < 3 and 1.5 < peaks[2] / peaks[1] < 3
+def test_memory_is_that_of_all_processes(two: Path, four: Path) -> None:
+    peaks = [found(RunFolder(folder / "adamw")).peak_memory_bytes for folder in (two, four)]
+    assert 1.5 < peaks[1] / peaks[0] < 3
 
 
 def test_numbers_of_processes_that_differ_are_a_confound(one: Path, two: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
-from storylab.record.schema import Checks, Summary
+from storylab.record.schema import Summary
 
 if TYPE_CHECKING:  # a plan prints durations without loading torch
     from storylab.data.batches import TrainingBatches
@@ -155,17 +155,6 @@ def summary_lines(summary: Summary) -> list[str]:
     for sample in summary.samples:
         lines += ["", f"Sample for {sample.prompt!r}:", printable(sample.text)]
     return lines
-
-
-def checks_line(checks: Checks) -> str:
-    """``8 of 8 checks before the first step passed in 0.4 s``."""
-    if checks.skipped:
-        return "Checks before the first step were skipped (--skip_checks)"
-    passed = sum(result.passed for result in checks.results)
-    return (
-        f"{passed} of {len(checks.results)} checks before the first step passed in "
-        f"{format_duration(checks.seconds)}"
-    )
 
 
 def precision_line(dtype: str, found: dict[str, Any]) -> str:

@@ -125,8 +125,8 @@ class Loop:
         if (found := self.setup.precision_info) is not None:
             write_precision(self.run, found)
             self.recorder.line(log_format.precision_line(self.config.dtype, found))
-        if self.setup.checks is not None:
-            self.recorder.line(log_format.checks_line(self.setup.checks))
+        if self.setup.checks is not None and self.setup.checks.skipped:
+            self.recorder.line("Checks before the first step were skipped (--skip_checks)")
 
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""
