@@ -115,6 +115,7 @@ def test_a_renamed_field_of_the_model_reads_too(monkeypatch: pytest.MonkeyPatch)
         from_dict(values)
 
 
+@pytest.mark.slow
 @RENAMED
 @pytest.mark.parametrize("text", [PLAIN, FACTORIAL, CONDITIONS])
 def test_an_earlier_experiment_file_reads(

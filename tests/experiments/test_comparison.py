@@ -143,6 +143,7 @@ def test_a_verdict_mirrors_when_arm_and_baseline_are_exchanged(
                 assert back.ends == pytest.approx((-c.ends[1], -c.ends[0]))
 
 
+@pytest.mark.slow
 def test_no_line_names_a_winner_whose_interval_holds_zero(low: Run) -> None:
     """By Holm's method an arm may be settled whose interval for all arms together still holds zero."""
     rng = np.random.default_rng(4)
@@ -608,6 +609,7 @@ def test_what_pairs_could_see_comes_from_the_spread_of_their_differences(
     assert unpaired[0] > 50 * shown[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baselines", [2, 3, 5])
 def test_one_run_against_several_of_its_own_recipe_names_few_winners(
     low: Run, baselines: int
@@ -619,6 +621,7 @@ def test_one_run_against_several_of_its_own_recipe_names_few_winners(
     assert share < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [True, False])
 def test_arms_of_equal_recipes_name_few_winners(low: Run, paired: bool) -> None:
     rng = np.random.default_rng(4)

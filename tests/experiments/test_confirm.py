@@ -52,6 +52,7 @@ def bench(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) 
     return Bench(tmp_path, dataset, capsys)
 
 
+@pytest.mark.slow
 def test_an_arm_is_confirmed_on_seeds_of_its_own(bench: Bench) -> None:
     assert bench("run")[0] == 0
     code, out = bench("confirm", "--only", "high")
@@ -71,6 +72,7 @@ def test_an_arm_is_confirmed_on_seeds_of_its_own(bench: Bench) -> None:
     assert bench.record("rates").openings == []
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_counts_every_opening(bench: Bench) -> None:
     assert bench("confirm", "--only", "high")[0] == 0
     seeds = bench.record().seeds
@@ -87,6 +89,7 @@ def test_the_same_command_goes_on_and_counts_every_opening(bench: Bench) -> None
     assert not set(bench.record("other-confirm").seeds) & set(seeds)
 
 
+@pytest.mark.slow
 def test_an_opening_that_another_process_notes_is_not_lost(bench: Bench) -> None:
     """Neither from the record nor from the log, which counts openings where a record was deleted."""
     assert bench("run")[0] == 0
@@ -103,6 +106,7 @@ def test_an_opening_that_another_process_notes_is_not_lost(bench: Bench) -> None
     assert OpeningLog.read(path.parent).count("other") == 0
 
 
+@pytest.mark.slow
 def test_more_seeds_after_an_opening_are_an_amendment(bench: Bench) -> None:
     assert bench("confirm", "--only", "high")[0] == 0
     code, out = bench("confirm", "--seeds", "6")
@@ -138,6 +142,7 @@ def test_data_without_a_test_split_says_how_to_get_one(
     assert code == 2 and "has no test split to confirm on" in out and "--test" in out
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_not_begun_again(bench: Bench) -> None:
     assert bench("confirm", "--only", "high")[0] == 0
     path = bench.runs / "experiments" / "rates-confirm.json"
@@ -146,6 +151,7 @@ def test_a_damaged_record_is_not_begun_again(bench: Bench) -> None:
     assert code == 2 and "rates-confirm.json" in out and path.read_text() == "{"
 
 
+@pytest.mark.slow
 def test_seeds_of_all_runs_on_the_data_are_used(bench: Bench) -> None:
     """Those of noise runs, of runs that were set aside and of damaged ones too; not those on other data."""
     assert bench("run")[0] == 0
@@ -185,6 +191,7 @@ def test_the_expected_largest_of_normals() -> None:
     assert expected_largest(12) == pytest.approx(1.62923, abs=1e-4)  # tables of order statistics
 
 
+@pytest.mark.slow
 def test_arms_are_counted_once_over_all_searches(bench: Bench) -> None:
     assert bench("run")[0] == 0
     (bench.root / "again.toml").write_text(
@@ -199,6 +206,7 @@ def test_arms_are_counted_once_over_all_searches(bench: Bench) -> None:
     assert selection_line(found, 0.01).endswith("would look better by 0.0042 nats")
 
 
+@pytest.mark.slow
 def test_a_deleted_record_does_not_make_the_test_split_new(bench: Bench) -> None:
     bench("run")
     bench("confirm", "--only", "high")
@@ -207,6 +215,7 @@ def test_a_deleted_record_does_not_make_the_test_split_new(bench: Bench) -> None
     assert "The test split of this data was opened once before" in out
 
 
+@pytest.mark.slow
 def test_the_test_split_stays_closed_before_all_runs_have_ended(bench: Bench) -> None:
     bench("run")
     bench("confirm", "--only", "high")
@@ -219,6 +228,7 @@ def test_the_test_split_stays_closed_before_all_runs_have_ended(bench: Bench) ->
     assert closed.runs == [] and any("stays closed" in problem for problem in closed.problems)
 
 
+@pytest.mark.slow
 def test_runs_that_began_before_the_registration_are_named(bench: Bench) -> None:
     """They were moved away while the plan was registered, and back."""
     bench("run")

@@ -425,6 +425,7 @@ def test_equal_compute_is_equal_in_floating_point_operations() -> None:
     assert max(budgets) / min(budgets) < 1.02
 
 
+@pytest.mark.slow
 def test_training_flops_are_those_that_torch_counts() -> None:
     """torch counts every product whole, so a causal model's attention twice what it needs."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -538,6 +539,7 @@ def test_arms_are_compiled_together_or_not_at_all(
     assert [run.cell.config.compile for run in planned] == [expected] * 2
 
 
+@pytest.mark.slow
 def test_arms_share_initial_weights_and_data_order(planned: list[PlannedRun]) -> None:
     run_experiment(planned, InProcess(), Watcher())
     a, b = (RunFolder(run.folder).read_environment() for run in planned)
@@ -788,6 +790,7 @@ emulated = {{ dtype = "nvfp4", backend = "emulated" }}
     assert runs == [3, 0, 3]
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_set_aside_and_trained_again(planned: list[PlannedRun]) -> None:
     run_experiment(planned, InProcess(), Watcher())
     (planned[0].folder / "metrics.jsonl").write_text("")

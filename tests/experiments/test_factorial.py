@@ -329,6 +329,7 @@ def test_a_wider_factor_can_be_named(tmp_path: Path) -> None:
     assert experiment.factorial.factors[1].fields == ("ema_fraction", "learning_rate")
 
 
+@pytest.mark.slow
 def test_the_worked_file_crosses_the_parts_of_fast() -> None:
     experiment = load_experiment(ROOT / "experiments/factorial/fast-parts.toml")
     assert experiment.factorial is not None

@@ -68,6 +68,7 @@ def test_more_seeds_see_more_and_more_arms_see_less(load: Load) -> None:
     assert detectable_at_looks(one, 0.01)[0][1] == math.inf
 
 
+@pytest.mark.slow
 def test_the_spread_comes_from_like_runs(load: Load, dataset: Dataset, tmp_path: Path) -> None:
     experiment, runs = load(), tmp_path / "runs"
 
@@ -101,6 +102,7 @@ def lines(experiment: Experiment, dataset: Dataset, runs: Path) -> list[str]:
     return list(foresight_lines(experiment, dataset.fingerprint, runs, RunCache()))
 
 
+@pytest.mark.slow
 def test_a_dry_run_warns_of_a_margin_that_it_cannot_see(
     load: Load, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def lab(tmp_path: Path, dataset: Dataset) -> Lab:
     return Lab(tmp_path, dataset)
 
 
+@pytest.mark.slow
 def test_the_first_run_registers_the_whole_plan(lab: Lab) -> None:
     record = lab.record(train=True)
     registered = record.registered
@@ -48,6 +49,7 @@ def test_the_first_run_registers_the_whole_plan(lab: Lab) -> None:
     assert again.registered == registered and again.amendments == []
 
 
+@pytest.mark.slow
 def test_a_changed_margin_after_runs_is_an_amendment_for_good(lab: Lab) -> None:
     first = lab.record(train=True)
     changed = lab.record(TWO_RATES.replace("margin = 0.02", "margin = 0.05"))
@@ -64,6 +66,7 @@ def test_a_changed_margin_after_runs_is_an_amendment_for_good(lab: Lab) -> None:
     assert lab.record().amendments == back.amendments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
@@ -124,6 +127,7 @@ high = { weight_decay = 0.3 }
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [OF_A_RENAMED_FIELD, FACTORIAL])
 def test_a_record_with_former_names_of_fields_has_the_same_plan(lab: Lab, text: str) -> None:
     record = lab.record(text)
@@ -164,6 +168,7 @@ def test_a_part_and_more_seeds_of_the_plan_are_no_amendments(lab: Lab) -> None:
     assert lab.record(TWO_RATES.replace("seeds = [1, 2]", "seeds = [1, 2, 3]")).amendments == []
 
 
+@pytest.mark.slow
 def test_another_hypothesis_is_said_but_changes_no_verdict(lab: Lab) -> None:
     lab.record(train=True)
     record = lab.record(TWO_RATES.replace("The high one", "The low one"))
@@ -171,6 +176,7 @@ def test_another_hypothesis_is_said_but_changes_no_verdict(lab: Lab) -> None:
     assert exploratory_reasons(record) == []
 
 
+@pytest.mark.slow
 def test_other_code_is_an_amendment_of_its_own_kind(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +191,7 @@ def test_other_code_is_an_amendment_of_its_own_kind(
     assert lab.record().amendments == record.amendments  # a version of equal bits
 
 
+@pytest.mark.slow
 def test_a_deleted_record_does_not_bring_the_first_moment_back(lab: Lab) -> None:
     lab.record(train=True)
     (lab.runs / "experiments" / "rates.json").unlink()
@@ -194,6 +201,7 @@ def test_a_deleted_record_does_not_bring_the_first_moment_back(lab: Lab) -> None
     assert exploratory_reasons(record) == [line]
 
 
+@pytest.mark.slow
 def test_another_baseline_of_known_runs_is_said_and_harmless(lab: Lab) -> None:
     """Runs of one arm alone: no difference could be known."""
     lab.record(train=True)
@@ -205,6 +213,7 @@ def test_another_baseline_of_known_runs_is_said_and_harmless(lab: Lab) -> None:
     assert exploratory_reasons(record) == []
 
 
+@pytest.mark.slow
 def test_a_second_file_on_known_differences_is_exploratory(lab: Lab) -> None:
     """The same arms renamed, or some of them: their differences were there to be seen."""
     lab.record(train=True)
@@ -217,6 +226,7 @@ def test_a_second_file_on_known_differences_is_exploratory(lab: Lab) -> None:
     assert exploratory_reasons(record) == [line]
 
 
+@pytest.mark.slow
 def test_a_record_of_an_older_version(lab: Lab) -> None:
     lab.record(train=True)
     path = lab.runs / "experiments" / "rates.json"
@@ -229,6 +239,7 @@ def test_a_record_of_an_older_version(lab: Lab) -> None:
     assert registration_lines(lab.record()) == [KNOWN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["{", '{"name": 3}'])
 def test_a_damaged_record_is_set_aside_and_the_new_one_says_so(lab: Lab, damage: str) -> None:
     lab.record(train=True)
@@ -259,6 +270,7 @@ def test_keys_of_a_later_version_stay(lab: Lab) -> None:
     assert json.loads(path.read_text())["later"] == [1]
 
 
+@pytest.mark.slow
 def test_training_everything_again_is_exploratory(lab: Lab) -> None:
     """Whoever knows the losses could train until they please."""
     lab.record(train=True)

@@ -63,6 +63,7 @@ def test_a_number_of_seeds_that_is_no_look_is_said() -> None:
     assert "those of the look at 5 seeds" in (unplanned_line((3, 5), 9) or "")
 
 
+@pytest.mark.slow
 def test_a_settled_arm_is_not_trained_with_more_seeds(bench: Bench) -> None:
     trained, out = bench.run(WIDE, "--seeds", "3")
     assert trained == 4  # two seeds of both arms: the baseline has nothing to wait for either
@@ -75,6 +76,7 @@ def test_a_settled_arm_is_not_trained_with_more_seeds(bench: Bench) -> None:
     assert bench.looks() == [(2, ["high"])]
 
 
+@pytest.mark.slow
 def test_an_undecided_arm_goes_on_to_the_last_look(bench: Bench) -> None:
     trained, out = bench.run(NEAR, "--seeds", "3")
     assert trained == 6 and "This plan: registered before any run" in out
@@ -84,6 +86,7 @@ def test_an_undecided_arm_goes_on_to_the_last_look(bench: Bench) -> None:
     assert trained == 0 and len(bench.looks()) == 2
 
 
+@pytest.mark.slow
 def test_one_arm_goes_on_where_another_is_settled(bench: Bench) -> None:
     """The open arm's baseline goes on with it."""
     text = TWO_RATES.replace("margin = 0.02", "margin = 0.004").replace(
@@ -97,18 +100,21 @@ def test_one_arm_goes_on_where_another_is_settled(bench: Bench) -> None:
     assert runs == {"low": ["1", "2", "3"], "same": ["1", "2"], "high": ["1", "2", "3"]}
 
 
+@pytest.mark.slow
 def test_an_unplanned_number_of_seeds_is_trained_and_said(bench: Bench) -> None:
     trained, out = bench.run(NEAR.replace("looks = [2, 3]", "looks = [2, 5]"), "--seeds", "3")
     assert trained == 6 and "verdicts stay those of the look at 2 seeds" in out
     assert [seeds for seeds, _ in bench.looks()] == [2]
 
 
+@pytest.mark.slow
 def test_fewer_seeds_than_the_first_look_take_no_look(bench: Bench) -> None:
     trained, out = bench.run(TWO_RATES, "--seeds", "1")
     assert trained == 2 and "the first planned look is at 2" in out
     assert bench.looks() == []
 
 
+@pytest.mark.slow
 def test_a_look_that_another_process_notes_is_not_lost(bench: Bench) -> None:
     """Each process keeps the record that it has read, and writes over the one that is there by then."""
     bench.run(TWO_RATES, "--seeds", "1")
@@ -129,6 +135,7 @@ def test_a_look_that_another_process_notes_is_not_lost(bench: Bench) -> None:
     assert json.loads(path.read_text())["later"] == 1
 
 
+@pytest.mark.slow
 def test_measuring_noise_takes_no_look(bench: Bench) -> None:
     (bench.root / "rates.toml").write_text(TWO_RATES)
     args = ["--runs", str(bench.root / "runs"), "--data_dir", str(bench.dataset.folder)]

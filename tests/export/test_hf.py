@@ -41,6 +41,7 @@ def case(request: pytest.FixtureRequest, run: Run) -> tuple[str, Source]:
     return name, source(run, tokenizer, **changes)
 
 
+@pytest.mark.slow
 def test_logits_and_greedy_tokens_are_ours(case: tuple[str, Source], tmp_path: Path) -> None:
     """At every position, up to the end of the context and beyond every window."""
     name, ours = case

@@ -158,6 +158,7 @@ def passes(layer: nn.Module, weight: Tensor, input: Tensor) -> list[Tensor]:
 
 
 # The compiler looks at both.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @BY_NAME

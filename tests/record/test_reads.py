@@ -49,6 +49,7 @@ def require_one_reading(count: Counter[str], place: Path, *records: str) -> None
         assert count[str(run / name)] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", ["1, 2", "1"])
 def test_a_finished_experiment_reads_no_file_twice(place: Path, opened: Opened, seeds: str) -> None:
     """With one seed, the noise of the other one in the folder is read too."""
@@ -58,6 +59,7 @@ def test_a_finished_experiment_reads_no_file_twice(place: Path, opened: Opened, 
     require_one_reading(count, place, "rates.json", "other.json")
 
 
+@pytest.mark.slow
 def test_the_report_reads_no_file_twice(place: Path, opened: Opened) -> None:
     two_experiments(place, "1, 2")
     with opened.under(place) as count:
@@ -65,6 +67,7 @@ def test_the_report_reads_no_file_twice(place: Path, opened: Opened) -> None:
     require_one_reading(count, place, "rates.json", "other.json")
 
 
+@pytest.mark.slow
 def test_a_finished_confirmation_reads_no_file_twice(place: Path, opened: Opened) -> None:
     assert main(command(place, "run", "rates"), Unused()) == 0
     (place / "other.toml").write_text(QUICK.format(seeds="1, 2"))

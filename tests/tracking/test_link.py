@@ -66,6 +66,7 @@ def row(iteration: int) -> EvaluationRow:
     return EvaluationRow(iteration=iteration, train_loss=1.0, val_loss=1.0, best=False)
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_every_row_and_the_results(tiny_config: MakeConfig) -> None:
     watching = observer("Keeping")
     run = train(tiny_config(), watching)

@@ -69,6 +69,7 @@ def test_checks_change_no_bit_of_a_run(
     assert [checks.skipped for checks in recorded if isinstance(checks, Checks)] == [False, True]
 
 
+@pytest.mark.slow
 def test_random_numbers_go_on_where_they_were(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_random_numbers_go_on_where_they_were(
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_results_are_recorded_and_shown(
     tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_fault_stops_before_anything_is_written(
     train(dataclasses.replace(config, skip_checks=True, max_iters=1))
 
 
+@pytest.mark.slow
 def test_a_fault_of_this_machine_stops_a_resume_and_changes_nothing(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +193,7 @@ def test_names_and_places_of_checks_are_their_own() -> None:
     assert len({check.position for check in checking.CHECKS}) == len(checking.CHECKS)
 
 
+@pytest.mark.slow
 def test_reports_name_runs_without_checks(tiny_config: MakeConfig, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("checked", "unchecked")]
     for out in outs:

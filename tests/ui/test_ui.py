@@ -239,6 +239,7 @@ def test_no_file_is_read_twice(runs: Path, opened: Opened) -> None:
     assert set(count.values()) == {1}, count
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(client: TestClient, runs: Path) -> None:
     def state() -> dict[str, tuple[bytes, int]]:
         files = (path for path in runs.rglob("*") if path.is_file())

@@ -281,6 +281,7 @@ def test_another_beginning_is_found(place: Path, key: str, value: str) -> None:
     assert named(folder, "weights") == {"environment.json"}
 
 
+@pytest.mark.slow
 def test_losses_of_another_machine_are_compared_up_to_rounding(place: Path) -> None:
     folder = place / "runs" / "whole"
     edited(folder / "environment.json", lambda e: e.update(processor="Abacus"))
@@ -312,6 +313,7 @@ def test_losses_of_another_machine_are_compared_up_to_rounding(place: Path) -> N
     assert named(folder, "weights") == {"summary.json"}
 
 
+@pytest.mark.slow
 def test_an_experiment_is_verified_from_its_runs(
     dataset: Dataset,
     tmp_path: Path,
