@@ -30,6 +30,7 @@ def decoded(out: str) -> ExperimentDocument:
     return msgspec.json.decode(out, type=ExperimentDocument)
 
 
+@pytest.mark.slow
 def test_run_prints_one_document_and_the_rest_on_standard_error(lab: Call) -> None:
     code, out, err = lab("run", "--json")
     found = decoded(out)
@@ -48,6 +49,7 @@ def test_run_prints_one_document_and_the_rest_on_standard_error(lab: Call) -> No
     assert lab("run", executor=Unused())[0] == 0
 
 
+@pytest.mark.slow
 def test_confirm_prints_losses_of_the_test_split_and_counts_the_opening(lab: Call) -> None:
     assert lab("run")[0] == 0
     code, out, err = lab("confirm", "--json", "--exit_code")

@@ -121,6 +121,7 @@ def test_stories_of_train_are_in_neither_held_out_split(tmp_path: Path) -> None:
     assert a == b
 
 
+@pytest.mark.slow
 def test_own_test_files_leave_validation_whole(tmp_path: Path) -> None:
     """A story in two of the files stays in the one that is held out further."""
     stories = list(builtin.stories(4, 0, 50))
@@ -150,6 +151,7 @@ def test_own_test_files_leave_validation_whole(tmp_path: Path) -> None:
         prepare(PrepareConfig(test=files["test"], out=tmp_path / "other"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", ["one", "copies", "one side", "a single test story"])
 def test_too_few_validation_stories_are_not_cut(tmp_path: Path, few: str) -> None:
     stories = list(builtin.stories(5, 0, 60))
@@ -171,6 +173,7 @@ def test_too_few_validation_stories_are_not_cut(tmp_path: Path, few: str) -> Non
     assert prepare(PrepareConfig(**files, out=tmp_path / "cut")).has_test
 
 
+@pytest.mark.slow
 def test_the_fingerprint_covers_the_test_split(tmp_path: Path) -> None:
     stories = list(builtin.stories(6, 0, 60))
     made = []
@@ -271,6 +274,7 @@ def plain_losses(data: Dataset, run: Path, block: int) -> tuple[np.ndarray, np.n
     return np.bincount(story, losses), counts
 
 
+@pytest.mark.slow
 def test_the_losses_of_test_stories_equal_a_plain_loop(
     tiny_config: MakeConfig, dataset: Dataset
 ) -> None:
@@ -284,6 +288,7 @@ def test_the_losses_of_test_stories_equal_a_plain_loop(
     assert run.data.tokens == dataset.tokens
 
 
+@pytest.mark.slow
 def test_nothing_shows_the_loss_of_the_test_split(
     tiny_config: MakeConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +320,7 @@ def trained(folder: Path) -> dict[str, Any]:
     return files | same | {"rows": losses}
 
 
+@pytest.mark.slow
 def test_training_does_not_open_the_test_split(
     tiny_config: MakeConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -347,6 +353,7 @@ class InterruptEvaluation(Observer):
                 signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "fp8"])
 def test_a_run_stopped_in_its_last_evaluations_resumes_to_the_same_bits(
     tiny_config: MakeConfig, tmp_path: Path, dtype: str
@@ -367,6 +374,7 @@ def test_a_run_stopped_in_its_last_evaluations_resumes_to_the_same_bits(
     train(tiny_config(out_dir=tmp_path / "more", **changes), InterruptEvaluation(last + 1))
 
 
+@pytest.mark.slow
 def test_damaged_test_losses_are_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run = train(tiny_config())
     forget_checksums(run.folder)

@@ -14,6 +14,7 @@ from storylab.data.dataset import load_dataset
 from storylab.data.prepare import PrepareConfig, prepare
 
 
+@pytest.mark.slow
 def test_what_reading_changed_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
     for name, line_end in (("lf", "\n"), ("crlf", "\r\n")):
         (tmp_path / name).mkdir()

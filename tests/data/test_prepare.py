@@ -30,6 +30,7 @@ def test_counts_duplicates_and_overlap(tmp_path: Path) -> None:
     assert kept.manifest["overlap"] == {"train_stories_in_validation": 1, "left_out": False}
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     tokenizer = gpt2_tokenizer()
     one, same = (write(tmp_path / n, STORIES, tokenizer).fingerprint for n in "ab")

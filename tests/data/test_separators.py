@@ -34,6 +34,7 @@ def test_a_marker_inside_a_row_is_text(tmp_path: Path, kind: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("separator", "has"),
     [

@@ -97,6 +97,7 @@ def test_a_long_text_of_nul_bytes_is_not_taken_for_one_story(
     assert "has NUL bytes" in refusal(tmp_path, tmp_path / "a.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 3, 400])
 def test_bad_bytes_are_named_by_file_and_place(
     tmp_path: Path, before: int, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +146,7 @@ def test_byte_order_marks_are_removed_wherever_they_are(tmp_path: Path) -> None:
     assert "no training stories" in refusal(tmp_path, tmp_path / "only.txt")
 
 
+@pytest.mark.slow
 def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     rows = [
         '{"text": null}',

@@ -143,6 +143,7 @@ def with_short_runs_cut(text: str) -> list[int]:
 SPACES = " \n\t\r\u00a0\u0085\u1680\u2003\u2028\u202f\u3000\x0b\x1c\u200b"
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.text(st.sampled_from(SPACES + "   \n\nab1é.'s"), max_size=30))
 def test_runs_of_space_are_cut_as_gpt2_would(text: str) -> None:

@@ -103,6 +103,7 @@ def fails(path: Path, text: str, scale: str | None = None) -> str:
 # The file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_files_behind_the_docs_are_experiments(path: Path) -> None:
     experiment = load_experiment(path)
@@ -320,6 +321,7 @@ COURSES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(max_iters=st.integers(0, 60), one=COURSES, other=COURSES)
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 def test_courses_are_compared_as_at_every_iteration(

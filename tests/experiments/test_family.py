@@ -133,6 +133,7 @@ def wrong(judgements: Sequence[Judgement]) -> bool:
     return any(j.different for j in judgements)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [(3,), (3, 5, 8)])
 @pytest.mark.parametrize("kind", ["alike", "one wild"])
 def test_equal_arms_are_called_different_as_seldom_as_promised(

@@ -161,6 +161,7 @@ def test_a_change_before_any_run_is_said_and_harmless(lab: Lab) -> None:
     assert exploratory_reasons(record) == []
 
 
+@pytest.mark.slow
 def test_a_part_and_more_seeds_of_the_plan_are_no_amendments(lab: Lab) -> None:
     lab.record(train=True, only=("low",), seeds=(1,))
     assert lab.record().amendments == []

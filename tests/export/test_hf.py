@@ -67,6 +67,7 @@ def test_logits_and_greedy_tokens_are_ours(case: tuple[str, Source], tmp_path: P
     assert torch.equal(greedy[:, 24:], torch.stack(list(stream), dim=1))
 
 
+@pytest.mark.slow
 def test_the_head_is_tied_and_nothing_is_missing(case: tuple[str, Source], tmp_path: Path) -> None:
     _, ours = case
     EXPORTER.write(ours, "f32", tmp_path)

@@ -48,6 +48,7 @@ def draw(time: int, source: int, heads: int = 4, kv_heads: int = 2) -> list[torc
     return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     time=st.integers(1, 90),

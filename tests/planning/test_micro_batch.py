@@ -62,6 +62,7 @@ def test_flags_decide_before_memory_does(
     assert (config.batch_size, config.gradient_accumulation_steps) == expected
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_own_micro_batches(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

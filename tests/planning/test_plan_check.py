@@ -43,6 +43,7 @@ def test_a_plan_says_how_far_off_runs_are_that_it_was_not_fitted_to() -> None:
     assert pytest.approx((min(measured), max(measured)), abs=0.02) == UNSEEN_RUNS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_fused_work_is_that_of_the_compilers_code() -> None:
     shape = ModelConfig(n_layer=1, n_head=6, n_kv_head=6, n_embd=192, n_hidden=256)

@@ -63,6 +63,7 @@ def test_a_kill_before_any_rename_leaves_a_run_that_goes_on(
     assert killed > 8
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_has_a_checksum_of_every_file(tiny_config: MakeConfig) -> None:
     """Also of a log that grew after the end, where an observer fails."""
 

@@ -47,6 +47,7 @@ def test_a_missing_library_is_named_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_ended_is_not_sent(
     tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_results_are_recorded_and_shown(
     assert "--n_layer is for a model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_fault_stops_before_anything_is_written(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

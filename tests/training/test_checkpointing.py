@@ -21,6 +21,7 @@ from storylab.training.sampling import load_story_model
 from storylab.training.train import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
 def test_a_damaged_checkpoint_is_refused(tiny_config: MakeConfig, how: str) -> None:
     run = train(tiny_config())
@@ -52,6 +53,7 @@ def test_an_altered_progress_in_a_checkpoint_is_refused(tiny_config: MakeConfig)
         resume(config.out_dir)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_no_pickle_and_reads_elsewhere(tiny_config: MakeConfig) -> None:
     from safetensors.numpy import load_file
 
@@ -63,6 +65,7 @@ def test_a_checkpoint_holds_no_pickle_and_reads_elsewhere(tiny_config: MakeConfi
     }
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_written_once(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +84,7 @@ def test_the_last_checkpoint_is_written_once(
     assert saved == [("last", 0), ("last", 5), ("last", 9)]
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_a_checkpoint_is_found_when_it_is_read(
     tiny_config: MakeConfig,
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_sum_that_is_cut_up_between_threads_is_noticed(
     assert not any(optimizer.state for optimizer in learner.optimizers)
 
 
+@pytest.mark.slow
 def test_what_others_use_is_what_the_kernel_counts() -> None:
     """Against a process that is known to use a core, by the kernel's own count of its time."""
     use = CoreUse()

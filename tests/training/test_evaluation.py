@@ -102,6 +102,7 @@ def test_validation_loss_does_not_depend_on_the_batch_size(
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_touch_the_training_order(tiny_config: MakeConfig) -> None:
     often, seldom = (
         train(tiny_config(out_dir=tiny_config().out_dir / str(n), eval_interval=n)) for n in (1, 8)
@@ -117,6 +118,7 @@ def test_the_estimate_is_the_mean_over_the_fixed_windows(dataset: Dataset) -> No
     assert estimate_loss(model, split, 16, count, FLOAT32) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_validation_story_has_no_standard_error(
     tmp_path: Path, tiny_config: MakeConfig
 ) -> None:
@@ -136,6 +138,7 @@ def test_one_validation_story_has_no_standard_error(
     assert "+/- unknown" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_again_gives_its_summary(tiny_config: MakeConfig) -> None:
     run = train(tiny_config())
     assert run.read_summary() is not None

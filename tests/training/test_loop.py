@@ -39,6 +39,7 @@ def test_divergence_is_reported_and_the_weights_from_before_are_kept(
     assert math.isfinite(again.loss)
 
 
+@pytest.mark.slow
 def test_a_host_that_runs_ahead_writes_the_same_run(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_run_from_before_there_were_backends_was_emulated(
     resume(run.folder)
 
 
+@pytest.mark.slow
 def test_a_longer_run_may_not_move_the_switch_to_bfloat16(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

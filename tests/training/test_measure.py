@@ -21,6 +21,7 @@ def test_a_kernel_belongs_to_the_operation_that_started_it() -> None:
     assert part_of(event) is StepPart.ATTENTION
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_its_whole() -> None:
     config = preset_config("nano")
     config = dataclasses.replace(config, batch_size=2, block_size=32, device="cpu", dtype="mxfp8")

@@ -81,6 +81,7 @@ def test_a_run_with_all_observers_equals_one_with_none(
     assert result(watched) == result(alone)
 
 
+@pytest.mark.slow
 def test_observers_see_what_the_run_folder_keeps(tiny_config: MakeConfig) -> None:
     observer = Everything()
     run = train(tiny_config(), observer)
@@ -94,6 +95,7 @@ def test_observers_see_what_the_run_folder_keeps(tiny_config: MakeConfig) -> Non
     assert ("training", 9, 9) in observer.all("progress")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["start", "row", "line", "progress", "end"])
 def test_a_failing_observer_is_dropped_with_one_line(tiny_config: MakeConfig, method: str) -> None:
     observer = Everything()

@@ -100,6 +100,7 @@ def test_a_run_of_former_field_names_resumes_to_the_same_bits(
     assert json.loads(file.read_text()) == json.loads(current)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig) -> None:
     config = tiny_config(schedule="constant", ema_fraction=0.5)
     train(config)
@@ -107,6 +108,7 @@ def test_a_run_with_a_share_of_it_cannot_be_made_longer(tiny_config: MakeConfig)
         resume(config.out_dir, dataclasses.replace(config, max_iters=12))
 
 
+@pytest.mark.slow
 def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(max_iters=3))
     forget_checksums(run.folder)
@@ -118,6 +120,7 @@ def test_an_average_that_a_checkpoint_lacks_is_one_clear_line(tiny_config: MakeC
         resume(run.folder)
 
 
+@pytest.mark.slow
 def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_stop_between_an_evaluation_and_its_step_changes_nothing(
     assert weights(run) == weights(whole)
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     tiny_config: MakeConfig,
 ) -> None:
@@ -155,6 +159,7 @@ def test_an_extended_run_that_is_killed_does_not_read_as_finished(
     assert found(resumed).iterations == 13
 
 
+@pytest.mark.slow
 def test_a_float16_run_resumes_with_its_loss_scale(tiny_config: MakeConfig, tmp_path: Path) -> None:
     changes = {"dtype": "float16", "max_iters": 5}
     whole = train(tiny_config(out_dir=tmp_path / "whole", **changes))
@@ -247,6 +252,7 @@ def test_a_run_goes_on_on_its_own_kind_of_device(
     assert load_story_model(open_run(config.out_dir), device="cpu").sample("a", max_new_tokens=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["warm-up", "constant"])
 def test_a_run_can_be_extended_where_its_schedule_permits(
     tiny_config: MakeConfig, tmp_path: Path, schedule: str
@@ -281,6 +287,7 @@ def test_a_run_that_has_lost_a_file_is_not_begun_again(tiny_config: MakeConfig, 
         resume(config.out_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(
     tiny_config: MakeConfig, tmp_path: Path, damage: str
@@ -325,6 +332,7 @@ def test_two_damaged_checkpoints_are_one_clear_line(tiny_config: MakeConfig) -> 
         resume(config.out_dir)
 
 
+@pytest.mark.slow
 def test_rows_that_have_changed_since_the_checkpoint_are_refused(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     with pytest.raises(Interrupted):

@@ -76,6 +76,7 @@ def test_a_run_killed_before_it_had_a_config_can_be_started_again(
     assert train(config).read_summary() is not None
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     with pytest.raises(Interrupted):
@@ -87,6 +88,7 @@ def test_two_processes_cannot_write_one_run(tiny_config: MakeConfig) -> None:
     assert resume(config.out_dir).read_summary() is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "unseen"), [(500, 411), (16, 7)])
 def test_a_run_names_tokens_that_are_never_trained_on(
     tiny_config: MakeConfig, dataset: Dataset, block: int, unseen: int

@@ -26,6 +26,7 @@ from storylab.training.setup import TrainingSetup
 from storylab.training.train import train
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_folder(tiny_config: MakeConfig, capsys: Any) -> None:
     config = tiny_config()
     run = train(config)
@@ -66,6 +67,7 @@ def test_the_printed_loss_is_the_mean_over_the_whole_batch(
     assert run.read_rows()[0].loss == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConfig) -> None:
     # A rate this high makes the loss go up and down.
     run = train(tiny_config(max_iters=20, eval_interval=2, learning_rate=3.0, schedule="constant"))
@@ -77,6 +79,7 @@ def test_best_is_the_lowest_validation_loss_not_the_latest(tiny_config: MakeConf
     assert found(run).best_iteration == best
 
 
+@pytest.mark.slow
 def test_a_run_can_be_repeated_bit_for_bit(tiny_config: MakeConfig, tmp_path: Path) -> None:
     runs = [train(tiny_config(out_dir=tmp_path / name)) for name in "ab"]
     assert weights(runs[0]) == weights(runs[1])
@@ -97,6 +100,7 @@ def test_weight_and_data_seeds_are_separate(tiny_config: MakeConfig, tmp_path: P
     assert identity(seed=2) == identity(seed=2, data_seed=2)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None:
     run = train(tiny_config(ema_fraction=0.5, schedule="constant"))
     own = train(tiny_config(schedule="constant", out_dir=run.folder.parent / "own"))
@@ -110,6 +114,7 @@ def test_the_average_is_what_a_run_is_judged_by(tiny_config: MakeConfig) -> None
     assert len(trained) == 9 and all(a == b for a, b in trained)  # training does not see it
 
 
+@pytest.mark.slow
 def test_the_public_api(tiny_config: MakeConfig, capsys: Any) -> None:
     run = storylab.train(tiny_config())
     assert storylab.load_run(run.folder).config == run.config

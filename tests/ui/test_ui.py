@@ -279,6 +279,7 @@ def test_a_foreign_name_for_this_machine_is_refused(runs: Path) -> None:
         assert client.get("/api/overview", headers={"Host": host}).status_code == code
 
 
+@pytest.mark.slow
 def test_nothing_but_reading_is_answered(client: TestClient, runs: Path) -> None:
     for path in paths(runs):
         for method in ("POST", "PUT", "PATCH", "DELETE"):

@@ -261,6 +261,7 @@ def better(folder: Path) -> None:
     add_checksums(folder, files_of(folder))
 
 
+@pytest.mark.slow
 def test_a_loss_that_the_weights_do_not_have_is_found(place: Path) -> None:
     folder = place / "runs" / "whole"
     better(folder)
