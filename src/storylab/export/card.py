@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 import storylab
@@ -18,6 +17,7 @@ from storylab.export.consumers import ignorers
 from storylab.export.exporter import Exporter, Source
 from storylab.record.run import Run
 from storylab.record.schema import SplitLoss
+from storylab.reporting.templates import text_template
 from storylab.training.log_format import format_duration, printable, windows_words
 
 CARD = "README.md"
@@ -39,7 +39,7 @@ def model_card(source: Source, exporter: Exporter, weights: str, findings: list[
     run = source.run
     kind = exporter.class_name(source.config)
     has_windows = any(not p.covers(source.block_size) for p in source.config.layer_patterns)
-    return _template().render(
+    return text_template("storylab.export", "card.md.j2", {"plain": _plain}).render(
         metadata=_metadata(run, exporter).to_yaml(line_break="\n").strip(),
         name=run.folder.resolve().name,
         version=storylab.__version__,
@@ -66,19 +66,6 @@ def model_card(source: Source, exporter: Exporter, weights: str, findings: list[
         cost=list(_cost(run)),
         samples=list(_samples(run)),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storylab.export", ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters["plain"] = _plain
-    return environment.get_template("card.md.j2")
 
 
 def _plain(text: Any) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
+from jinja2 import Template
 
 from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
 from storylab.errors import UserError
@@ -32,6 +32,7 @@ from storylab.reporting.observations import observations
 from storylab.reporting.observations.expectation import expectation_text
 from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
 from storylab.reporting.setup_facts import setup_facts
+from storylab.reporting.templates import text_template
 from storylab.training.log_format import printable, summary_lines
 
 
@@ -68,23 +69,18 @@ def markdown(
     )
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storylab.reporting", ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
+def _template() -> Template:
+    return text_template(
+        "storylab.reporting",
+        "log.md.j2",
+        {
+            "plain": plain,
+            "row": _row,
+            "unwrap": _unwrap,
+            "paragraphs": lambda text: "\n\n".join(map(_unwrap, text.strip().split("\n\n"))),
+            "url": quote,
+        },
     )
-    environment.filters |= {
-        "plain": plain,
-        "row": _row,
-        "unwrap": _unwrap,
-        "paragraphs": lambda text: "\n\n".join(map(_unwrap, text.strip().split("\n\n"))),
-        "url": quote,
-    }
-    return environment.get_template("log.md.j2")
 
 
 def _unwrap(text: str) -> str:

@@ -141,12 +141,10 @@ class Library:
             return RunRow(name=folder.name, state=DAMAGED, fault=str(error))
 
     def _known_row(self, folder: Path) -> RunRow:
-        state, reason = "", ""
         if not exists(folder / SUMMARY):
             state, reason = run_state(folder)
-        if state in (FAILED, DAMAGED):
-            return RunRow(name=folder.name, state=state, fault=reason)
-        if state:
+            if state in (FAILED, DAMAGED):
+                return RunRow(name=folder.name, state=state, fault=reason)
             return self._unfinished_row(folder)
         stamp = _stamp(folder, folder / SUMMARY)
         if self._entries.get(folder.name, ((),))[0] != stamp:
