@@ -20,6 +20,7 @@ from storylab.data.dataset import load_dataset
 from storylab.errors import Interrupted, UserError
 from storylab.model.transformer import Transformer
 from storylab.optim.orthogonal import _newton_schulz
+from storylab.training import sharded
 from storylab.training.evaluation import evaluate_split
 from storylab.training.loop import Loop
 from storylab.training.parallel import joined, restarted
@@ -29,7 +30,7 @@ from storylab.training.resume import resume
 from storylab.training.train import train
 
 FLOAT32 = ComputePolicy(torch.device("cpu"), torch.float32)
-STEP, ALL_REDUCE = Loop.step, dist.all_reduce
+STEP, ALL_REDUCE, SCATTER = Loop.step, dist.all_reduce, sharded.scatter_sum
 
 
 def interfere(rank: int, step: dict[str, Any], reduced: list[list[Any]]) -> None:
@@ -46,9 +47,14 @@ def interfere(rank: int, step: dict[str, Any], reduced: list[list[Any]]) -> None
             reduced.append([str(tensor.dtype), tensor.numel()])
             return ALL_REDUCE(tensor, *args, **options)
 
+        def noting_scattered(own: Tensor, whole: Tensor, **options: Any) -> Any:
+            reduced.append(["scattered", whole.numel()])
+            return SCATTER(own, whole, **options)
+
         dist.all_reduce = noting if hit else ALL_REDUCE
+        sharded.scatter_sum = noting_scattered if hit else SCATTER
         STEP(loop, iteration)
-        dist.all_reduce = ALL_REDUCE
+        dist.all_reduce, sharded.scatter_sum = ALL_REDUCE, SCATTER
 
     Loop.step = interfering  # type: ignore[method-assign]
 
@@ -90,9 +96,11 @@ def evaluate(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         return losses(tokens, targets)
 
     model.token_losses = counted  # type: ignore[method-assign]
-    found = evaluate_split(
-        model, split, size, FLOAT32, lambda done, total: ticks.append(done), ranks=ranks
-    )
+    ranks.follow(model)
+    with ranks.gathered(model):
+        found = evaluate_split(
+            model, split, size, FLOAT32, lambda done, total: ticks.append(done), ranks=ranks
+        )
     same = (found.story_losses == alone.story_losses).all()
     same &= (found.position_losses == alone.position_losses).all()
     return {"same": bool(same), "windows": sum(batches), "ticks": len(ticks)}
@@ -100,7 +108,7 @@ def evaluate(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 def run_plan(plan: dict[str, Any]) -> None:
     out = Path(plan["out"])
-    with joined("cpu") as ranks:
+    with joined("cpu", plan.get("parallel", "ddp")) as ranks:
         for name, step in plan["steps"].items():
             found = carry_out(step, ranks)
             (out / f"{name}.{ranks.rank}.json").write_text(json.dumps(found))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ import pytest
 
 from finished_runs import found, metrics, weights
 from samples import TINY
+from several_ranks import COMMON, answer, launch, numbers, step
 from storylab.config import TrainConfig, to_dict
 from storylab.data.dataset import Dataset
 from storylab.experiments.confounds import loss_confounds, speed_confounds
-from storylab.files import write_json
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.run import load_run
 from storylab.record.schema import Environment, IterationRow
@@ -27,22 +24,6 @@ from storylab.training.observers import Observer
 from storylab.training.resume import resume
 from storylab.training.train import train
 
-PROGRAM = Path(__file__).parents[1] / "helpers" / "ranks_program.py"
-COMMON: dict[str, Any] = {
-    "model": TINY,
-    "dtype": "float32",
-    "batch_size": 2,
-    "gradient_accumulation_steps": 6,
-    "block_size": 16,
-    "max_iters": 12,
-    "learning_rate": 1e-2,
-    "warmup_iters": 2,
-    "eval_interval": 4,
-    "eval_iters": 3,
-    "log_interval": 2,
-    "device": "cpu",
-    "compile": False,
-}
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"grad_clip": 0.5},
     "normuon": {"optimizer": "normuon", "ema_fraction": 0.5},
@@ -57,18 +38,6 @@ SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
 pytestmark = [pytest.mark.slow, pytest.mark.posix]
 
 
-def launch(processes: int, folder: Path, plan: dict[str, Any], *flags: str) -> tuple[int, str]:
-    """Carry out a plan under torchrun on this machine; the exit code and all output."""
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "plan.json", plan)
-    paths = [str(PROGRAM.parent), *sys.path]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags]
-    command += ["--nproc_per_node", str(processes), str(PROGRAM), str(folder / "plan.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def config(
     dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
@@ -81,10 +50,6 @@ def config(
         return TrainConfig(**(COMMON | RUNS[name.partition("-")[0]] | folders))
 
     return make
-
-
-def step(config: TrainConfig, **values: Any) -> dict[str, Any]:
-    return {"do": "train", "config": to_dict(config), **values}
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +91,6 @@ def four(config: Callable[[str, str], TrainConfig], two: Path) -> Path:
     code, output = launch(4, folder.parent, {"out": str(folder.parent), "steps": steps})
     assert code == 0, output
     return folder.parent
-
-
-def answer(folder: Path, name: str, rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"{name}.{rank}.json").read_text())
-    return found
-
-
-def numbers(run: RunFolder, key: str) -> list[float]:
-    rows = [getattr(row, key, None) for row in run.read_rows()]
-    return [value for value in rows if value is not None]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -40,6 +40,7 @@ Dtype = Literal[
 NATIVE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao", "native"]
 MethodName = Literal["record", "fast"]
+Parallel = Literal["ddp", "fsdp"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 # The names are those of the entries, so that a new one is named in one place.
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ class TrainConfig:
     """Begin without the checks before the first step (docs/guide/training.md); the run records it."""
     device: Annotated[str, mark("machine")] = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA if the machine has it, else the CPU."""
+    parallel: Annotated[Parallel, mark("machine", before="ddp", effect="presentation")] = "ddp"
+    """How several processes (torchrun) share a run: each has the whole model (ddp), or its share of the
+    weights, gradients and optimizer state (fsdp). One process ignores it."""
     compile: Annotated[bool | None, mark("machine")] = None
     """Compile the blocks with torch.compile (needs a C++ compiler on the CPU); by default if the
     run is long enough to win the time back and not in low precision."""

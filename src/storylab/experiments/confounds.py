@@ -52,9 +52,14 @@ def loss_confounds(a: Run, b: Run, allowed: frozenset[str], paired: bool) -> Ite
 
 
 def _processes(a: Run, b: Run) -> Iterable[str]:
-    """The numbers of processes, which decide the order of additions, and the speed."""
+    """The numbers of processes, and how they shared a run: these decide the order of additions, and the
+    speed."""
     yield from _differences(
         "world_size", *({stage.world_size for stage in run.stages} for run in (a, b))
+    )
+    yield from _differences(
+        "parallel",
+        *({stage.parallel for stage in run.stages if stage.world_size > 1} for run in (a, b)),
     )
 
 

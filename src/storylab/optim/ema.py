@@ -26,13 +26,21 @@ class WeightAverage:
         """Add the weights after ``iteration`` (from 0) to the average."""
         if self.tensors:
             newest = 1 / min(iteration + 1, max(1.0, self.span))
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_(list(self.tensors.values()), weights, newest)
+            weights = [_local(p.detach()) for p in model.parameters()]
+            torch._foreach_lerp_([_local(t) for t in self.tensors.values()], weights, newest)
 
+    @torch.no_grad()
     def exchange(self, model: nn.Module) -> bool:
-        """Swap the model's weights and their average; a second call restores them. Returns whether
-        there is an average."""
+        """Swap the model's weights and their average in place; a second call restores them. Returns
+        whether there is an average."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
-                parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+                weight = parameter.clone()
+                parameter.copy_(self.tensors[name])
+                self.tensors[name].copy_(weight)
         return bool(self.tensors)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ Work = Callable[[Tensor], Tensor]
 """Matrices ``[n, rows, columns]`` to as many results of the same shape, each from its own matrix."""
 Divide = Callable[[Work, Tensor], Tensor]
 """Does a work on matrices, of which several processes may each do a share."""
+Matrices = dict[Tensor, tuple[Tensor, ...]]
+"""For each parameter its Nesterov momentum, its weight and, under NorMuon, the squares of its rows."""
 
 
 def undivided(work: Work, matrices: Tensor) -> Tensor:
@@ -45,9 +48,12 @@ class Muon(torch.optim.Optimizer):
 
     Attributes:
         divide: divides the orthogonalization, most of an update's work, between the processes of a run.
+        by_matrix: context with the matrices that this process updates in place, the first tensor of each
+            being only read. They are whole, also where several processes each hold some rows of a matrix.
     """
 
     divide: Divide
+    by_matrix: Callable[[Matrices], AbstractContextManager[Matrices]]
 
     skips_where_found_inf = True
 
@@ -62,6 +68,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "normalize_rows": normalize_rows}
         super().__init__([p for p, _ in joined], defaults)
         self.divide = undivided
+        self.by_matrix = nullcontext
         self.rows = {p: tuple(rows) for p, rows in joined}
 
     @torch.no_grad()
@@ -71,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         skip: Tensor | None = getattr(self, "found_inf", None)
         keep = None if skip is None else skip == 0
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
+            matrices: Matrices = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -82,12 +89,19 @@ class Muon(torch.optim.Optimizer):
                         state["row_squares"] = torch.zeros_like(parameter[:, :1])
                 _ema_(state["momentum"], parameter.grad, MUON_MOMENTUM, keep)
                 nesterov = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
-                joined = [parameter, nesterov]
-                joined += [state["row_squares"]] if group["normalize_rows"] else []
-                for parts in zip(*(t.split(self.rows[parameter]) for t in joined), strict=True):
-                    shapes[parts[0].shape].append(parts)
-            for same_shape in shapes.values():
-                _update_same_shape(same_shape, group, keep, self.divide)
+                squares = [state["row_squares"]] if group["normalize_rows"] else []
+                matrices[parameter] = (nesterov, parameter, *squares)
+            with self.by_matrix(matrices) as own:
+                for same_shape in self._by_shape(own):
+                    _update_same_shape(same_shape, group, keep, self.divide)
+
+    def _by_shape(self, matrices: Matrices) -> Iterable[list[tuple[Tensor, ...]]]:
+        """The separate matrices in lists of one shape each."""
+        shapes: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
+        for parameter, joined in matrices.items():
+            for parts in zip(*(t.split(self.rows[parameter]) for t in joined), strict=True):
+                shapes[parts[0].shape].append(parts)
+        return shapes.values()
 
 
 def _update_same_shape(
@@ -99,13 +113,13 @@ def _update_same_shape(
     """Update matrices of one shape together, where ``keep`` (a bool scalar) is not false.
 
     Args:
-        tensors: for each its weight and momentum ``[rows, columns]``, and its row squares ``[rows, 1]``
-            where the group normalises rows.
+        tensors: for each its Nesterov momentum and weight ``[rows, columns]``, and its row squares
+            ``[rows, 1]`` where the group normalizes rows.
         group: the parameter group with its settings.
         keep: None for true.
         divide: see :class:`Muon`.
     """
-    weights, nesterov, *squares = (list(part) for part in zip(*tensors, strict=True))
+    nesterov, weights, *squares = (list(part) for part in zip(*tensors, strict=True))
     rows, columns = weights[0].shape
     change = divide(_newton_schulz, torch.stack(nesterov)).float() * max(1.0, rows / columns) ** 0.5
     if squares:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from storylab.training.run_progress import RunProgress
 from storylab.training.state import TrainState
 from storylab.training.telemetry import Telemetry
 
+Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
 
 class Checkpoints:
     """The checkpoints of a run: the last weights with the state to resume from, the one before it until
@@ -27,7 +30,7 @@ class Checkpoints:
         self, run: RunFolder, state: TrainState, progress: RunProgress, telemetry: Telemetry
     ) -> None:
         self.run, self.state, self.progress, self.telemetry = run, state, progress, telemetry
-        self.saver = Saver(state.precision.device, run.writes)
+        self.saver = Saver(state.precision.device, run.writes, state.ranks.whole)
         self._saved_at = time.perf_counter()
         self._saved_iteration: int | None = None
 
@@ -97,10 +100,11 @@ class Saver:
     Args:
         device: device of the tensors.
         writes: False saves nothing, as another process of the run does.
+        whole: gathers tensors of which several processes hold shares; all of them save at the same time.
     """
 
-    def __init__(self, device: torch.device, writes: bool = True) -> None:
-        self._writes = writes
+    def __init__(self, device: torch.device, writes: bool = True, whole: Gather = dict) -> None:
+        self._writes, self._whole = writes, whole
         self._cuda = device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if self._cuda else None
         self._writing: dict[Path, Future[None]] = {}
@@ -120,6 +124,7 @@ class Saver:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
+        tensors = self._whole(tensors)
         if not self._writes:
             return
         if self._pool is None:

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGTERM
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -112,11 +112,12 @@ class TorchRanks(Ranks):
                 "machines the same, and a run folder that all of them see"
             )
 
-    def follow(self, model: nn.Module) -> None:
+    def follow(self, model: nn.Module) -> bool:
         """See :class:`Ranks`."""
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+        return False
 
     def _gradient_ready(self, parameter: Tensor) -> None:
         if self._last_micro_batch:
@@ -134,10 +135,14 @@ class TorchRanks(Ranks):
         between()
         try:
             for number, part in enumerate(own, start=1):
-                self._last_micro_batch = number == len(own)
+                self._sum_next(number == len(own))
                 yield part
         finally:
-            self._last_micro_batch = False
+            self._sum_next(False)
+
+    def _sum_next(self, last: bool) -> None:
+        """Whether to sum gradients in the next backward pass: it is the last one of an iteration."""
+        self._last_micro_batch = last
 
     def sum_gradients(self, model: nn.Module, loss: Tensor) -> Tensor:
         """See :class:`Ranks`."""
@@ -170,7 +175,7 @@ class TorchRanks(Ranks):
         gathered = done.new_empty(share * self.size, *stack.shape[1:])
         with self._connected():
             # As bytes: not every version of gloo gathers bfloat16.
-            dist.all_gather_into_tensor(gathered.view(torch.uint8), done.view(torch.uint8))
+            gather_into(gathered.view(torch.uint8), done.view(torch.uint8))
         return gathered[: len(stack)]
 
     def add(self, tensor: Tensor) -> None:
@@ -217,6 +222,19 @@ class TorchRanks(Ranks):
         return exclusive(folder) if self.leads else nullcontext()
 
 
+def gather_into(whole: Tensor, own: Tensor, **options: Any) -> Any:
+    """torch.distributed's collective, by its name in this version of torch."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(whole, own, **options)
+
+
+def scatter_sum(own: Tensor, whole: Tensor, **options: Any) -> Any:
+    """torch.distributed's collective, by its name in this version of torch."""
+    newer = hasattr(dist, "reduce_scatter_single")
+    name = "reduce_scatter_single" if newer else "reduce_scatter_tensor"
+    return getattr(dist, name)(own, whole, **options)
+
+
 def process_count() -> int:
     """Number of processes that torchrun, or a launcher with its variables, has started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -237,14 +255,15 @@ def _restarts() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def joined(device: str, parallel: str = "ddp") -> Iterator[Ranks]:
     """Join the processes of this run while the block runs; at once if there is only one.
 
     Args:
         device: the config's. Unless it is cpu, each process of a machine with GPUs takes one of them.
+        parallel: the config's.
 
     Raises:
-        UserError: there are fewer GPUs than processes.
+        UserError: there are fewer GPUs than processes, or torch is too old for ``parallel``.
         RankLost: the other processes cannot be reached.
     """
     if process_count() == 1:
@@ -262,12 +281,20 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RankLost(error) from error
-    ranks = TorchRanks()
+    ranks = _ranks(parallel)
     try:
         yield ranks
     finally:
         if not ranks.lost:  # it would wait for a process that is gone
             dist.destroy_process_group()
+
+
+def _ranks(parallel: str) -> TorchRanks:
+    if parallel == "ddp":
+        return TorchRanks()
+    from storylab.training.sharded import ShardedRanks  # loads more of torch for seconds
+
+    return ShardedRanks()
 
 
 def _take_gpu(number: int) -> None:

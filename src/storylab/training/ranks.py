@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,8 +41,23 @@ class Ranks:
     def require_same(self, words: Callable[[], str]) -> None:
         """Raise a UserError unless ``words`` says the same on all ranks."""
 
-    def follow(self, model: nn.Module) -> None:
-        """Prepare to sum the gradients of ``model``."""
+    def follow(self, model: nn.Module) -> bool:
+        """Prepare to sum the gradients of ``model``. Returns whether its parameters have been replaced, by
+        ones that hold this rank's share of the weights."""
+        return False
+
+    def shares(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's shares of whole ``tensors``: of those that belong to a divided weight."""
+        return dict(tensors)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of which the ranks may hold shares, for rank 0 to write; others may get none."""
+        return dict(tensors)
+
+    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which the methods of ``model`` can be called without a gradient. Its weights must not
+        change inside."""
+        return nullcontext()
 
     def micro_batches(
         self, parts: Sequence[Tensor], between: Callable[[], None]
@@ -57,6 +72,11 @@ class Ranks:
         """Sum the gradients of ``model`` in place, and the scalar ``loss``, which is returned."""
         return loss
 
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the summed gradients of ``model`` to a global norm of at most ``max_norm``, in place;
+        returns the norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
     def turns(self, items: Sequence[T], before: Callable[[T], None]) -> Iterator[T]:
         """This rank's items. ``before`` is called before each, equally often on all ranks."""
         for item in items:
@@ -67,6 +87,17 @@ class Ranks:
         """``work(stack)``, of which each rank does a share of the first dimension. The result has the shape
         of ``stack``, in bfloat16."""
         return work(stack)
+
+    def by_matrix(
+        self, matrices: dict[Tensor, tuple[Tensor, ...]]
+    ) -> AbstractContextManager[dict[Tensor, tuple[Tensor, ...]]]:
+        """Context with whole matrices for this rank to update in place.
+
+        Args:
+            matrices: for each parameter tensors with as many rows, of which this rank may hold a share.
+                The first one is only read.
+        """
+        return nullcontext(matrices)
 
     def add(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks in place."""

@@ -120,6 +120,8 @@ def _notes(run: RunFolder, stored: TrainConfig, config: TrainConfig, done: int) 
             f"max_iters {stored.max_iters} -> {config.max_iters}: the learning rates of the "
             f"{done} iterations so far stay as they were"
         )
+    if config.parallel != stored.parallel:
+        yield f"Several processes share the run by {config.parallel} from now on: bits may differ"
     now, then = current_stage(), run.read_environment()
     for name, a, b in (
         ("code", representative(now.code_sha256), representative(then.code_sha256)),

@@ -172,8 +172,10 @@ class TrainingSetup:
         }
 
     def findings(self) -> dict[str, Any]:
-        """Results of the checks before the first step, for ``environment.json``; empty if none has run."""
-        found: dict[str, Any] = {} if self.checks is None else {"checks": self.checks}
+        """How processes share the run, and results of the checks before the first step that have run, for
+        ``environment.json``."""
+        found: dict[str, Any] = {"parallel": self.config.parallel}
+        found |= {} if self.checks is None else {"checks": self.checks}
         if self.compile_checks or self.compile_fault is not None:
             checks = [check.to_dict() for check in self.compile_checks]
             found |= {"compile_checks": checks, "compile_fault": self.compile_fault}

@@ -47,18 +47,25 @@ class TrainState:
             )
         if config.compile:
             self.model.compile_blocks()
-        self.optimizers = build_optimizers(self.model, config)
         self.scaler = precision.grad_scaler()
-        self.ema = WeightAverage(self.model, config.ema_fraction * config.iterations)
         self.ranks = ONE_PROCESS
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Make the optimizers and the average of the model's present parameters."""
+        self.optimizers = build_optimizers(self.model, self.config)
+        self.ema = WeightAverage(self.model, self.config.ema_fraction * self.config.iterations)
 
     def join(self, ranks: Ranks) -> None:
         """Divide every step from now on between the processes of a run."""
         self.ranks = ranks
-        ranks.follow(self.model)
+        before = self.tensors()
+        if ranks.follow(self.model):
+            self._follow_model()
+            self.restore(ranks.shares(before))
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
-                optimizer.divide = ranks.divide
+                optimizer.divide, optimizer.by_matrix = ranks.divide, ranks.by_matrix
         if self.quantization is not None:
             self.quantization.first_draw, self.quantization.draw_step = ranks.rank, ranks.size
 
@@ -106,10 +113,12 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Temporarily swap in the averaged weights; does nothing without them."""
+        """Temporarily swap in the averaged weights, if there are any. Methods of the model can be called
+        inside, on all ranks together."""
         self._exchange()
         try:
-            yield
+            with self.ranks.gathered(self.model):
+                yield
         finally:
             self._exchange()
 

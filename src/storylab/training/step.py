@@ -99,7 +99,7 @@ def training_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     max_norm = grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = ranks.clip(model, max_norm)
     set_learning_rate(optimizers, learning_rate)
     result = DeviceStepMetrics(loss, norm, max_norm)
     if scaler.is_enabled():

@@ -10,6 +10,7 @@ from typing import Any
 
 from storylab.cli.arguments import RunFolder, Track
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
+from storylab.config import Parallel
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ResumeCommand:
     nothing else may depend on the length of the run."""
     data_dir: Path | None = None
     """New place of the run's data set, if it has moved."""
+    parallel: Parallel | None = None
+    """How several processes (torchrun) share the run from now on; by default as so far."""
     skip_checks: bool = False
     """Go on without the checks of this machine; the run records it."""
     track: Track = ()
@@ -45,10 +48,12 @@ def run(call: Call) -> int:
         changes["max_iters"] = command.max_iters
     if command.data_dir is not None:
         changes["data_dir"] = command.data_dir
+    if command.parallel is not None:
+        changes["parallel"] = command.parallel
     if command.skip_checks:
         changes["skip_checks"] = True
     wanted = dataclasses.replace(config, **changes)
-    with joined(config.device) as ranks:
+    with joined(wanted.device, wanted.parallel) as ranks:
         work = partial(resume, command.run, wanted, ranks=ranks)
         return show_training(work, command.track, prints=ranks.leads)
 

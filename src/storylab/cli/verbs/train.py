@@ -31,7 +31,7 @@ class TrainCommand:
     Examples: storylab train --dtype bfloat16 --max_iters 1000
     | storylab train --preset 10m --data_dir data/files-gpt2 --out_dir runs/a
     | storylab train (the same flags) --out_dir runs/a --resume
-    | torchrun --nproc_per_node 2 -m storylab train (the same flags)
+    | torchrun --nproc_per_node 2 -m storylab train (the same flags) --parallel fsdp
     | storylab train --preset nano --track tensorboard mlflow
     """
 
@@ -51,7 +51,7 @@ def run(call: Call) -> int:
         raise UserError("--resume needs --out_dir RUN: the run folder to continue")
     from storylab.training.parallel import joined
 
-    with joined(config.device) as ranks:
+    with joined(config.device, config.parallel) as ranks:
         if command.resume or _interrupted(config):
             return _resume(config, command.track, split_is_free, ranks)
         return _train(config, command.track, split_is_free, ranks)
