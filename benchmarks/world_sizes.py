@@ -1,8 +1,9 @@
 """One run on 1, 2 and 4 processes of this machine: losses, speed, memory and bytes exchanged.
 
     python benchmarks/world_sizes.py --data data/builtin-bpe1024 --out world-sizes
+    python benchmarks/world_sizes.py --data data/builtin-bpe1024 --out memory --preset 50m --iterations 3
 
-Prints the table of docs/guide/machines.md. The processes share this machine's cores, one thread each: with
+Print the tables of docs/guide/machines.md. The processes share this machine's cores, one thread each: with
 fewer cores than processes, the speeds show the cost of more processes and no gain.
 """
 
@@ -15,6 +16,8 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,17 @@ from storylab.training.parallel import joined
 from storylab.training.train import train
 
 SIZES = (1, 2, 4)
+WAYS = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "normuon")
+# Under the names of several versions of torch.
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+)
 QUESTIONS = 300
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -63,25 +76,26 @@ def train_here(args: argparse.Namespace) -> None:
     count = {"bytes": 0, "calls": 0}
 
     def counting(collective: Any) -> Any:
-        def counted(first: torch.Tensor, *others: Any, **options: Any) -> Any:
-            # The gathered matrices, or the sum; those of the host's own numbers have eight bytes each.
-            count["bytes"] += first.nbytes
+        def counted(*tensors: Any, **options: Any) -> Any:
+            # The whole one of what is sent and received; the host's own numbers have eight bytes each.
+            count["bytes"] += max(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
             count["calls"] += 1
-            return collective(first, *others, **options)
+            return collective(*tensors, **options)
 
         return counted
 
-    dist.all_reduce = counting(dist.all_reduce)
-    dist.all_gather_into_tensor = counting(dist.all_gather_into_tensor)
+    for name in filter(partial(hasattr, dist), COLLECTIVES):
+        setattr(dist, name, counting(getattr(dist, name)))
     found: dict[str, Any] = {}
-    with joined("cpu") as ranks:
+    with joined("cpu", args.here) as ranks:
         for optimizer in OPTIMIZERS:
             count.update(bytes=0, calls=0)
-            folder = args.out / f"{optimizer}-{ranks.size}"
+            folder = args.out / f"{optimizer}-{args.here}-{ranks.size}"
             config = dataclasses.replace(
                 preset_config(args.preset),
                 **SETTINGS,
                 optimizer=optimizer,
+                parallel=args.here,
                 max_iters=args.iterations - 1,
                 eval_interval=args.iterations,
                 data_dir=args.data,
@@ -95,7 +109,7 @@ def train_here(args: argparse.Namespace) -> None:
             ranks.any(False)
         found["question"] = (time.perf_counter() - started) / QUESTIONS
         if ranks.leads:
-            (args.out / f"{ranks.size}.json").write_text(json.dumps(found))
+            (args.out / f"{args.here}-{ranks.size}.json").write_text(json.dumps(found))
 
 
 def losses(folder: Path) -> list[float]:
@@ -106,27 +120,29 @@ def losses(folder: Path) -> list[float]:
 def table(args: argparse.Namespace) -> list[str]:
     """The table's lines, and the time of a question to all processes."""
     lines = [
-        "| optimizer | processes | last loss | validation loss | largest difference of a training loss | "
-        "tok/s | memory | exchanged an iteration |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| optimizer | --parallel | processes | last loss | validation loss | "
+        "largest difference of a training loss | tok/s | memory of a process | exchanged an iteration |",
+        "| --- " * 9 + "|",
     ]
-    for optimizer in OPTIMIZERS:
-        alone = losses(args.out / f"{optimizer}-1")
-        for size in SIZES:
-            folder = args.out / f"{optimizer}-{size}"
-            own, summary = losses(folder), RunFolder(folder).read_summary()
-            assert summary is not None and summary.validation is not None
-            count = json.loads((args.out / f"{size}.json").read_text())[optimizer]
-            furthest = max(abs(a - b) / a for a, b in zip(alone, own, strict=True))
-            lines.append(
-                f"| {optimizer} | {size} | {own[-1]:.6f} | {summary.validation.loss:.6f} | "
-                f"{furthest:.1e} | "
-                f"{summary.median_tokens_per_second:,.0f} | {summary.peak_memory_bytes / 1e9:.2f} GB | "
-                f"{count['bytes'] / (args.iterations - 1) / 1e6:.2f} MB in "
-                f"{count['calls'] / (args.iterations - 1):.0f} collectives |"
-            )
-    for size in SIZES[1:]:
-        seconds = json.loads((args.out / f"{size}.json").read_text())["question"]
+    for optimizer, way, size in product(OPTIMIZERS, WAYS, args.sizes):
+        if size == 1 and way != WAYS[0]:
+            continue
+        alone = losses(args.out / f"{optimizer}-{WAYS[0]}-1")
+        folder = args.out / f"{optimizer}-{way}-{size}"
+        own, summary = losses(folder), RunFolder(folder).read_summary()
+        assert summary is not None and summary.validation is not None
+        count = json.loads((args.out / f"{way}-{size}.json").read_text())[optimizer]
+        furthest = max(abs(a - b) / a for a, b in zip(alone, own, strict=True))
+        lines.append(
+            f"| {optimizer} | {way if size > 1 else ''} | {size} | {own[-1]:.6f} | "
+            f"{summary.validation.loss:.6f} | {furthest:.1e} | "
+            f"{summary.median_tokens_per_second:,.0f} | "
+            f"{summary.peak_memory_bytes / size / 1e9:.2f} GB | "
+            f"{count['bytes'] / (args.iterations - 1) / 1e6:.2f} MB in "
+            f"{count['calls'] / (args.iterations - 1):.0f} collectives |"
+        )
+    for size in args.sizes:
+        seconds = json.loads((args.out / f"{WAYS[0]}-{size}.json").read_text())["question"]
         lines.append(f"A question to {size} processes takes {seconds * 1e6:.0f} us.")
     return lines
 
@@ -138,17 +154,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--here", action="store_true", help="be one of the processes")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--here", choices=WAYS, help="be one of the processes")
     args = parser.parse_args()
     if args.here:
         train_here(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    for size in SIZES:
+    for way, size in product(WAYS, args.sizes):
+        if size == 1 and way != WAYS[0]:
+            continue  # one process shares with nobody
         start = [sys.executable] if size == 1 else [*launcher, str(size)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*start, *sys.argv, "--here"], env=env, check=True)
+        subprocess.run([*start, *sys.argv, "--here", way], env=env, check=True)
     print("\n".join(table(args)))
 
 

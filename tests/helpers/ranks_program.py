@@ -20,7 +20,6 @@ from storylab.data.dataset import load_dataset
 from storylab.errors import Interrupted, UserError
 from storylab.model.transformer import Transformer
 from storylab.optim.orthogonal import _newton_schulz
-from storylab.training import sharded
 from storylab.training.evaluation import evaluate_split
 from storylab.training.loop import Loop
 from storylab.training.parallel import joined, restarted
@@ -30,7 +29,10 @@ from storylab.training.resume import resume
 from storylab.training.train import train
 
 FLOAT32 = ComputePolicy(torch.device("cpu"), torch.float32)
-STEP, ALL_REDUCE, SCATTER = Loop.step, dist.all_reduce, sharded.scatter_sum
+STEP, ALL_REDUCE = Loop.step, dist.all_reduce
+# Its name depends on the version of torch.
+SCATTER_NAME = "reduce_scatter_" + ("single" if hasattr(dist, "all_gather_single") else "tensor")
+SCATTER = getattr(dist, SCATTER_NAME)
 
 
 def interfere(rank: int, step: dict[str, Any], reduced: list[list[Any]]) -> None:
@@ -47,14 +49,15 @@ def interfere(rank: int, step: dict[str, Any], reduced: list[list[Any]]) -> None
             reduced.append([str(tensor.dtype), tensor.numel()])
             return ALL_REDUCE(tensor, *args, **options)
 
-        def noting_scattered(own: Tensor, whole: Tensor, **options: Any) -> Any:
+        def noting_scattered(own: Tensor, whole: Tensor, *args: Any, **options: Any) -> Any:
             reduced.append(["scattered", whole.numel()])
-            return SCATTER(own, whole, **options)
+            return SCATTER(own, whole, *args, **options)
 
         dist.all_reduce = noting if hit else ALL_REDUCE
-        sharded.scatter_sum = noting_scattered if hit else SCATTER
+        setattr(dist, SCATTER_NAME, noting_scattered if hit else SCATTER)
         STEP(loop, iteration)
-        dist.all_reduce, sharded.scatter_sum = ALL_REDUCE, SCATTER
+        dist.all_reduce = ALL_REDUCE
+        setattr(dist, SCATTER_NAME, SCATTER)
 
     Loop.step = interfering  # type: ignore[method-assign]
 

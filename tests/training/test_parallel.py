@@ -13,7 +13,7 @@ import pytest
 
 from finished_runs import found, metrics, weights
 from samples import TINY
-from several_ranks import COMMON, answer, launch, numbers, step
+from several_ranks import COMMON, answer, command, launch, numbers, step
 from storylab.config import TrainConfig, to_dict
 from storylab.data.dataset import Dataset
 from storylab.experiments.confounds import loss_confounds, speed_confounds
@@ -32,8 +32,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # Rounding differences of 1e-7 grow along a run, and faster where they move a value to another step of FP8.
 NEAR = {"adamw": 1e-5, "normuon": 1e-3, "fp8": 1e-3, "nvfp4": 1e-3}
-
-SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
 
 pytestmark = [pytest.mark.slow, pytest.mark.posix]
 
@@ -182,13 +180,9 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
 def test_a_killed_process_ends_the_others_and_torchrun_brings_the_run_back(
     two: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    model = " ".join(f"--{name} {getattr(TINY, name)}" for name in SHAPE)
-    other = {k: v for k, v in (COMMON | RUNS["adamw"]).items() if k not in ("model", "compile")}
-    flags = " ".join(f"--{name} {value}" for name, value in other.items())
     folder = tmp_path / "killed"
-    places = f"--data_dir {dataset.folder} --out_dir {folder}"
     plan = {
-        "command": f"train --no_compile {model} {flags} {places}".split(),
+        "command": command(folder, dataset.folder, **RUNS["adamw"]),
         "out": str(tmp_path),
         "at": 6,
         "signal": signal.SIGKILL,

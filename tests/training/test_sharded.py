@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 
 from finished_runs import found, metrics, weights
 from samples import TINY
-from several_ranks import COMMON, answer, launch, numbers, step
+from several_ranks import COMMON, answer, command, launch, numbers, step
 from storylab.config import TrainConfig
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
@@ -21,6 +24,7 @@ from storylab.record.folder import RunFolder, open_run
 from storylab.record.run import load_run
 from storylab.training.precision import choose_precision
 from storylab.training.resume import resume
+from storylab.training.sharded import ShardedRanks
 from storylab.training.train import train
 
 MODEL = {"model": TINY, "parallel": "fsdp"}
@@ -58,7 +62,8 @@ def one(config: Callable[[str, str], TrainConfig]) -> Path:
 
 @pytest.fixture(scope="module")
 def two(config: Callable[[str, str], TrainConfig]) -> Path:
-    """The runs of two processes; one was stopped, and continued by two, and by one with whole weights."""
+    """The runs of two processes, each of its own torchrun, as on two machines; one run was stopped and
+    continued."""
     stopped = config("two", "normuon-stopped")
     folder = stopped.out_dir
     assert folder is not None
@@ -68,7 +73,7 @@ def two(config: Callable[[str, str], TrainConfig]) -> Path:
     for name in ("for-one", "for-three"):
         steps[name] = {"do": "copy", "from": str(folder), "to": str(folder.parent / name)}
     steps["resume"] = {"do": "resume", "folder": str(folder)}
-    code, output = launch(2, folder.parent, plan(folder.parent, steps))
+    code, output = launch(1, folder.parent, plan(folder.parent, steps), nodes=2)
     assert code == 0, output
     return folder.parent
 
@@ -150,35 +155,41 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes_and_with_whole_weigh
     assert numbers(by_one, "loss") == pytest.approx(alone, rel=1e-3)
 
 
-def test_ways_of_sharing_that_differ_are_a_confound(two: Path, tmp_path: Path) -> None:
-    sharded = load_run(two / "adamw")
-    environment = RunFolder(two / "adamw").folder / "environment.json"
-    text = environment.read_text()
-    try:
-        from record_folders import forget_checksums
-
-        environment.write_text(text.replace('"parallel": "fsdp"', '"parallel": "ddp"'))
-        forget_checksums(two / "adamw")
-        whole = load_run(two / "adamw")
-    finally:
-        environment.write_text(text)
-    assert "parallel: fsdp against ddp" in loss_confounds(sharded, whole, frozenset(), True)
-    assert not any("parallel" in c for c in loss_confounds(sharded, sharded, frozenset(), True))
-
-
-def test_low_precision_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str, str], TrainConfig]
+def test_a_killed_process_ends_those_of_the_other_machine_and_the_run_can_go_on(
+    one: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
+    folder, clock = tmp_path / "killed", tmp_path / "clock"
+    flags = command(folder, dataset.folder, parallel="fsdp", **RUNS["adamw"])
+    kill = {"at": 6, "signal": signal.SIGKILL, "rank": 1, "clock": str(clock)}
+    code, output = launch(1, tmp_path, {"command": flags, "out": str(tmp_path), **kill}, nodes=2)
+    assert code != 0
+    survivor = answer(tmp_path, "first", 0)
+    assert survivor["code"] == 128 + signal.SIGTERM
+    assert survivor["ended"] - float(clock.read_text()) < 15
+    assert "another process of this run has ended" in output
+    run = resume(folder)
+    assert [stage.iteration for stage in run.read_environment().resumed] == [5]
+    alone = numbers(RunFolder(one / "adamw"), "loss")
+    assert numbers(run, "loss") == pytest.approx(alone, rel=NEAR["adamw"])
 
-    from storylab.training.sharded import ShardedRanks
 
-    ranks = ShardedRanks.__new__(ShardedRanks)
-    ranks.rank, ranks.size = 0, 2
-    for dtype in ("fp8", "float16"):
-        chosen = replace(config("one", "adamw"), dtype=dtype, backend="emulated")
-        precision = choose_precision(
-            choose_precision.__globals__["choose_device"]("cpu"), dtype, "", "emulated"
-        )
-        with pytest.raises(UserError, match="--parallel fsdp is for --dtype bfloat16 and float32"):
-            ranks.require(chosen, precision)
+def test_ways_of_sharing_that_differ_are_a_confound(two: Path) -> None:
+    sharded = load_run(two / "adamw")
+    environment = msgspec.structs.replace(sharded.environment, parallel="ddp")
+    whole = dataclasses.replace(sharded, environment=environment)
+    assert "parallel: fsdp against ddp" in loss_confounds(sharded, whole, frozenset(), True)
+    same = loss_confounds(sharded, sharded, frozenset(), True)
+    assert not any("parallel" in confound for confound in same)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "fp8"])
+def test_other_precisions_are_refused_in_one_line(
+    dtype: Any, config: Callable[[str, str], TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    backend = "emulated" if dtype == "fp8" else "auto"
+    precision = choose_precision(torch.device("cpu"), dtype, "", backend)
+    wanted = dataclasses.replace(config("one", "adamw"), dtype=dtype, backend=backend)
+    with pytest.raises(UserError, match="--parallel fsdp is for --dtype bfloat16 and float32"):
+        ShardedRanks().require(wanted, precision)
