@@ -2,10 +2,9 @@
 
     python benchmarks/share_memory.py --preset 50m --sizes 2
 
-A step of two micro-batches for each process and one of a single one, of random tokens, on CPUs; no data set is
-needed. Prints a line for each way: the resident memory that the model, its gradients, its optimizer's state and
-a step have added to that of a process with torch loaded, at most; and the most that gathering a checkpoint on
-rank 0 has added. The first process is shown, which needs the most.
+Steps of one and of two micro-batches for each process, of random tokens, on CPUs; no data set is needed. Prints
+a line for each way: the weights; the peak of resident memory after the steps of one and after those of two
+micro-batches, and after rank 0 has gathered a checkpoint. All are those of rank 0, less its memory before.
 """
 
 from __future__ import annotations
