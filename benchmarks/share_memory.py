@@ -2,8 +2,8 @@
 
     python benchmarks/share_memory.py --preset 50m --sizes 2
 
-Steps of one and of two micro-batches for each process, of random tokens, on CPUs, without a data set. Prints a
-line for each way: the weights; the peak of resident memory after the steps of one and after those of two
+Takes steps of one and of two micro-batches for each process, of random tokens, on CPUs. Prints a line for
+each way: the weights; the peak of resident memory after the steps of one and after those of two
 micro-batches, and after rank 0 has gathered a checkpoint. All are those of rank 0, less its memory before.
 """
 

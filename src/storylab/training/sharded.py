@@ -28,6 +28,7 @@ from torch.nn.utils import get_total_norm
 from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
+from storylab.training.allocator import return_freed_memory
 from storylab.training.parallel import TorchRanks, gather_into, scatter_sum
 from storylab.training.precision import ComputePolicy
 
@@ -86,6 +87,7 @@ class ShardedRanks(TorchRanks):
     def follow(self, model: nn.Module) -> bool:
         """See :class:`Ranks`."""
         assert isinstance(model, Transformer)
+        return_freed_memory()
         device = next(model.parameters()).device
         self._model, self._mesh = model, init_device_mesh(device.type, (self.size,))
         vectors = {p for p in model.parameters() if p.dim() < 2}
@@ -165,7 +167,7 @@ class ShardedRanks(TorchRanks):
         order = sorted(matrices, key=lambda parameter: parameter.numel(), reverse=True)
         owned = [order[owner :: self.size] for owner in range(self.size)]
         own, ranks = owned[self.rank], range(self.size)
-        local = {p: [tensor.to_local() for tensor in matrices[p]] for p in order}
+        local = {p: [_local(tensor) for tensor in matrices[p]] for p in order}
         received = self._exchange(
             [[rows for p in theirs for rows in local[p]] for theirs in owned],
             [[self._share_shape(t, rank) for p in own for t in matrices[p]] for rank in ranks],
@@ -202,3 +204,9 @@ class ShardedRanks(TorchRanks):
             dist.all_to_all_single(received, flat, [sum(part) for part in sizes], sent)
         pieces = iter(received.split([size for part in sizes for size in part]))
         return [[next(pieces).view(shape) for shape in part] for part in shapes]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
