@@ -27,7 +27,8 @@ from storylab.training.resume import resume
 from storylab.training.sharded import ShardedRanks
 from storylab.training.train import train
 
-MODEL = {"model": TINY, "parallel": "fsdp"}
+# An evaluation has a single batch, so that the ranks differ in their numbers of forward passes.
+MODEL = {"model": TINY, "parallel": "fsdp", "eval_iters": 1}
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"grad_clip": 0.5},
     "normuon": {"optimizer": "normuon", "ema_fraction": 0.5},
@@ -81,11 +82,11 @@ def two(config: Callable[[str, str], TrainConfig]) -> Path:
 @pytest.fixture(scope="module")
 def three(config: Callable[[str, str], TrainConfig], two: Path) -> Path:
     """Runs of three processes, whose shares of a matrix differ in size; one continues a run of two."""
-    folder = config("three", "adamw").out_dir
+    folder = config("three", "normuon").out_dir
     assert folder is not None
-    steps = {name: step(config("three", name)) for name in RUNS}
+    steps = {"normuon": step(config("three", "normuon"))}
     steps["resume"] = {"do": "resume", "folder": str(two / "for-three")}
-    steps["evaluate"] = {**step(config("three", "adamw")), "do": "evaluate"}
+    steps["evaluate"] = {**step(config("three", "normuon")), "do": "evaluate"}
     code, output = launch(3, folder.parent, plan(folder.parent, steps))
     assert code == 0, output
     return folder.parent
@@ -95,10 +96,11 @@ def plan(out: Path, steps: dict[str, Any]) -> dict[str, Any]:
     return {"out": str(out), "parallel": "fsdp", "steps": steps}
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("count", ["two", "three"])
+@pytest.mark.parametrize(
+    ("count", "name"), [("two", "adamw"), ("two", "normuon"), ("three", "normuon")]
+)
 def test_shares_train_as_whole_weights(
-    name: str, count: str, one: Path, request: pytest.FixtureRequest
+    count: str, name: str, one: Path, request: pytest.FixtureRequest
 ) -> None:
     several: Path = request.getfixturevalue(count)
     a, b = RunFolder(one / name), RunFolder(several / name)

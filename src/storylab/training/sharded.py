@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ class ShardedRanks(TorchRanks):
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_all_gather(gather)
             module.set_custom_reduce_scatter(reduce)
+        # By default a backward pass gathers ahead in the order of the forward passes before it. Those of an
+        # evaluation count too, of which ranks have different numbers, so they would gather other weights.
+        for module, ahead in pairwise(reversed(self._modules)):
+            module.set_modules_to_backward_prefetch([ahead])
+        self._modules[0].set_modules_to_backward_prefetch([model])  # which is whole until the end
         with torch.no_grad():  # the first pass must be the model's, not a block's
             model(torch.zeros(1, 1, dtype=torch.int64, device=device))
         self._model.reshard()
