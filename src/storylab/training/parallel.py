@@ -221,18 +221,15 @@ class TorchRanks(Ranks):
         """See :class:`Ranks`."""
         return exclusive(folder) if self.leads else nullcontext()
 
+    def close(self) -> None:
+        """Leave the other processes, after the last collective."""
+        dist.destroy_process_group()
+
 
 def gather_into(whole: Tensor, own: Tensor, **options: Any) -> Any:
     """torch.distributed's collective, by its name in this version of torch."""
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    return getattr(dist, name)(whole, own, **options)
-
-
-def scatter_sum(own: Tensor, whole: Tensor, **options: Any) -> Any:
-    """torch.distributed's collective, by its name in this version of torch."""
-    newer = hasattr(dist, "reduce_scatter_single")
-    name = "reduce_scatter_single" if newer else "reduce_scatter_tensor"
-    return getattr(dist, name)(own, whole, **options)
+    newer = getattr(dist, "all_gather_single", None)
+    return (newer or dist.all_gather_into_tensor)(whole, own, **options)
 
 
 def process_count() -> int:
@@ -245,12 +242,8 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them had failed."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
+def restarted() -> int:
+    """How often torchrun has started the processes again, after one of them had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -276,25 +269,21 @@ def joined(device: str, parallel: str = "ddp") -> Iterator[Ranks]:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps one store, with the addresses of processes that have ended.
-            store = dist.PrefixStore(f"start {_restarts()}", store)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"start {restarted()}", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RankLost(error) from error
-    ranks = _ranks(parallel)
+    ranks = TorchRanks()
+    if parallel == "fsdp":
+        from storylab.training.sharded import ShardedRanks  # loads more of torch for seconds
+
+        ranks = ShardedRanks()
     try:
         yield ranks
     finally:
         if not ranks.lost:  # it would wait for a process that is gone
-            dist.destroy_process_group()
-
-
-def _ranks(parallel: str) -> TorchRanks:
-    if parallel == "ddp":
-        return TorchRanks()
-    from storylab.training.sharded import ShardedRanks  # loads more of torch for seconds
-
-    return ShardedRanks()
+            ranks.close()
 
 
 def _take_gpu(number: int) -> None:

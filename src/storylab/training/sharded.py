@@ -13,9 +13,12 @@ An evaluation gathers all weights first.
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.model.transformer import Transformer
 from storylab.training.allocator import return_freed_memory
-from storylab.training.parallel import TorchRanks, gather_into, scatter_sum
+from storylab.training.parallel import TorchRanks, gather_into
 from storylab.training.precision import ComputePolicy
 
 
@@ -93,7 +96,7 @@ class ShardedRanks(TorchRanks):
         self._model, self._mesh = model, init_device_mesh(device.type, (self.size,))
         vectors = {p for p in model.parameters() if p.dim() < 2}
         gather = Collective(gather_into, self._connected)
-        reduce = Collective(scatter_sum, self._connected)
+        reduce = Collective(_scatter_sum, self._connected)
         self._modules = (*model.blocks, model)
         for module in self._modules:
             fully_shard(module, mesh=self._mesh, ignored_params=vectors)
@@ -161,6 +164,21 @@ class ShardedRanks(TorchRanks):
         torch._foreach_mul_(shards + vectors, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def close(self) -> None:
+        """See :class:`TorchRanks`.
+
+        First drops all that holds a process group, such as a sharded model in the frames of an error: with
+        one left, torch 2.13 now and then aborts the process at its end ("terminate called without an active
+        exception").
+        """
+        self._model, self._mesh, self._modules = None, None, ()
+        error = sys.exception()
+        while error is not None:
+            clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
+        super().close()
+
     def divide(self, work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         """See :class:`Ranks`. Here :meth:`by_matrix` has divided the matrices."""
         return work(stack)
@@ -216,3 +234,9 @@ def _local(tensor: Tensor) -> Tensor:
     """The rows that this rank holds."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local()
+
+
+def _scatter_sum(own: Tensor, whole: Tensor, **options: Any) -> Any:
+    """torch.distributed's collective, by its name in this version of torch."""
+    newer = getattr(dist, "reduce_scatter_single", None)
+    return (newer or dist.reduce_scatter_tensor)(own, whole, **options)

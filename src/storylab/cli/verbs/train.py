@@ -64,7 +64,7 @@ def _interrupted(config: TrainConfig) -> bool:
 
     if may_restart() and config.out_dir is None:
         raise UserError("torchrun --max-restarts needs --out_dir, to find the run again")
-    return restarted() and config.out_dir is not None and exists(config.out_dir / CONFIG)
+    return restarted() > 0 and config.out_dir is not None and exists(config.out_dir / CONFIG)
 
 
 def _resume(config: TrainConfig, track: Sequence[str], split_is_free: bool, ranks: Ranks) -> int:
