@@ -13,7 +13,7 @@ from storylab.errors import UserError
 
 if TYPE_CHECKING:
     from storylab.data.dataset import Dataset
-    from storylab.data.prepare import PrepareConfig
+    from storylab.data.prepare_config import PrepareConfig
     from storylab.record.run import Run
     from storylab.training.observers import Observer
     from storylab.training.sampling import StoryModel

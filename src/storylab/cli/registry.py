@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from storylab.cli import verbs
 from storylab.errors import UserError, out_of_memory
@@ -52,6 +52,7 @@ class Verb:
         help: one line for the list of verbs.
         group: the part of that list.
         run: does the work and returns the exit code.
+        command: the dataclass whose fields are the verb's flags.
         operand: placeholder after the name in that list, such as ``FILE``.
         position: order within the group; ties are sorted by name.
         memory_remedy: advice for when memory runs out.
@@ -61,6 +62,7 @@ class Verb:
     help: str
     group: Group
     run: Callable[[Call], int]
+    command: type[Any]
     operand: str = ""
     position: int = 99
     memory_remedy: str = SMALLER_STEPS

@@ -138,6 +138,7 @@ VERB = Verb(
     "compare runs: which is better, by how much, and whether the comparison is fair",
     "experiments",
     run,
+    CompareCommand,
     position=6,
     memory_remedy=MORE_MEMORY,
 )

@@ -99,6 +99,7 @@ VERB = Verb(
     "print loss, perplexity and bits per byte of a run on a whole split",
     "runs",
     run,
+    EvalCommand,
     position=4,
     memory_remedy="take a smaller --block_size, or a machine with more memory",
 )

@@ -88,6 +88,7 @@ VERB = Verb(
     "judge chosen arms on fresh seeds and the test split",
     "experiments",
     run,
+    ExperimentConfirmCommand,
     operand="FILE",
     position=3,
 )

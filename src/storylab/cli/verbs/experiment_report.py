@@ -39,5 +39,6 @@ VERB = Verb(
     "write the log and the page of all experiments",
     "experiments",
     run,
+    ExperimentReportCommand,
     position=3,
 )

@@ -78,6 +78,7 @@ VERB = Verb(
     "train the arms of an experiment and compare them",
     "experiments",
     run,
+    ExperimentRunCommand,
     operand="FILE",
     position=1,
 )

@@ -74,6 +74,7 @@ VERB = Verb(
     "write a run's model for other programs",
     "runs",
     run,
+    ExportCommand,
     position=7,
     memory_remedy=MORE_MEMORY,
 )

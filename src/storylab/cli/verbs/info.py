@@ -134,4 +134,11 @@ def _document(preset: PresetName, model: ModelConfig, vocab_size: int) -> InfoDo
     )
 
 
-VERB = Verb("info", "print shape and parameter count of a model or run", "runs", run, position=6)
+VERB = Verb(
+    "info",
+    "print shape and parameter count of a model or run",
+    "runs",
+    run,
+    InfoCommand,
+    position=6,
+)

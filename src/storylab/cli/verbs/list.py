@@ -62,5 +62,11 @@ def run(call: Call) -> int:
 
 
 VERB = Verb(
-    "list", "list the runs in a folder", "experiments", run, position=8, memory_remedy=MORE_MEMORY
+    "list",
+    "list the runs in a folder",
+    "experiments",
+    run,
+    ListCommand,
+    position=8,
+    memory_remedy=MORE_MEMORY,
 )

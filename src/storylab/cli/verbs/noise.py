@@ -151,5 +151,10 @@ def _print_floor(floor: NoiseFloor) -> None:
 
 
 VERB = Verb(
-    "noise", "measure how much the loss changes with the seed alone", "experiments", run, position=7
+    "noise",
+    "measure how much the loss changes with the seed alone",
+    "experiments",
+    run,
+    NoiseCommand,
+    position=7,
 )

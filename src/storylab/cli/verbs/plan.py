@@ -178,5 +178,6 @@ VERB = Verb(
     "predict time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
     "experiments",
     run,
+    PlanCommand,
     position=4,
 )

@@ -90,6 +90,7 @@ VERB = Verb(
     "write stories with a run's model",
     "runs",
     run,
+    SampleCommand,
     position=5,
     memory_remedy="take fewer --samples, or a machine with more memory",
 )

@@ -45,6 +45,7 @@ VERB = Verb(
     "send finished runs to a tracker",
     "runs",
     run,
+    SyncCommand,
     operand="RUN...",
     position=9,
     memory_remedy=MORE_MEMORY,

@@ -51,6 +51,7 @@ VERB = Verb(
     "serve a local page over a folder of runs",
     "experiments",
     run,
+    UiCommand,
     position=10,
     memory_remedy=MORE_MEMORY,
 )

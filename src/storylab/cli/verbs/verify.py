@@ -124,6 +124,7 @@ VERB = Verb(
     "recompute what a record allows, and name every difference",
     "experiments",
     run,
+    VerifyCommand,
     operand="RUN",
     position=11,
     memory_remedy=MORE_MEMORY,

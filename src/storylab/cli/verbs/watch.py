@@ -62,6 +62,7 @@ VERB = Verb(
     "follow experiments while they run",
     "experiments",
     run,
+    WatchCommand,
     position=9,
     memory_remedy=MORE_MEMORY,
 )
