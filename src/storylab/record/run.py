@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from storylab.checksums import Checksums
 from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.files import exists, read_record, reading
+from storylab.record.consistency import contradictions
 from storylab.record.folder import (
     CONFIG,
     FAILURE,
-    METRICS,
     POSITION_LOSSES,
     PRECISION,
     STORY_LOSSES,
@@ -25,6 +26,7 @@ from storylab.record.folder import (
     RunFolder,
     open_checked,
 )
+from storylab.record.frame import RowKind, rows_frame
 from storylab.record.provenance import representative
 from storylab.record.schema import (
     DataInfo,
@@ -39,6 +41,9 @@ from storylab.record.schema import (
     Stage,
     Summary,
 )
+
+if TYPE_CHECKING:
+    import pandas
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 UNFINISHED, NEW, DAMAGED = "unfinished", "new", "damaged"
@@ -164,6 +169,10 @@ class Run:
         """Quantization statistics of each tensor, where the run recorded them."""
         return [row for row in self.rows if isinstance(row, QuantizationRow)]
 
+    def frame(self, kind: RowKind = "iteration") -> pandas.DataFrame:
+        """The rows of a kind as a dataframe; see :func:`storylab.record.frame.rows_frame`."""
+        return rows_frame(self.rows, kind)
+
 
 def median_speed(rows: Sequence[Row], tokens_per_iteration: int) -> float | None:
     """Tokens a second of the median iteration, on which a burst of other work on the machine has no effect.
@@ -265,37 +274,8 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
         else np.empty(0),
         test_losses=run.read_array(TEST_LOSSES, 2) if summary and summary.test else none,
     )
-    if fault := next(_faults(loaded), None):
+    if fault := next(contradictions(loaded), None):
         raise UserError(f"{folder} is damaged: {fault}")
     if exists(folder / PRECISION):
         read_record(folder / PRECISION, PrecisionInfo, run.check(PRECISION))
     return loaded
-
-
-def _faults(run: Run) -> Iterator[str]:
-    """Contradictions between the files of a run."""
-    for number, row in enumerate(run.iterations):
-        if row.iteration != number:
-            yield f"{METRICS} has iteration {row.iteration} where {number} should be"
-    if not run.finished:
-        return
-    expected = run.results.iterations
-    if len(run.iterations) != expected:
-        yield f"{METRICS} has {len(run.iterations)} of its {expected} iterations"
-    validation, test = run.validation, run.results.test
-    if not _fit(run.story_losses, validation):
-        yield f"{STORY_LOSSES} is not that of its summary"
-    if test is not None and not _fit(run.test_losses, test):
-        yield f"{TEST_LOSSES} is not that of its summary"
-    # Runs from before windows were recorded may have no losses by position either.
-    positions, known = len(run.position_losses), validation.block_size
-    if positions != known and (known is not None or positions):
-        yield f"{POSITION_LOSSES} has {positions} positions of {known}"
-
-
-def _fit(stories: np.ndarray, split: SplitLoss) -> bool:
-    """Whether losses by story ``[stories, 2]`` give the loss of their split."""
-    if stories.shape != (split.stories, 2) or not (stories[:, 1] > 0).all():
-        return False
-    loss = float(stories[:, 0].sum() / stories[:, 1].sum())
-    return math.isclose(loss, split.loss, rel_tol=1e-9)
