@@ -1,7 +1,8 @@
 """Seconds that `storylab list` and the page of `storylab ui` take over many long runs, modules imported,
 and whole commands against a Python that does nothing.
 
-    python benchmarks/listing.py [--runs 1000] [--rows 10000] [--rounds 9] [--commit COMMIT] [--old_summaries]
+    python benchmarks/listing.py [--runs 1000] [--rows 10000] [--rounds 9] [--commit COMMIT]
+        [--old_summaries]
 
 One short run is trained; its record is stretched to the given number of rows and hard-linked into every
 other folder, so the disk holds one copy and the page cache all of it. ``--commit`` also times the code of a

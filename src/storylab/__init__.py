@@ -6,12 +6,12 @@ The functions below are the public API. They print nothing, and import their mod
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from storylab.config import TrainConfig, preset_config
 from storylab.errors import UserError
 
 if TYPE_CHECKING:
+    from storylab.config import TrainConfig, preset_config
     from storylab.data.dataset import Dataset
     from storylab.data.prepare_config import PrepareConfig
     from storylab.record.run import Run
@@ -29,6 +29,15 @@ __all__ = [
     "preset_config",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The list of verbs need not wait for the config.
+    if name in ("TrainConfig", "preset_config"):
+        from storylab import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def prepare(config: PrepareConfig) -> Dataset:

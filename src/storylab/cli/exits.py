@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 
 from storylab.errors import Diverged, Interrupted, UserError
-from storylab.files import system_words
 
 # The system's reasons for an output that cannot be written any longer.
 OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -37,6 +36,8 @@ def guarded(work: Callable[[], int]) -> int:
         if error.filename is None and error.errno in OUTPUT_FAULTS:
             _discard_output()
             return _fail(f"cannot write the output: {error.strerror}")
+        from storylab.files import system_words
+
         named = error.filename is not None
         return _fail(f"cannot use {system_words(error)}" if named else system_words(error))
 

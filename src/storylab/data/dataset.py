@@ -15,6 +15,7 @@ import numpy as np
 
 from storylab.checksums import read_checksums
 from storylab.data.layout import READ_IN_TRAINING, SPLITS, TEST
+from storylab.data.layout import TOKENIZER_FILE as TOKENIZER_FILE
 from storylab.data.manifest import Manifest
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.decode import convert, shown
@@ -24,7 +25,6 @@ from storylab.files import exists, open_file, read_json, reading
 # Format 1 has no test split.
 FORMAT_WITHOUT_TEST, FORMAT = 1, 2
 MANIFEST = "manifest.json"
-TOKENIZER_FILE = "tokenizer.tiktoken"
 READ_BYTES = 1 << 24
 REPAIR = "run `storylab prepare` again into a new folder"
 

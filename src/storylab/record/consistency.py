@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from storylab.record.folder import METRICS, POSITION_LOSSES, STORY_LOSSES, TEST_LOSSES
 from storylab.record.schema import SplitLoss
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from storylab.record.run import Run
 
 

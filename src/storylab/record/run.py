@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from storylab.checksums import Checksums
 from storylab.config import TrainConfig
 from storylab.errors import UserError
@@ -27,7 +25,6 @@ from storylab.record.folder import (
     open_checked,
 )
 from storylab.record.frame import RowKind, rows_frame
-from storylab.record.provenance import representative
 from storylab.record.schema import (
     DataInfo,
     Environment,
@@ -42,7 +39,9 @@ from storylab.record.schema import (
     Summary,
 )
 
+# Reading a summary, as a listing does, imports neither numpy nor the data's modules.
 if TYPE_CHECKING:
+    import numpy as np
     import pandas
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -126,6 +125,8 @@ class Run:
     @property
     def code_versions(self) -> set[str]:
         """Versions of the code that trained it; versions that give equal bits count as one."""
+        from storylab.record.provenance import representative
+
         return {representative(stage.code_sha256) for stage in self.stages}
 
     @cached_property
@@ -151,6 +152,8 @@ class Run:
     @cached_property
     def evaluations(self) -> list[CurvePoint]:
         """The evaluations along the run."""
+        import numpy as np
+
         seconds = np.cumsum([row.step_seconds for row in self.iterations])
         points = []
         for row in self.rows:
@@ -182,6 +185,8 @@ def median_speed(rows: Sequence[Row], tokens_per_iteration: int) -> float | None
     seconds = [row.step_seconds for row in rows if isinstance(row, IterationRow)]
     if not seconds:
         return None
+    import numpy as np
+
     return tokens_per_iteration / float(np.median(seconds[1:] or seconds))
 
 
@@ -258,6 +263,8 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
     if state == DAMAGED:
         raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
     head = head or RunHead(run.read_config(), run.read_data(), run.checksums)
+    import numpy as np
+
     none = np.empty((0, 2))
     loaded = Run(
         folder=folder,
