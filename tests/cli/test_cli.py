@@ -24,7 +24,7 @@ from executors import InProcess
 from storylab.cli import main
 from storylab.cli.console import print_table
 from storylab.cli.exits import guarded
-from storylab.cli.registry import Call, all_verbs, find_verb, verb_names
+from storylab.cli.registry import Call, all_verbs, find_verb, listed_verbs, verb_names
 from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.data.dataset import Dataset
@@ -238,6 +238,11 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = all_verbs()
     assert sorted(verb.name for verb in verbs) == sorted(verb_names())
+    # The list reads the facts from the source.
+    for fact, verb in zip(listed_verbs(), verbs, strict=True):
+        assert dataclasses.asdict(fact) == {
+            name: getattr(verb, name) for name in dataclasses.asdict(fact)
+        }
     main(["--help"])
     listed = capsys.readouterr().out.partition("examples:")[0]
     for verb in verbs:
