@@ -11,50 +11,46 @@ in four steps:
 4. It removes them. Only lower numbers are ever removed, so that a late removal hits no later ticket.
 
 A holder renews its ticket: it changes the word, then looks for a higher number, and has lost the right if
-there is one. Between a renewal and step 2 of somebody else, one of the two sees the other. A holder that
-was suspended for long therefore notices before it goes on (:class:`Fence`). Clocks are compared with
-themselves alone, so they may differ between machines, and be set.
+there is one, or if its own ticket has gone. Of a renewal and step 2 of somebody else, one sees the other. A
+holder that was suspended for long therefore notices before it goes on (:class:`Fence`). A clock is compared
+with itself alone, so clocks may differ between machines.
 
-Needed of the file system: exclusive creation, and files that others can read once they are closed (NFS
-promises both). Locks are not needed. On one machine they tell at once that a holder has ended.
+Needed of the file system: exclusive creation, and that opening a file finds it as others have closed or
+removed it. NFS promises both. Locks are not needed; on one machine they tell at once that a holder ended.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from signal import SIGTERM
 
-from msgspec import Struct
-
-from storylab.decode import decode
-from storylab.errors import Interrupted, UserError
-from storylab.files import exists, make_folder, open_file, reading, write_error
+from storylab.errors import Interrupted
+from storylab.files import exists, make_folder, write_error
 from storylab.locks import HeldError, exclusive
+from storylab.tickets import (
+    Holder,
+    Tickets,
+    machine_of,
+    read_tickets,
+    ticket_holder,
+    ticket_numbers,
+    write_ticket,
+)
 
 # Longer than the 60 seconds for which clients of NFS may believe what they have read of a folder.
 EXPIRY_SECONDS = 120.0
 # Renewals within that time.
 RENEWALS = 6
-# Enough for a holder's line.
-MOST_BYTES = 4096
-_NUMBER = re.compile(r"[1-9]\d{0,17}", re.ASCII)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-
-Tickets = dict[int, bytes]
-"""Content by number."""
 
 
 class LeaseLost(Interrupted):
@@ -62,22 +58,9 @@ class LeaseLost(Interrupted):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            f"another process has taken over {folder.name}, as this one seemed to have ended", SIGTERM
+            f"another process has taken over {folder.name}, as this one seemed to have ended",
+            SIGTERM,
         )
-
-
-class Holder(Struct, frozen=True):
-    """The line of a ticket."""
-
-    host: str
-    machine: str
-    """Equal for processes whose locks on the folder see each other."""
-    pid: int
-    since: str
-    expiry: float
-    """Seconds without a change after which the right is free."""
-    token: str
-    """Makes the line one of its kind."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ class Lease:
             if error.errno in _GONE:
                 raise LeaseLost(path.parent) from None
             raise
-        if any(number > int(path.name) for number in _numbers(path.parent)):
+        if any(number > int(path.name) for number in ticket_numbers(path.parent)):
             raise LeaseLost(path.parent)
 
     def release(self) -> None:
@@ -123,8 +106,8 @@ class Fence:
     """Keeps a holder from writing once its right may be another's.
 
     Before each write call :meth:`check`. It renews the lease where the last renewal was too long ago. So a
-    write comes at most a sixth of the lease's expiry after a renewal, unless the process was suspended between
-    the check and the write.
+    write comes at most a sixth of the lease's expiry after a renewal, unless the process was suspended
+    between the check and the write.
 
     Args:
         lease: the right to write.
@@ -137,7 +120,8 @@ class Fence:
         """Renew the lease if it is time.
 
         Raises:
-            LeaseLost: another process has the right, or the lease could not be renewed for half of its expiry.
+            LeaseLost: another process has the right, or the lease could not be renewed for half of its
+                expiry.
         """
         now = _clock()
         if now - self._renewed < self._lease.expiry / RENEWALS:
@@ -187,19 +171,20 @@ class Claimant:
         return True
 
     def _take(self, folder: Path) -> Lease | None:
-        seen = _tickets(folder)
+        seen = read_tickets(folder)
         if not self._is_free(folder, seen):
             return None
         path = folder / str(max(seen, default=0) + 1)
         try:
-            lease = _write_ticket(path, self._expiry)
+            line = write_ticket(path, self._expiry)
         except FileExistsError:
             return None
         except OSError as error:
             if error.errno in _GONE:  # a later claimant has removed it
                 return None
             raise write_error(path, error) from error
-        found = _tickets(folder)
+        lease = Lease(str(path.absolute()), line, self._expiry)
+        found = read_tickets(folder)
         found.pop(int(path.name), None)
         if found != seen:
             lease.release()
@@ -211,10 +196,10 @@ class Claimant:
         return lease
 
     def _is_free(self, folder: Path, seen: Tickets) -> bool:
-        held = [_holder(content) for content in seen.values() if content]
+        held = [ticket_holder(content) for content in seen.values() if content]
         if self._locks:
             # Who had the lock that this process holds now has ended.
-            here = _machine(folder)
+            here = machine_of(folder)
             held = [holder for holder in held if holder is None or holder.machine != here]
         if not held:
             return True
@@ -232,51 +217,8 @@ def holder_of(folder: Path) -> Holder | None:
     Raises:
         UserError: the folder cannot be read.
     """
-    seen = _tickets(folder) if exists(folder) else {}
-    return next((_holder(seen[n]) for n in sorted(seen, reverse=True) if seen[n]), None)
-
-
-def _holder(content: bytes) -> Holder | None:
-    """The holder by the content of a ticket; None if it cannot be read."""
-    with suppress(UserError):
-        return decode(Holder, content.partition(b"\n")[0], "ticket")
-    return None
-
-
-def _write_ticket(path: Path, expiry: float) -> Lease:
-    """Create a ticket of this process."""
-    values = {
-        "host": socket.gethostname(),
-        "machine": _machine(path.parent),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "expiry": expiry,
-        "token": secrets.token_hex(16),
-    }
-    lease = Lease(str(path.absolute()), json.dumps(values) + "\n", expiry)
-    with open(path, "xb") as file:
-        file.write(lease.line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    return lease
-
-
-def _numbers(folder: Path) -> list[int]:
-    with reading(folder), os.scandir(folder) as entries:
-        return [int(entry.name) for entry in entries if _NUMBER.fullmatch(entry.name)]
-
-
-def _tickets(folder: Path) -> Tickets:
-    found = {}
-    for number in _numbers(folder):
-        path = folder / str(number)
-        try:
-            with open_file(path) as file:
-                found[number] = file.read(MOST_BYTES)
-        except UserError:
-            if exists(path):
-                raise
-    return found
+    seen = read_tickets(folder) if exists(folder) else {}
+    return next((ticket_holder(seen[n]) for n in sorted(seen, reverse=True) if seen[n]), None)
 
 
 @contextmanager
@@ -302,23 +244,8 @@ def _renewing(lease: Lease) -> Iterator[None]:
         thread.join()
 
 
-def _machine(folder: Path) -> str:
-    """A name for this system and the mount that ``folder`` is on, within which locks are seen."""
-    with reading(folder):
-        return f"{_system()}:{folder.stat().st_dev}"
-
-
-@cache
-def _system() -> str:
-    """A name for the running kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
-
-
 def _clock() -> float:
-    """Seconds of a clock that is never set, and goes on while the machine sleeps where the system has one."""
+    """Seconds of a clock that nobody sets; on Linux one that goes on while the machine sleeps."""
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()

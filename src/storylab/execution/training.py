@@ -50,8 +50,8 @@ def train_or_resume(
         lease: fields of the :class:`~storylab.leases.Lease` under which it is trained, if any.
 
     Raises:
-        UserError, Interrupted, Diverged: see :func:`storylab.training.train.train`. Interrupted if the lease is
-            lost, too.
+        UserError, Interrupted, Diverged: see :func:`storylab.training.train.train`.
+        LeaseLost: another process has the run by now.
     """
     assert config.out_dir is not None
     ranks = ONE_PROCESS if lease is None else FencedProcess(Fence(Lease(**lease)))

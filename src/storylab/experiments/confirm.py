@@ -11,8 +11,8 @@ from msgspec import structs
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import MOST_SEEDS, Experiment
-from storylab.experiments.openings import OpeningLine, OpeningLog
 from storylab.experiments.leases import hold_records
+from storylab.experiments.openings import OpeningLine, OpeningLog
 from storylab.experiments.recording import record_path
 from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now

@@ -11,65 +11,19 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from storylab.errors import Interrupted, UserError
 from storylab.execution.job import Event, Executor, Job, Outcome
 from storylab.experiments.attempts import set_aside, train_run
 from storylab.experiments.leases import claim_run
 from storylab.experiments.plan import PlannedRun
+from storylab.experiments.progress import ExperimentReporter, TokenCount
 from storylab.files import exists, reading
 from storylab.leases import Claimant, Fence, Lease, LeaseLost
 from storylab.record.run import ENDED, FAILED, FINISHED
 from storylab.training.signals import stop_signals
 
 POLL_SECONDS = 2.0
-
-
-class ExperimentReporter(Protocol):
-    """Shows the progress of an experiment."""
-
-    def line(self, text: str) -> None:
-        """A line for the user."""
-        ...
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` parts of the work called ``name``, within one run, are done."""
-        ...
-
-    def overall(self, name: str, done: float, total: float) -> None:
-        """``done`` of ``total`` tokens of the whole experiment are done; the run ``name`` is under way."""
-        ...
-
-
-class TokenCount:
-    """Counts the tokens of an experiment that are trained, and shows them.
-
-    Args:
-        planned: all runs.
-        reporter: shows the count.
-    """
-
-    def __init__(self, planned: Sequence[PlannedRun], reporter: ExperimentReporter) -> None:
-        self._reporter = reporter
-        self._total = float(sum(run.tokens for run in planned))
-        self._done = 0.0
-        self._under_way: dict[str, float] = {}
-
-    def show(self, name: str, tokens: float = 0.0) -> None:
-        """``tokens`` of the run ``name`` are trained so far."""
-        self._under_way[name] = tokens
-        done = self._done + sum(self._under_way.values())
-        self._reporter.overall(name, done, self._total)
-
-    def finish(self, name: str, tokens: float) -> None:
-        """The run ``name``, of ``tokens``, needs no more work."""
-        del self._under_way[name]
-        self._done += tokens
-
-    def show_end(self) -> None:
-        """All runs are done."""
-        self._reporter.overall("done", self._total, self._total)
 
 
 def run_experiment(

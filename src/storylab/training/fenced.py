@@ -68,7 +68,7 @@ class FencedProcess(Ranks):
 
     @contextmanager
     def hold(self, folder: Path) -> Iterator[None]:
-        """Hold the run folder. A process that has lost the lease may hold it until it notices, so this waits.
+        """Hold the run folder. A process that has lost the lease may hold it until it notices: wait then.
 
         Raises:
             LeaseLost: another process has the lease.
