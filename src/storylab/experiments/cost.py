@@ -10,8 +10,8 @@ from storylab.record.run import Run
 def cost_words(runs: Sequence[Run]) -> str:
     """The cost of runs that have ended, such as ``1.5 core-hours, 20 kJ in 3 of 4 runs``.
 
-    A run on a CPU takes a core for each thread of each process, for all of its seconds. A run on a GPU takes
-    a GPU for each process.
+    A run on a CPU takes a core for each thread of each process, for all of its seconds. A run on a GPU
+    takes a GPU for each process.
     """
     hours = {"core-hours": 0.0, "GPU-hours": 0.0}
     for run in runs:
