@@ -10,6 +10,7 @@ the machine do not lengthen, and after it the wall time.
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def main() -> None:
             load_outcome(record, cache)
     with timed("report, after judging"):
         write_report(place / "runs", place / "report", cache)
+    print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,26 @@ def test_a_worker_with_nothing_left_to_do_ends(bench: Bench) -> None:
     assert "4 of 4 runs done" in table.title and "core-hours so far" in table.title
 
 
+@pytest.mark.slow
+def test_a_damaged_run_is_found_before_the_look_and_trained_again(bench: Bench) -> None:
+    bench.register()
+    damaged: list[Path] = []
+
+    def answer(job: Job) -> Outcome:
+        outcome = perform_quietly(job)
+        if not damaged:
+            assert job.config.out_dir is not None
+            damaged.append(job.config.out_dir / "story_losses.npy")
+            damaged[0].write_bytes(damaged[0].read_bytes()[:-1] + b"!")
+        return outcome
+
+    executor = InProcess(answer)
+    assert bench.work(executor=executor)[0] == 0
+    assert len(executor.jobs) == 5
+    assert len(list(bench.runs.glob("nano-*.old1"))) == 1
+    assert [look.seeds for look in bench.read_record().looks_taken] == [2]
+
+
 def test_a_failed_run_is_a_result_until_somebody_asks_to_try_again(bench: Bench) -> None:
     bench.register(TWO_RATES, "--seeds", "1")
     executor = InProcess(failing)

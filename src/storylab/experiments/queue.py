@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from storylab.experiments.stopping import CellKey, judge_look, look_lines, open_
 from storylab.leases import Claimant
 from storylab.record.experiment_schema import ExperimentRecord, Queued
 from storylab.record.provenance import code_sha256, representative
-from storylab.record.run import ENDED, FAILED
+from storylab.record.run import DAMAGED, ENDED, FAILED, run_state
 
 
 def enqueue(
@@ -57,11 +58,15 @@ def queued_records(runs: Path, cache: FolderCache) -> list[tuple[Path, Experimen
     """The records of experiments that wait for workers, the one that was registered first in front.
 
     Raises:
-        UserError: a record is damaged, or the folder cannot be read.
+        UserError: the folder cannot be read.
     """
-    found = [(path, cache.record(path)) for path in experiment_records(runs)]
-    queued = [(path, record) for path, record in found if record.queued is not None]
-    return sorted(queued, key=lambda item: (item[1].queued.time if item[1].queued else "", item[0]))
+    found = []
+    for path in experiment_records(runs):
+        with contextlib.suppress(UserError):  # the report names a damaged one
+            record = cache.record(path)
+            if record.queued is not None:
+                found.append((record.queued.time, path, record))
+    return [(path, record) for _, path, record in sorted(found, key=lambda item: item[:2])]
 
 
 def recorded_experiment(record: ExperimentRecord) -> Experiment:
@@ -137,6 +142,7 @@ class QueuedExperiment:
     done: int = 0
     """Seeds of the looks before the current one."""
     _closed: set[Path] = field(default_factory=set)
+    _damaged: set[Path] = field(default_factory=set)
 
     @property
     def seeds(self) -> list[int]:
@@ -149,12 +155,15 @@ class QueuedExperiment:
         return next(s for s in stops(self.experiment.looks, len(self.seeds)) if s > self.done)
 
     def open_runs(self) -> Iterator[PlannedRun]:
-        """Runs of the current look that have no result yet, in order."""
+        """Runs of the current look that have no result yet, in order.
+
+        Of a run that has ended this reads the summary alone; who judges the look reads all of it.
+        """
         kept = ENDED if self.retry else (*ENDED, FAILED)
         for run in self.part:
             if run.folder in self._closed:
                 continue
-            if run.read_state() in kept:
+            if run.folder not in self._damaged and run_state(run.folder)[0] in kept:
                 self.close(run)
             else:
                 yield run
@@ -184,7 +193,8 @@ class QueuedExperiment:
         One worker judges, and the others read in the record which arms are settled.
 
         Returns:
-            Lines for the user; None while another worker judges.
+            Lines for the user; None while another worker judges. If a run turns out to be damaged, the look
+            goes on with that.
 
         Raises:
             UserError: the record cannot be read or written.
@@ -195,10 +205,19 @@ class QueuedExperiment:
                 if lease is None:
                     return None
                 if not self._settle_as_recorded():
+                    if self._reopened():
+                        return []
                     lines = self._judge()
         self.done = self.stop
         self.begin_look()
         return lines
+
+    def _reopened(self) -> bool:
+        """Open the damaged runs of the look again, each once; returns whether there were any."""
+        found = {run.folder for run in self.part if run.read_state() == DAMAGED} - self._damaged
+        self._damaged |= found
+        self._closed -= found
+        return bool(found)
 
     def _judge(self) -> list[str]:
         looks = self.experiment.looks

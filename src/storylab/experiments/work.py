@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -184,6 +185,7 @@ class _Worker:
         """Train a run unless another process does; returns whether there was something to do."""
         kept = ENDED if queued.retry else (*ENDED, FAILED)
         reporter, claimant = self._reporter, self._claimant
+        run = dataclasses.replace(run, cache=FolderCache())  # whose rows need not be kept
         if not train_if_free(run, self._executor, reporter, claimant, kept):
             return False
         queued.close(run)
