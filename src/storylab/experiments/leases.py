@@ -9,8 +9,9 @@ from pathlib import Path
 
 from storylab.errors import UserError
 from storylab.files import exists
-from storylab.leases import Claimant, Holder, Lease, holder_of
+from storylab.leases import Claimant, Lease, holder_of
 from storylab.locks import held
+from storylab.tickets import Holder
 
 # The folder in RUNS with one folder for each lease.
 LEASES = ".locks"
