@@ -16,10 +16,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 from made_runs import Silent, finish, register, train_template
@@ -71,34 +72,42 @@ def be_worker(place: Path) -> None:
     work(place / "runs", executor, Silent(), claimant=Claimant(EXPIRY, locks=False))
 
 
-def start(place: Path) -> subprocess.Popen[bytes]:
-    """Start a worker as a process."""
-    return subprocess.Popen([sys.executable, __file__, "--worker", str(place)])
+def start(place: Path) -> ForkProcess:
+    """Start a worker as a process that has imported everything already."""
+    worker = get_context("fork").Process(target=be_worker, args=(place,))
+    worker.start()
+    return worker
 
 
-def disturb(workers: list[subprocess.Popen[bytes]], place: Path, kills: int) -> int:
+def disturb(workers: list[ForkProcess], place: Path, kills: int) -> int:
     """Kill and suspend workers at random, and start others for those killed; returns the suspensions."""
     chance, suspended, killed = random.Random(7), 0, 0
-    asleep: dict[subprocess.Popen[bytes], float] = {}
-    while any(worker.poll() is None for worker in workers):
+    asleep: dict[ForkProcess, float] = {}
+    while any(worker.is_alive() for worker in workers):
         time.sleep(chance.uniform(0.05, 0.6))
         for worker, until in list(asleep.items()):
             if time.monotonic() > until:
-                worker.send_signal(signal.SIGCONT)
+                send(worker, signal.SIGCONT)
                 del asleep[worker]
-        awake = [w for w in workers if w.poll() is None and w not in asleep]
+        awake = [worker for worker in workers if worker.is_alive() and worker not in asleep]
         if killed + suspended < kills and len(awake) > 1 and (place / LOG).exists():
             victim = chance.choice(awake)
             if chance.random() < 0.3:
-                victim.send_signal(signal.SIGSTOP)
+                send(victim, signal.SIGSTOP)
                 asleep[victim] = time.monotonic() + EXPIRY * chance.uniform(0.5, 3.0)
                 suspended += 1
             else:
-                victim.kill()
-                victim.wait()
+                send(victim, signal.SIGKILL)
+                victim.join()
                 workers.append(start(place))
                 killed += 1
     return suspended
+
+
+def send(worker: ForkProcess, number: int) -> None:
+    """Send a signal to a worker that may have ended."""
+    if worker.pid is not None:
+        os.kill(worker.pid, number)
 
 
 def overlaps(log: Path) -> tuple[int, int, list[str]]:
@@ -123,9 +132,6 @@ def overlaps(log: Path) -> tuple[int, int, list[str]]:
 
 def main() -> None:
     """Run the workers and print what came of it."""
-    if sys.argv[1:2] == ["--worker"]:
-        be_worker(Path(sys.argv[2]))
-        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=200)
@@ -144,7 +150,8 @@ def main() -> None:
         f"and {suspended} suspensions: {begun} trainings begun, {ended} ended, {len(faults)} overlaps, "
         f"{left} runs left, {time.monotonic() - started:.0f} s"
     )
-    print(*faults, sep="\n")
+    for fault in faults:
+        print(fault)
     sys.exit(bool(faults or left))
 
 

@@ -83,7 +83,7 @@ def work(
 
     Raises:
         UserError: the folder or a record cannot be read or written.
-        Interrupted: a signal stopped it; the run at hand is saved, and any worker goes on with it.
+        Interrupted: a signal stopped it; its run is saved, and any worker goes on with it.
     """
     worker = _Worker(runs, executor, reporter, options or WorkOptions(), claimant or Claimant())
     signals: list[int] = []
