@@ -45,6 +45,8 @@ class ExperimentFlags:
     dry_run: bool = False
     """Show the plan, with expected time and memory from a short calibration and the differences that it can
     see, and stop."""
+    register: bool = False
+    """Register the plan for `storylab work RUNS`, and train nothing here."""
     runs: Path = DEFAULT_RUNS_DIR
     """Folder that holds the run folders."""
     data_dir: Path | None = None

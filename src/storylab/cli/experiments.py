@@ -150,12 +150,30 @@ def print_results(record: Path, runs: Path, cache: FolderCache) -> Outcome:
     return outcome
 
 
-def require_document(json: bool, dry_run: bool) -> None:
-    """Raise a UserError if --json is given for a plan, which has another verb for it."""
+def require_document(json: bool, dry_run: bool, register: bool) -> None:
+    """Raise a UserError if --json is given where there are no verdicts to print."""
     if json and dry_run:
         raise UserError(
             "--dry_run has no JSON: give one of the two, or see `storylab plan FILE --json`"
         )
+    if register and (json or dry_run):
+        raise UserError(
+            "--register trains nothing and has no verdicts: leave out --json and --dry_run"
+        )
+
+
+def register_for_workers(
+    experiment: Experiment, dataset: Dataset, planned: Sequence[PlannedRun], runs: Path
+) -> None:
+    """Register an experiment for `storylab work`, and say how it goes on."""
+    from storylab.experiments.queue import enqueue
+    from storylab.experiments.stopping import plan_lines as registration_lines
+
+    path = enqueue(experiment, dataset, planned, runs)
+    record, seeds = planned[0].cache.record(path), len({run.seed for run in planned})
+    for line in registration_lines(experiment, record, planned, seeds):
+        print(line)
+    print(f"Registered for workers in {path}: `storylab work {runs}` on any machine trains it")
 
 
 def closing_code(outcome: Outcome, states: Sequence[str], by_verdict: bool, as_json: bool) -> int:

@@ -26,7 +26,7 @@ NUMERIC_CODE = (
 )
 # Modules of those packages, and a folder, that only report, time or check, and cannot change a number.
 NON_NUMERIC_MODULES = (
-    *("training/check.py", "training/checking.py", "training/checks"),
+    *("training/check.py", "training/checking.py", "training/checks", "training/fenced.py"),
     *("training/log_format.py", "training/measure.py", "training/observers.py"),
     *("training/recorder.py", "training/signals.py", "training/silent_folder.py"),
     "training/telemetry.py",

@@ -12,6 +12,7 @@ from storylab.cli.experiments import (
     open_data,
     print_plan,
     print_results,
+    register_for_workers,
     require_document,
     tracking,
     train_planned,
@@ -44,7 +45,7 @@ class ExperimentConfirmCommand(ExperimentFlags):
 def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
-    require_document(command.json, command.dry_run)
+    require_document(command.json, command.dry_run, command.register)
     executor = tracking(call.executor, command.track)
     with remarks_on_stderr(command.json):
         outcome, states = _results(command, executor)
@@ -74,6 +75,9 @@ def _results(
     print(f"Seeds for the confirmation alone: {', '.join(map(str, experiment.seeds))}")
     if command.dry_run:
         print_plan(experiment, dataset, planned, runs, executor)
+        return None, []
+    if command.register:
+        register_for_workers(experiment, dataset, planned, runs)
         return None, []
     record, states = train_planned(experiment, dataset, planned, runs, executor)
     if "finished" not in states:
