@@ -55,3 +55,9 @@ def _is_held(folder: Path) -> bool:
         return exists(folder) and held(folder)
     except UserError:
         return False  # the code that trains the run reports the fault
+
+
+def wait_for_folder(run_folder: Path, wait: Callable[[], None]) -> None:
+    """Call ``wait`` again and again while a process trains the run in a folder, whoever has its lease."""
+    while _is_held(run_folder):
+        wait()

@@ -14,7 +14,7 @@ from typing import Protocol
 from storylab.errors import Interrupted, UserError
 from storylab.execution.job import Event, Executor, Job, Outcome
 from storylab.experiments.attempts import set_aside, train_run
-from storylab.experiments.leases import is_taken, run_lease
+from storylab.experiments.leases import is_taken, run_lease, wait_for_folder
 from storylab.experiments.plan import PlannedRun
 from storylab.files import exists, reading
 from storylab.record.run import ENDED, FINISHED
@@ -210,6 +210,8 @@ class _Scheduler:
                 if event.name == "training":
                     self._tokens.show(name, event.done / event.total * run.tokens)
 
+        # A machine that was lost may still be at work on the run, and about to save it.
+        wait_for_folder(run.folder, self._wait)
         outcome = self._executor.run(job, show)
         self._require_going()
         if outcome.status == "interrupted":  # by another program
