@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import os
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -147,18 +148,34 @@ def kill_tree(pid: int) -> int:
     return trained
 
 
+def _agent_ports() -> dict[str, int]:
+    """Free ports for the helpers of a node: it waits a short time only for them to choose their own."""
+    names = (
+        "metrics_agent_port",
+        "metrics_export_port",
+        "dashboard_agent_listen_port",
+        "runtime_env_agent_port",
+    )
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    return dict(zip(names, ports, strict=True))
+
+
 class RayNodes:
     """A Ray cluster of two nodes on this machine, each with one CPU."""
 
     def __init__(self) -> None:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ["RAY_raylet_start_wait_time_s"] = "300"  # the machine may be busy
+        patience = {"RAY_raylet_start_wait_time_s": "300"}  # the machine may be busy
+        os.environ.update({"RAY_USAGE_STATS_ENABLED": "0"} | patience)
         from ray.cluster_utils import Cluster
 
         node = {"num_cpus": 1, "memory": 2 << 30, "object_store_memory": 80 << 20}
-        head = {**node, "include_dashboard": False}
+        head = {**node, **_agent_ports(), "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.second = self.cluster.add_node(**node)
+        self.second = self.cluster.add_node(**node, **_agent_ports())
 
     @property
     def options(self) -> list[str]:

@@ -178,7 +178,7 @@ class SlurmExecutor:
         )
 
     def _resources(self, job: Job) -> dict[str, Any]:
-        """What a job asks SLURM for, in submitit's names."""
+        """The resources that a job asks SLURM for, in submitit's names."""
         minutes: float = _UNKNOWN_MINUTES
         if job.seconds is not None:
             minutes = max(2 * job.seconds / 60, _LEAST_MINUTES)

@@ -58,6 +58,6 @@ def _is_held(folder: Path) -> bool:
 
 
 def wait_for_folder(run_folder: Path, wait: Callable[[], None]) -> None:
-    """Call ``wait`` again and again while a process trains the run in a folder, whoever has its lease."""
+    """Call ``wait`` again and again while a process trains the run in a folder, with or without a lease."""
     while _is_held(run_folder):
         wait()
