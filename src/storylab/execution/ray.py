@@ -100,8 +100,8 @@ class RayExecutor:
                 on_event(message)
 
     def _resources(self, job: Job) -> dict[str, float]:
-        """The resources that a job asks Ray for. None asks for more memory than the largest node has: there it
-        runs, or runs out of memory."""
+        """The resources that a job asks Ray for. None asks for more memory than the largest node has: there
+        it runs, or runs out of memory."""
         largest = max(node["Resources"].get("memory", 0.0) for node in _alive_nodes())
         memory = int(min(job.host_memory_bytes or 0.0, largest))
         return {"num_cpus": self._threads, "num_gpus": job.gpus, "memory": memory}
