@@ -118,8 +118,10 @@ def executor(request: ExecutorRequest) -> RayExecutor:
     """
     request.require_known("ray", ("address", "cpus"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = request.options.get("address")
     try:
-        ray.init(address=request.options.get("address"), log_to_driver=False, logging_level="ERROR")
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster: {str(error).splitlines()[0]}") from error
     counts = [int(node["Resources"].get("CPU", 0)) for node in _alive_nodes()]
