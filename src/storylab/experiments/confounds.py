@@ -70,6 +70,8 @@ def speed_confounds(a: Run, b: Run) -> Iterable[str]:
     yield from _differences(
         "platform", *({stage.platform for stage in run.stages} for run in (a, b))
     )
+    if any(stage.shared_machine for run in (a, b) for stage in run.stages):
+        yield "shared machine: other runs may have used it at the same time"
     if any(run.results.emulated for run in (a, b)):
         yield "emulated precision, whose time and memory are no measure of hardware"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:

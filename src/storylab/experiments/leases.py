@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -81,3 +81,9 @@ def _is_held(folder: Path) -> bool:
         return exists(folder) and held(folder)
     except UserError:
         return False  # the code that trains the run reports the fault
+
+
+def wait_for_folder(run_folder: Path, wait: Callable[[], None]) -> None:
+    """Call ``wait`` again and again while a process trains the run in a folder, with or without a lease."""
+    while _is_held(run_folder):
+        wait()

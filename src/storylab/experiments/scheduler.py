@@ -15,7 +15,7 @@ from pathlib import Path
 from storylab.errors import Interrupted, UserError
 from storylab.execution.job import Event, Executor, Job, Outcome
 from storylab.experiments.attempts import set_aside, train_run
-from storylab.experiments.leases import claim_run
+from storylab.experiments.leases import claim_run, wait_for_folder
 from storylab.experiments.plan import PlannedRun
 from storylab.experiments.progress import ExperimentReporter, TokenCount
 from storylab.files import exists, reading
@@ -233,6 +233,8 @@ class _Scheduler:
                 if event.name == "training":
                     self._tokens.show(name, event.done / event.total * run.tokens)
 
+        # A machine that was lost may still be at work on the run, and about to save it.
+        wait_for_folder(run.folder, self._wait)
         options = {**job.options, "lease": dataclasses.asdict(lease)}
         outcome = self._executor.run(dataclasses.replace(job, options=options), show)
         self._require_going()

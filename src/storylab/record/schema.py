@@ -90,6 +90,8 @@ class Stage(Struct, frozen=True, kw_only=True):
     threads: Count
     world_size: Size = 1
     """Number of processes, each with these threads."""
+    shared_machine: bool = False
+    """Whether other runs may have used the machine at the same time."""
     compile_checks: list[dict[str, Any]] | UnsetType = UNSET
     """Findings of the checks of compiled code; not set if nothing was compiled."""
     compile_fault: str | UnsetType | None = UNSET

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
+    chosen_executor,
     closing_code,
     open_data,
     print_plan,
@@ -46,7 +47,7 @@ def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
     require_document(command.json, command.dry_run, command.register)
-    executor = tracking(call.executor, command.track)
+    executor = tracking(chosen_executor(call.executor, command), command.track)
     with remarks_on_stderr(command.json):
         outcome, states = _results(command, executor)
     if outcome is None:

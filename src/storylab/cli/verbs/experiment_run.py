@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
+    chosen_executor,
     closing_code,
     prepare_and_plan,
     print_plan,
@@ -49,7 +50,7 @@ def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
     require_document(command.json, command.dry_run, command.register)
-    executor = tracking(call.executor, command.track)
+    executor = tracking(chosen_executor(call.executor, command), command.track)
     with remarks_on_stderr(command.json):
         outcome, states = _results(command, executor)
     if outcome is None:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson
+from storylab.cli.arguments import (
+    DEFAULT_RUNS_DIR,
+    AsJson,
+    ExecutorChoice,
+    ExecutorOptions,
+    Jobs,
+)
 from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
 from storylab.documents.noise import Detectable, NoiseDocument, NoiseFloor
@@ -45,6 +51,9 @@ class NoiseCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    jobs: Jobs = None
+    executor: ExecutorChoice = "local"
+    executor_options: ExecutorOptions = ()
     json: AsJson = False
 
 
@@ -76,14 +85,15 @@ def _floors(command: NoiseCommand, executor: Executor) -> Iterator[tuple[NoiseFl
 
 def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[PlannedRun]:
     """One run of a file's baseline under every condition, after training all its seeds."""
-    from storylab.cli.experiments import prepare_and_plan, train_planned
+    from storylab.cli.experiments import chosen_executor, prepare_and_plan, train_planned
     from storylab.experiments.spec import load_experiment
 
     experiment = load_experiment(command.target, command.scale)
     seeds = experiment.first_seeds(max(command.seeds, 2))
     only = (experiment.baseline,)
     dataset, planned = prepare_and_plan(experiment, command.data_dir, command.runs, seeds, only)
-    train_planned(experiment, dataset, planned, command.runs, executor)
+    chosen = chosen_executor(executor, command)
+    train_planned(experiment, dataset, planned, command.runs, chosen)
     return list({run.cell.condition: run for run in planned}.values())
 
 
