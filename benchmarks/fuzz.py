@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py [TARGET ...] [--runs 50000] [--seconds 600] [--out fuzz-out]
 
-Needs Atheris (``pip install atheris``; Linux, Python up to 3.13). Each target of ``fuzz_targets.py`` gets a process,
-which ends after that many inputs or seconds. A finding is an exception that is no UserError, an input that
-takes over 20 seconds, or memory beyond a limit; equal ones are kept once, as a file in ``OUT/findings``. The
-corpus in ``OUT/corpus`` is where the next soak goes on. ``OUT/counts.jsonl`` has a line for each process.
+Needs Atheris (``pip install atheris``; Linux, Python up to 3.13). Each target of ``fuzz_targets.py`` gets a
+process, which ends after that many inputs or seconds. A finding is an exception that is no UserError, an
+input that takes over 20 seconds, or memory beyond a limit; equal ones are kept once, as a file in
+``OUT/findings``. The next soak goes on from ``OUT/corpus``. ``OUT/counts.jsonl`` has a line a process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ IN_MEMORY = Path("/dev/shm")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="by default all")
     parser.add_argument("--runs", type=int, default=50_000, help="inputs of each target")
     parser.add_argument("--seconds", type=int, default=600, help="the most for each target")
@@ -119,9 +121,9 @@ def fuzz(name: str, args: argparse.Namespace) -> None:
 
     def change(data: bytes, most: int, seed: int) -> bytes:
         draw = random.Random(seed)
-        if target.mutate is None or draw.random() < 0.3:
+        if target.change is None or draw.random() < 0.3:
             return atheris.Mutate(data, most)
-        return target.mutate(data, draw)[:most]
+        return target.change(data, draw)[:most]
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

@@ -1,8 +1,8 @@
 """The files that storylab reads, each with the code that reads it: targets for fuzzing.
 
-A target takes the bytes of a file, puts them where a whole file was, and reads it as a command would. It may
-raise a :class:`storylab.errors.UserError`; anything else is a finding. To fuzz another file, add an entry to
-:func:`targets`.
+A target takes the bytes of a file, puts them where a whole file was, and reads it as a command would. It
+may raise a :class:`storylab.errors.UserError`; anything else is a finding. To fuzz another file, add an
+entry to :func:`targets`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import base64
 import hashlib
 import io
 import json
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fuzz_changes import Change, change_checkpoint, change_json, change_manifest, change_toml
 from storylab.checksums import CHECKSUMS, read_checksums
 from storylab.config import TrainConfig
 from storylab.data.dataset import MANIFEST, TOKENIZER_FILE, fingerprint, load_dataset
@@ -27,10 +28,11 @@ from storylab.data.tally import Tally
 from storylab.data.tokenizer import load_tokenizer
 from storylab.experiments.experiment import Experiment
 from storylab.experiments.plan import plan_runs
-from storylab.experiments.records import read_experiment
 from storylab.experiments.recording import write_record
+from storylab.experiments.records import read_experiment
 from storylab.experiments.spec import load_experiment
 from storylab.export.folder import RECORD, read_export
+from storylab.files import read_record
 from storylab.flags import parse
 from storylab.record import checkpoint
 from storylab.record.folder import (
@@ -42,9 +44,11 @@ from storylab.record.folder import (
     PRECISION,
     STORY_LOSSES,
     SUMMARY,
+    RunFolder,
 )
 from storylab.record.index import list_run
 from storylab.record.run import load_run
+from storylab.record.schema import PrecisionInfo
 
 EXPERIMENT = """
 title = "Two rates"
@@ -99,11 +103,6 @@ max_iters = 2
 rate = { low = { learning_rate = 1e-3 }, high = { learning_rate = 1e-2 } }
 decay = { none = { weight_decay = 0.0 }, some = { weight_decay = 0.1 } }
 """
-# What a value may be replaced with.
-ODD_VALUES: Sequence[Any] = (
-    *(None, True, False, "", "text", "1", "..", "../..", "/etc/passwd", "a/b", "\x1b[2J", "\0", "<b>|`*"),
-    *(-1, 0, 1, 2, 1.5, -0.0, 10**30, -(2**63), 1e39, 5e-324, [], [1], [[]], {}, {"a": 1}, "\ud800"),
-)
 MOST = 1 << 14  # bytes of an input, unless the whole file is longer
 
 
@@ -117,16 +116,13 @@ class Example:
     record: Path
 
 
-Mutate = Callable[[bytes, random.Random], bytes]
-
-
 @dataclass(frozen=True)
 class Target:
-    """A kind of file: whole ones to begin with, its reader, and a change that leaves its form."""
+    """A kind of file: whole ones to begin with, its reader, and a change that leaves it of its form."""
 
     seeds: Sequence[bytes]
     read: Callable[[bytes], object]
-    mutate: Mutate | None = None
+    change: Change | None = None
 
 
 def make_example(root: Path) -> Example:
@@ -155,26 +151,38 @@ def targets(example: Example, scratch: Path) -> dict[str, Target]:
 
 
 def _run_targets(example: Example, folder: Path) -> Iterator[tuple[str, Target]]:
-    """A file of a run, read with the whole run, as comparisons and reports read it."""
+    """A file of a run, by itself and with the whole run, as comparisons and reports read it."""
     shutil.copytree(example.run, folder)
     (folder / CHECKSUMS).unlink()  # so that the damage meets the checks behind it
-
-    def use() -> None:
-        run = load_run(folder)
-        _ = run.speed, run.training_memory, run.evaluations, run.code_versions, run.quantization
-        list_run(folder)
-
-    json_files = (CONFIG, DATA, ENVIRONMENT, SUMMARY, PRECISION, METRICS)
-    for name in json_files:
-        yield name, _in_place(folder / name, use, change_json)
-    for name in (STORY_LOSSES, POSITION_LOSSES):
-        yield name, _in_place(folder / name, use)
-    last = folder / "checkpoints" / "last.safetensors"
+    run = RunFolder(folder)
+    readers: dict[str, Callable[[], object]] = {
+        CONFIG: run.read_config,
+        DATA: run.read_data,
+        ENVIRONMENT: run.read_environment,
+        SUMMARY: run.read_summary,
+        METRICS: run.read_rows,
+        PRECISION: lambda: read_record(folder / PRECISION, PrecisionInfo),
+    }
+    for name, read in readers.items():
+        yield name, _in_place(folder / name, read, change_json)
+    for name, dimensions in ((STORY_LOSSES, 2), (POSITION_LOSSES, 1)):
+        read = partial(run.read_array, name, dimensions)
+        yield name, _in_place(folder / name, read)
+    last = run.checkpoint("last")
     yield "checkpoint", _in_place(last, lambda: checkpoint.load(last), change_checkpoint)
+    for name in (CONFIG, SUMMARY, METRICS):
+        yield f"run with its {name}", _in_place(folder / name, lambda: _use(folder), change_json)
+
+
+def _use(folder: Path) -> None:
+    """Read a run, and what listings and reports derive from it."""
+    run = load_run(folder)
+    _ = run.speed, run.training_memory, run.evaluations, run.code_versions, run.quantization
+    list_run(folder)
 
 
 def _data_targets(example: Example, folder: Path) -> Iterator[tuple[str, Target]]:
-    """A file of a data set whose manifest has the right hashes, as somebody who makes one up would see to."""
+    """A file of a data set whose manifest has the right hashes, as in one that somebody made up."""
     shutil.copytree(example.data, folder)
     (folder / CHECKSUMS).unlink()
     manifest = folder / MANIFEST
@@ -265,7 +273,7 @@ def _parse_flags(data: bytes) -> None:
         parse(TrainConfig, words, "storylab train")
 
 
-def _in_place(path: Path, read: Callable[[], object], mutate: Mutate | None = None) -> Target:
+def _in_place(path: Path, read: Callable[[], object], change: Change | None = None) -> Target:
     """A target whose bytes replace the file ``path``, which is whole now."""
     whole = path.read_bytes()
 
@@ -276,7 +284,7 @@ def _in_place(path: Path, read: Callable[[], object], mutate: Mutate | None = No
         finally:
             path.write_bytes(whole)
 
-    return Target([whole], put, mutate)
+    return Target([whole], put, change)
 
 
 def _compressed(data: bytes, how: str) -> bytes:
@@ -293,99 +301,11 @@ def _parquet(texts: Sequence[str]) -> Iterator[bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for column, compression in ((pa.array(texts), "snappy"), (pa.array(texts).dictionary_encode(), "none")):
+    for column, compression in (
+        (pa.array(texts), "snappy"),
+        (pa.array(texts).dictionary_encode(), "none"),
+    ):
         sink = io.BytesIO()
         table = pa.table({"text": column, "id": list(range(len(texts)))})
         pq.write_table(table, sink, compression=compression, write_page_checksum=False)
         yield sink.getvalue()
-
-
-def change_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Change, add, remove or repeat a few bytes."""
-    changed = bytearray(data)
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(changed) + 1)
-        length = min(draw.choice((1, 1, 1, 2, 4, 8, 100)), len(changed) - at)
-        match draw.randrange(5):
-            case 0 | 1 if at < len(changed):
-                changed[at] = draw.choice((draw.randrange(256), changed[at] ^ 1 << draw.randrange(8), 0, 255))
-            case 2:
-                changed[at:at] = draw.randbytes(draw.choice((1, 2, 8)))
-            case 3:
-                del changed[at : at + length]
-            case _:
-                changed[at:at] = changed[at : at + length] * draw.choice((1, 1, 3))
-    return bytes(changed)
-
-
-def change_json(data: bytes, draw: random.Random) -> bytes:
-    """Replace, remove or move a value of a JSON file, or of one of its lines."""
-    lines = data.splitlines() if b"\n{" in data else [data]
-    number = draw.randrange(len(lines) or 1)
-    try:
-        value = json.loads(lines[number])
-    except (ValueError, IndexError, RecursionError):
-        return change_bytes(data, draw)
-    for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        value = changed_value(value, draw)
-    lines[number] = json.dumps(value, ensure_ascii=draw.random() < 0.9).encode("utf-8", "replace")
-    if len(lines) > 1 and draw.random() < 0.1:
-        lines.insert(draw.randrange(len(lines)), lines[number])
-    return b"\n".join(lines)
-
-
-def changed_value(value: Any, draw: random.Random) -> Any:
-    """``value`` with a part of it changed."""
-    if not isinstance(value, dict | list) or not value or draw.random() < 0.05:
-        if type(value) in (int, float) and draw.random() < 0.5:
-            return value + draw.choice((-1, 1)) if draw.random() < 0.7 else value * 1e6
-        return draw.choice(ODD_VALUES)
-    key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    changed: Any = dict(value) if isinstance(value, dict) else list(value)
-    chance = draw.random()
-    if chance < 0.1:
-        del changed[key]
-    elif chance < 0.2 and isinstance(changed, list):
-        changed.append(changed[key])
-    elif chance < 0.2:
-        changed[draw.choice(("", "../x", "text", "\x1b", *changed))] = changed[key]
-    else:
-        changed[key] = changed_value(changed[key], draw)
-    return changed
-
-
-def change_manifest(data: bytes, draw: random.Random) -> bytes:
-    """As :func:`change_json`, with the fingerprint that belongs to the change."""
-    changed = change_json(data, draw)
-    try:
-        values = json.loads(changed)
-        values["fingerprint"] = fingerprint(values)
-        return json.dumps(values).encode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return changed
-
-
-def change_toml(data: bytes, draw: random.Random) -> bytes:
-    """Change the value, the key or the place of a line of a TOML file, or any bytes."""
-    lines = data.decode("utf-8", "replace").splitlines()
-    if not lines or draw.random() < 0.3:
-        return change_bytes(data, draw)
-    at = draw.randrange(len(lines))
-    key, equals, _ = lines[at].partition("=")
-    values = ("nan", "-inf", "[]", "{}", "''", "1e400", "0", "-1", "10" * 200, '"a/b"', "[[1]]", "1979-05-27")
-    if equals and draw.random() < 0.7:
-        lines[at] = f"{key}= {draw.choice((*values, lines[draw.randrange(len(lines))].partition('=')[2]))}"
-    elif draw.random() < 0.5:
-        lines.insert(draw.randrange(len(lines)), lines.pop(at))
-    else:
-        lines.insert(at, lines[draw.randrange(len(lines))])
-    return "\n".join(lines).encode()
-
-
-def change_checkpoint(data: bytes, draw: random.Random) -> bytes:
-    """Change a value in the header of a safetensors file, or any bytes."""
-    size = int.from_bytes(data[:8], "little")
-    if draw.random() < 0.3 or size > len(data) - 8:
-        return change_bytes(data, draw)
-    header = change_json(data[8 : 8 + size], draw)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
