@@ -290,11 +290,10 @@ def _in_place(path: Path, read: Callable[[], object], change: Change | None = No
 def _compressed(data: bytes, how: str) -> bytes:
     import pyarrow as pa
 
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, how) as stream:
         stream.write(data)
-        stream.flush()
-        return sink.getvalue()
+    return bytes(sink.getvalue())
 
 
 def _parquet(texts: Sequence[str]) -> Iterator[bytes]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,9 +18,8 @@ from storylab.data.dataset import MANIFEST, TOKENIZER_FILE, fingerprint, load_da
 from storylab.data.tokenizer import load_tokenizer
 from storylab.decode import convert
 from storylab.errors import UserError
-from storylab.record.schema import DataInfo
 
-INPUTS = 60
+INPUTS = 40
 
 
 @pytest.mark.slow
@@ -43,7 +41,7 @@ def test_changed_files_are_read_or_refused_in_one_line(whole: Example, tmp_path:
                 assert str(error).strip(), name
             except Exception as error:
                 raise AssertionError(f"{name}: {changed[:2000]!r}") from error
-    assert tried > 1000 and refused > tried / 3
+    assert tried > 800 and refused > tried / 3
 
 
 def made_up(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -131,13 +129,14 @@ def test_a_vocabulary_that_cannot_encode_is_refused(tmp_path: Path, tokens: list
     """A token twice, an empty one, bytes that are missing: the encoder ends in a panic for each."""
     path = tmp_path / TOKENIZER_FILE
     path.write_text("".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
-    with pytest.raises(UserError, match="all 256 bytes"):
+    with pytest.raises(UserError, match="prepare the data again"):
         load_tokenizer(path, "bpe")
 
 
 def test_half_a_surrogate_pair_is_one_line() -> None:
+    """A type with names to choose from compares in UTF-8."""
     with pytest.raises(UserError, match="here is damaged: it has half of a surrogate pair"):
-        convert(DataInfo, {"fingerprint": "\ud800"}, "here")
+        convert(Literal["uint16"], "\ud800", "here")  # type: ignore[arg-type]
 
 
 def test_a_repeated_change_is_the_same() -> None:
@@ -145,5 +144,3 @@ def test_a_repeated_change_is_the_same() -> None:
     for number in range(50):
         first, second = (change_bytes(b"0123456789", random.Random(number)) for _ in range(2))
         assert first == second
-    with contextlib.suppress(UserError):
-        convert(DataInfo, {}, "here")

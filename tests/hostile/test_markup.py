@@ -16,11 +16,13 @@ from record_folders import forget_checksums
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter, print_lines, print_table
 from storylab.reporting import report as reporting
+from storylab.reporting.remarks import read_remarks
 
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\b"
 TAGS = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 LINKS = "[a](javascript:alert(1)) ![b](http://evil.example/b.png) [c]: http://evil.example"
-BLOCKS = "\n```\n~~~\n# Heading\n\n> quote\n<!-- end of remarks -->\n</details>\n"
+REMARKS = "<!-- remarks: rates-laptop -->\nmine\n<!-- end of remarks -->"
+BLOCKS = f"\n```\n~~~\n# Heading\n\n> quote\n{REMARKS}\n</details>\n"
 HOSTILE = f"{TAGS}{LINKS}{BLOCKS}{ESCAPES}`{TAGS}`"
 
 
@@ -72,17 +74,19 @@ def test_a_report_of_hostile_texts_has_no_markup_of_theirs(
     assert not [c for c in text if not (c.isprintable() or c == "\n")]
     found = Tags(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
     assert not {"script", "img", "b"} & set(found.tags)
-    assert found.tags.count("details") == 1 and found.tags.count("h1") == 1
+    assert found.tags.count("details") == 2 and found.tags.count("h1") == 1
     for name, value in found.attributes:
         assert not name.startswith("on")
         assert name not in ("href", "src") or value.startswith(("#", "index.html")), (name, value)
+    assert "mine" not in read_remarks(text).values()
+    assert reporting.write_report(hostile.record.parents[1], tmp_path / "report") == out
     page = (out / "index.html").read_text(encoding="utf-8")
-    data = page[page.rindex("<script>") :]
-    assert "alert(1)" in data and data.count("</script>") == 1
-    assert page.count("<script") == page.count("</script>") == 2
-    # What the script shows, it shows as text.
-    template = page[: page.index("<script>")] + data
-    assert not any(word in template for word in ("innerHTML", "outerHTML", "insertAdjacentHTML"))
+    assert "alert(1)" in page
+    found = Tags(page)
+    assert not {"img", "b"} & set(found.tags) and found.tags.count("script") == 3
+    # What the page's own script shows, it shows as text.
+    script = page[page.rindex("<script>") :]
+    assert not any(word in script for word in ("innerHTML", "outerHTML", "insertAdjacentHTML"))
 
 
 def controls(text: str) -> set[str]:
