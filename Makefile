@@ -2,6 +2,7 @@
 # make test: lint, types and all tests (about 10 minutes on two CPU cores).
 # make test-fast: the tests that need no compiler, no browser and few processes (under 2 minutes).
 # make lint: format, lint and types alone.
+# make sbom: the packages that storylab is installed with here, as a CycloneDX bill of materials.
 # All make a virtual environment in .venv first; PYTHON and VENV choose others, WORKERS says how
 # many tests run at once (0: one, in this process).
 
@@ -13,7 +14,7 @@ DEMO = demo-run
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo lint test test-fast clean
+.PHONY: demo lint test test-fast sbom clean
 
 demo: $(BIN)/.storylab
 	rm -rf $(DEMO)
@@ -36,8 +37,15 @@ test: lint
 test-fast: $(BIN)/.storylab-test
 	$(PYTEST) -m "not slow"
 
+# In an environment of its own, so that its packages are not in the bill.
+sbom: $(BIN)/.storylab
+	$(PYTHON) -m venv $(VENV)/sbom
+	$(VENV)/sbom/bin/python -m pip install --quiet cyclonedx-bom
+	$(VENV)/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-format JSON --output-file sbom.cdx.json $(BIN)/python
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) sbom.cdx.json
 
 # A Python that has torch already (a CUDA build, say) keeps it: the environment sees it, and the
 # pin on torch is left out.

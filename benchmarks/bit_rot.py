@@ -2,9 +2,9 @@
 
     python benchmarks/bit_rot.py [--every 1]
 
-A small run is trained and used as `eval`, `sample`, `compare`, `report`, `export`, `resume` and `verify` use it.
-Every file is changed at every ``--every``-th byte, to another value each. A change that no error names is
-printed; the exit code is 1 if there is one. `verify` itself has such a test in ``tests/verify``.
+A small run is trained and read by the code behind `eval`, `sample`, `compare`, `report`, `export` and
+`resume`. Every file is changed at every ``--every``-th byte, to another value each. A change that no error
+names is printed; the exit code is 1 if there is one. `verify` has such a test in ``tests/verify``.
 """
 
 from __future__ import annotations

@@ -60,12 +60,12 @@ def soak(args: argparse.Namespace) -> int:
             code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
         count = args.out / f"{slug(name)}.count"
         inputs = int(count.read_text()) if count.exists() else 0
-        found = sorted((args.out / "findings").glob(f"{slug(name)}-*"))
+        found = [p for p in (args.out / "findings").glob(f"{slug(name)}-*") if p.suffix != ".txt"]
         line = {"target": name, "inputs": inputs, "exit": code, "findings": len(found)}
         with (args.out / "counts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"time": time.strftime("%FT%TZ", time.gmtime())}) + "\n")
         print(f"{name}: {inputs:,} inputs, {len(found)} findings, exit code {code}", flush=True)
-    return len(list((args.out / "findings").glob("*")))
+    return len(list((args.out / "findings").glob("*.txt")))
 
 
 def whole_files(out: Path) -> Any:
