@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "experiments/effects.py": ["experiments/test_factorial.py"],
     },
     "record": {
-        "checksums.py": ["record/test_checksums.py", "verify/test_verify.py"],
+        "checksums.py": ["verify/test_verify.py"],
         "decode.py": ["record/test_schema.py", "record/test_damaged_values.py"],
         "record/arrays.py": ["record/test_damaged_values.py"],
         "record/checkpoint.py": ["training/test_checkpointing.py", "training/test_resume.py"],
