@@ -28,7 +28,7 @@ Use = Callable[[], object]
 
 
 def uses(example: Example) -> Iterator[tuple[Path, Use]]:
-    """Every file of a run and of its data set, but for the log, with the code that reads it for its use."""
+    """Every file of a run and of its data set, except the log, with the code that reads it for its use."""
     run, data = example.run, example.data
     for name in (*read_checksums(run).sums, CHECKSUMS):
         path = run / name

@@ -171,7 +171,7 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     from cosmic_ray.plugins import get_operator, operator_names
 
     digest, tree = hashlib.sha256(source.encode()).hexdigest(), get_ast(source)
-    silent = list(annotations(source))
+    silent = list(annotation_places(source))
     for name in operator_names():
         operator = get_operator(name)
         if operator.arguments() or "NoOp" in name or any(name.endswith(s) for s in SAME):
@@ -183,7 +183,7 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
                 yield Mutant(module, digest, name, occurrence, start[0])
 
 
-def annotations(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+def annotation_places(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """Begin and end of every annotation that belongs to a function, as line and column."""
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
@@ -253,7 +253,7 @@ def test_here(finder: Finder, tests: Sequence[str], folder: Path, limit: float) 
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type] # has the one method that counts
+    sys.meta_path.insert(0, finder)
     os.chdir(ROOT)
     import pytest
 
