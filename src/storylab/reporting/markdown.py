@@ -211,7 +211,7 @@ def _quoted(text: str, most: int = 420) -> str:
 
 
 def plain(text: str) -> str:
-    """Text as one line without control characters, Markdown's syntax but for code escaped: window:64*3 has
+    """Text as one line without control characters, Markdown's syntax except code escaped: window:64*3 has
     asterisks, a title may have tags or links."""
     line = _unwrap(printable(text)).replace("*", "\\*").replace("<", "&lt;")
     return re.sub(r"\](?=[\[(:])", r"\\]", line)
