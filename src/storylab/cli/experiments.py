@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.console import ConsoleReporter
+from storylab.cli.console import ConsoleReporter, print_lines
 from storylab.cli.documents import print_document
 from storylab.errors import Interrupted, UserError
 
@@ -161,11 +161,11 @@ def print_results(record: Path, runs: Path, cache: FolderCache) -> Outcome:
     outcome = load_outcome(record, cache)
     print()
     for line in verdict_lines(outcome):
-        print(line)
+        print_lines(line)
     for problem in outcome.problems:
-        print(f"not in the comparison: {problem}")
+        print_lines(f"not in the comparison: {problem}")
     folder = write_report(runs, runs / "report", cache, {record: outcome})
-    print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    print_lines(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
     return outcome
 
 

@@ -82,19 +82,20 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
 
 
 def _print(found: GivenRuns) -> None:
+    from storylab.cli.console import print_lines
     from storylab.experiments.effect_words import effect_line
     from storylab.experiments.verdicts import detail_lines, verdict_line
 
     if found.experiment:
-        print(f"All runs of {found.experiment}, judged by its registered plan")
+        print_lines(f"All runs of {found.experiment}, judged by its registered plan")
     for effect in found.effects:
-        print(effect_line(effect))
+        print_lines(effect_line(effect))
     for comparison in found.comparisons:
-        print(verdict_line(comparison))
+        print_lines(verdict_line(comparison))
         for line in detail_lines(comparison):
-            print(f"  {line}")
+            print_lines(f"  {line}")
     for problem in found.problems:
-        print(f"not in the comparison: {problem}")
+        print_lines(f"not in the comparison: {problem}")
 
 
 def _document(command: CompareCommand, found: GivenRuns, faults: list[str]) -> CompareDocument:

@@ -69,9 +69,10 @@ def run(call: Call) -> int:
     )
     print(f"{'vocabulary':<12} {document.vocab_size:,}")
     print(f"{document.parameters:,} parameters")
+    from storylab.cli.console import print_lines
+
     for stage in document.stages:
-        for line in _stage_lines(stage):
-            print(line)
+        print_lines(*_stage_lines(stage))
     return 0
 
 

@@ -60,6 +60,8 @@ class NoiseCommand:
 def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
+    from storylab.cli.console import print_lines
+
     if command.json:
         print_document(
             lambda: NoiseDocument(floors=[floor for floor, _ in _floors(command, call.executor)])
@@ -67,7 +69,7 @@ def run(call: Call) -> int:
         return 0
     for floor, sight in _floors(command, call.executor):
         _print_floor(floor)
-        print("\n".join(sight))
+        print_lines(*sight)
     return 0
 
 
@@ -104,13 +106,14 @@ def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
     Raises:
         UserError: no other seed of it has finished.
     """
+    from storylab.cli.console import print_lines
     from storylab.experiments.noise import noise_of, other_seeds, paired_spreads, seen_by_pairs
 
     runs, problems = other_seeds(result)
     noise = noise_of(runs)
     if noise is None:
         for problem in problems:
-            print(f"left out: {problem}")
+            print_lines(f"left out: {problem}")
         raise UserError(
             f"{result.folder} has no finished runs with other seeds in its folder: train some with "
             "`storylab noise FILE --seeds 5`"
@@ -150,8 +153,10 @@ def _floor(
 
 
 def _print_floor(floor: NoiseFloor) -> None:
+    from storylab.cli.console import print_lines
+
     for problem in floor.left_out:
-        print(f"left out: {problem}")
+        print_lines(f"left out: {problem}")
     print(
         f"{floor.condition + ': ' if floor.condition else ''}seed noise of {floor.preset}, "
         f"{floor.tokens:,} tokens: standard deviation "

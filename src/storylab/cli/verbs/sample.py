@@ -75,7 +75,7 @@ def _print_stories(prompt: str, stream: Iterable[list[bytes]], samples: int) -> 
 
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     stories = [prompt] * samples
-    print(prompt, end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     for pieces in stream:
         new = [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
         stories = [story + text for story, text in zip(stories, new, strict=True)]
