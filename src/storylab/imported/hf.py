@@ -1,8 +1,8 @@
 """Folders of Hugging Face's `transformers`: config.json, tokenizer.json and safetensors; no code of theirs.
 
 A field of the config that changes the computation in a way that :class:`ImportedShape` has no place
-for is refused by name and value. Sources of the rules: ``configuration_*.py`` and ``modeling_*.py`` of each class in
-`transformers` 5.23.
+for is refused by name and value. Sources of the rules: ``configuration_*.py`` and ``modeling_*.py`` of
+each class in `transformers` 5.23.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The file is the length of the longest token (uint32), then for every id a score (float32), a length
 (uint32) and that many bytes, all little-endian. Ids 0, 1 and 2 are unknown, begin and end, ids 3 to
-258 the bytes, which stand for characters that are no token (``tokenizer.py`` and ``run.c`` of github.com/karpathy/llama2.c;
-Kudo and Richardson 2018, arXiv 1808.06226).
+258 the bytes, which stand for characters that are no token (``tokenizer.py`` and ``run.c`` of
+github.com/karpathy/llama2.c; Kudo and Richardson 2018, arXiv 1808.06226).
 """
 
 from __future__ import annotations
