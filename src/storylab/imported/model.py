@@ -98,18 +98,16 @@ class ImportedModel(LanguageModel):
             self.embedding = nn.Embedding(shape.vocab_size, shape.n_embd)
             self.layers = nn.ModuleList(Block(shape, layer) for layer in range(shape.n_layer))
             self.norm = nn.RMSNorm(shape.n_embd, shape.norm_epsilon)
-            self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
-            if shape.tied_head:
-                self.head.weight = self.embedding.weight
+            if not shape.tied_head:
+                self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         state = {_own_name(name): value.float() for name, value in weights.items()}
-        if shape.tied_head:
-            state["head.weight"] = state["embedding.weight"]
         self.load_state_dict(state, assign=True)
         self.requires_grad_(False).eval()
 
     @property
     def head_weight(self) -> Tensor:
-        return self.head.weight
+        """The head may be tied to the embedding."""
+        return self.embedding.weight if self.config.tied_head else self.head.weight
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         start = 0 if cache is None else cache.length
