@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.console import ConsoleReporter
 from storylab.documents.compare import CompareDocument, ModelBits
 from storylab.errors import UserError
 
@@ -29,6 +28,7 @@ def lossy_words(stories: int) -> str:
 
 def compare_folders(folders: Sequence[Path], data_dir: Path | None) -> list[ComparedModel]:
     """Compare models under a progress bar; see :func:`storylab.imported.comparison.compare_models`."""
+    from storylab.cli.console import ConsoleReporter
     from storylab.imported.comparison import compare_models
 
     with ConsoleReporter() as reporter:

@@ -1,4 +1,4 @@
-"""Models that other programs trained, to evaluate, sample and compare beside our own.
+"""Models that other programs trained, to evaluate, sample and compare with our own.
 
 An import copies weights and tokenizer into a model folder, with a record of where they come from. It is
 not a run: nobody here trained it, and nothing trains it on.

@@ -77,7 +77,7 @@ def compare_models(
     Args:
         folders: runs and imported models.
         data_dir: a data set whose stories are read; by default that of the first run.
-        progress: told of every batch.
+        progress: called before every batch.
         device: where to compute.
 
     Raises:
@@ -142,6 +142,6 @@ def _require_same_stories(folder: Path, own: Dataset, shared: Dataset) -> None:
     counts = [len(data.splits[VALIDATION].stories) for data in (own, shared)]
     if counts[0] != counts[1] or any(a != b for a, b in zip(*pair, strict=True)):
         raise UserError(
-            f"{shown(folder)} was trained beside other validation stories than those of "
+            f"{shown(folder)} has other validation stories than "
             f"{shown(shared.folder)}: models compare on the same stories alone"
         )

@@ -32,7 +32,7 @@ QUERY, KEY, VALUE = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 ATTENTION = (QUERY, KEY, VALUE, "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")  # w1, w2, w3
 NORMS = ("input_layernorm", "post_attention_layernorm")
-# The orders in which files have the weights; a name of a layer stands for those of all layers in turn.
+# The orders in which files have the weights; a name of a layer means those of all layers in turn.
 LEGACY_ORDER = (EMBEDDING, NORMS[0], *ATTENTION, NORMS[1], *FEED_FORWARD, NORM)
 VERSION_1_ORDER = (*NORMS, NORM, EMBEDDING, *ATTENTION, *FEED_FORWARD)
 # Largest difference of a cosine or sine in the tables of the legacy version; they are in float32.
@@ -166,8 +166,8 @@ def _weights(data: bytes, layout: Layout, path: Path) -> dict[str, Tensor]:
         UserError: weights are not finite, or the rotary positions have another base.
     """
     found, at = {}, layout.start
-    for name, shape in layout.parts():
-        values = np.frombuffer(data, "<f4", prod(shape), at).reshape(shape)
+    for name, size in layout.parts():
+        values = np.frombuffer(data, "<f4", prod(size), at).reshape(size)
         found[name], at = torch.from_numpy(values.astype(np.float32)), at + values.nbytes
     require_finite(found, path)
     if layout.tables:

@@ -2,7 +2,7 @@
 
 The file is the length of the longest token (uint32), then for every id a score (float32), a length
 (uint32) and that many bytes, all little-endian. Ids 0, 1 and 2 are unknown, begin and end, ids 3 to
-258 the bytes, which stand for characters that are no token (``tokenizer.py`` and ``run.c`` of
+258 the bytes, which replace characters that are no token (``tokenizer.py`` and ``run.c`` of
 github.com/karpathy/llama2.c; Kudo and Richardson 2018, arXiv 1808.06226).
 """
 
@@ -137,7 +137,9 @@ def read_score_tokenizer(
     Raises:
         UserError: it is not of that format.
     """
-    tokens, scores, at = [], [], 4
+    tokens: list[bytes] = []
+    scores: list[float] = []
+    at = 4
     while at < len(data):
         if at + _ENTRY.size > len(data):
             raise UserError(f"{shown(place)} ends within token {len(tokens)}: get it again")
