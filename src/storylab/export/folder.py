@@ -152,11 +152,7 @@ def verify_export(folder: Path) -> list[str]:
             results differ from our model's.
     """
     record = read_export(folder)
-    for name, expected in record.files.items():
-        if name != CARD and sha256_file(folder / name) != expected:
-            raise UserError(
-                f"{shown(folder / name)} has been altered (its SHA-256 differs): export the run again"
-            )
+    require_unaltered(folder, record)
     exporter = find_exporter(record.format)
     if record.weights not in exporter.tolerances:
         raise UserError(
@@ -169,6 +165,19 @@ def verify_export(folder: Path) -> list[str]:
         f"{len(record.files)} files have the hashes of the export",
         _agreement_line(reader.label, found),
     ]
+
+
+def require_unaltered(folder: Path, record: ExportRecord) -> None:
+    """Compare the files of an export with their hashes; the model card may have been edited.
+
+    Raises:
+        UserError: a file is missing or altered.
+    """
+    for name, expected in record.files.items():
+        if name != CARD and sha256_file(folder / name) != expected:
+            raise UserError(
+                f"{shown(folder / name)} has been altered (its SHA-256 differs): export the run again"
+            )
 
 
 def read_export(folder: Path) -> ExportRecord:

@@ -57,6 +57,6 @@ VERB = Verb(
     "runs",
     run,
     operand="SOURCE",
-    position=8,
+    position=10,
     memory_remedy=MORE_MEMORY,
 )
