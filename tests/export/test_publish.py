@@ -57,6 +57,9 @@ class Handler(BaseHTTPRequestHandler):
     def content(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    def allowed(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.server.token}"
+
     def do_PUT(self) -> None:
         data = self.content()
         self.server.stored[hashlib.sha256(data).hexdigest()] = data
@@ -64,11 +67,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path.startswith("/api/models/me/first")
+        if self.server.private is None or not self.allowed():
+            self.answer({"error": "Repository not found"}, 404)
+            return
         self.answer({"id": "me/first", "modelId": "me/first", "private": self.server.private})
 
     def do_POST(self) -> None:
         data = self.content()
-        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        if not self.allowed():
             self.answer({"error": f"no such token: {self.headers.get('Authorization')}"}, 401)
         elif self.path == "/api/repos/create":
             known, asked = self.server.private, json.loads(data)

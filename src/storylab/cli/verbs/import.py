@@ -57,6 +57,6 @@ VERB = Verb(
     "runs",
     run,
     operand="SOURCE",
-    position=10,
+    position=8,
     memory_remedy=MORE_MEMORY,
 )

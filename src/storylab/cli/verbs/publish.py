@@ -53,6 +53,6 @@ VERB = Verb(
     "runs",
     run,
     operand="FOLDER",
-    position=10,
+    position=8,
     memory_remedy=MORE_MEMORY,
 )
