@@ -64,8 +64,8 @@ def publish(folder: Path, repo: str, public: bool) -> str:
             not given.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants
-    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     require_repository(repo)
     files = export_files(folder)
