@@ -76,17 +76,16 @@ def load_run(folder: str | Path) -> Run:
 
 
 def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> StoryModel:
-    """Load a run's model, ready to ``sample("Once upon a time")``.
+    """Load the model of a run, or an imported one, ready to ``sample("Once upon a time")``.
 
     Args:
-        folder: a run folder.
+        folder: a run folder, or the folder of an imported model.
         checkpoint: ``last`` (the newest weights) or ``best`` (lowest validation loss).
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: ``folder`` holds no run, or its checkpoint is missing or altered.
+        UserError: ``folder`` holds no model, or its weights are missing or altered.
     """
-    from storylab.record.folder import open_run
-    from storylab.training.sampling import load_story_model
+    from storylab.imported.folder import open_story_model
 
-    return load_story_model(open_run(Path(folder)), checkpoint, device)
+    return open_story_model(Path(folder), checkpoint, device)

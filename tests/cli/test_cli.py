@@ -253,8 +253,8 @@ def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, "trian")
     known = (
-        "prepare, train, resume, eval, sample, info, doctor, export, completion, sync, experiment, plan, "
-        "bench, compare, noise, list, watch, ui, verify"
+        "prepare, train, resume, eval, sample, info, doctor, export, completion, import, publish, sync, "
+        "experiment, work, plan, bench, compare, noise, list, watch, ui, verify"
     )
     assert line == f"storylab: unknown verb 'trian': use one of {known}\n"
     assert (

@@ -4,10 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,8 @@ from storylab.data.tally import Tally
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer
 from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
-from storylab.files import read_json, reading, shown, sync_folder, write_error, write_json
-from storylab.locks import exclusive
+from storylab.files import read_json, reading, shown, write_json
+from storylab.folders import whole_folder
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of the work, the bytes done, and the total of bytes (None: unknown)."""
@@ -165,7 +162,7 @@ def write_dataset(
     report: Progress,
 ) -> None:
     """Write tokenizer, shards and manifest; ``folder`` appears when all are complete."""
-    with _whole_or_nothing(folder) as partial:
+    with whole_folder(folder) as partial:
         dtype = token_dtype(tokenizer.vocab_size)
         tokenizer.save(partial / TOKENIZER_FILE)
         stories = SplitStories.of(source)
@@ -220,29 +217,6 @@ def _overlaps(filters: Mapping[str, OverlapFilter]) -> dict[str, int]:
         for split, filtered in filters.items()
         for other, count in filtered.overlap.items()
     }
-
-
-@contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """An empty, locked folder next to ``folder``; it replaces ``folder`` when the block ends
-    without an error."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with exclusive(partial):
-            for left_by_a_kill in partial.iterdir():
-                left_by_a_kill.unlink()
-            try:
-                yield partial
-                if folder.exists():
-                    folder.rmdir()  # empty, or the caller would not have come here
-                os.rename(partial, folder)
-                sync_folder(folder.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        place = Path(error.filename) if isinstance(error.filename, str) else folder
-        raise write_error(place, error) from error
 
 
 def _counted(

@@ -69,6 +69,11 @@ class Tokenizer:
         """Id of ``<|endoftext|>``, the last one."""
         return len(self.tokens)
 
+    @property
+    def begin_of_text(self) -> int:
+        """Id before a story: in training that is the end of the story before it."""
+        return self.end_of_text
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the ``.tiktoken`` file, which is the tokenizer's identity."""

@@ -79,6 +79,7 @@ VERB = Verb(
     "train registered experiments, with workers on any machines",
     "experiments",
     run,
+    WorkCommand,
     operand="RUNS",
     position=8,
     memory_remedy=MORE_MEMORY,
