@@ -123,8 +123,9 @@ class _Scheduler:
                 self._work()
                 for other in others:
                     other.result()
-            except BaseException:  # a second Ctrl-C, say: leave no job behind
-                self._stop(self._signal or signal.SIGTERM)
+            except BaseException:
+                if self._signal is None:  # jobs that have been asked to stop are saving
+                    self._stop(signal.SIGTERM)
                 raise
         self._tokens.show_end()
         return [self._states[index] for index in range(len(self._planned))]
