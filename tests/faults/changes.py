@@ -35,7 +35,7 @@ class _Watch:
     def __init__(self, place: Path, notes: Path, fault: Fault) -> None:
         self.place, self.fault, self.count, self.busy = f"{place}{os.sep}", fault, 0, False
         self.list = os.open(notes / "changes", os.O_WRONLY | os.O_APPEND)
-        self.unsynced = _Unsynced(notes / "kept", fault.seed) if fault.power_cut else None
+        self.unsynced = _Unsynced(notes / "kept", fault) if fault.power_cut else None
 
     def begin(self) -> None:
         real_open, real_fsync = io.open, os.fsync
@@ -177,10 +177,11 @@ class _Unsynced:
     A file's bytes last once it is synced; its name, a rename or a removal once its folder is.
     """
 
-    def __init__(self, kept: Path, seed: int) -> None:
+    def __init__(self, kept: Path, fault: Fault) -> None:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
-        self.kept, self.draw, self.number = kept, random.Random(seed), 0
+        self.kept, self.draw, self.number = kept, random.Random(fault.seed), 0
+        self.loses_all = fault.loses_all
         self.names: list[tuple[str, Callable[[], None]]] = []  # by folder
         self.bytes: dict[str, int] = {}  # how many of a file's first bytes last
 
@@ -232,7 +233,8 @@ class _Unsynced:
                         file.seek(whole)
                         file.write(bytes(size - whole))
         # A journal keeps the order of names: it loses the last ones.
-        for _, undo in reversed(self.names[self.draw.randint(0, len(self.names)) :]):
+        kept = 0 if self.loses_all else self.draw.randint(0, len(self.names))
+        for _, undo in reversed(self.names[kept:]):
             undo()
 
 

@@ -7,6 +7,7 @@ group of processes of its own, which a kill ends as a whole.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -47,6 +48,7 @@ class Fault:
         limits: resource limits by the name of their constant.
         power_cut: as ``kill_at``, and the disk loses things that were never synced.
         seed: decides the things that are lost.
+        loses_all: every name that was not synced is lost.
     """
 
     kill_at: int = 0
@@ -61,6 +63,7 @@ class Fault:
     limits: dict[str, int] = field(default_factory=dict)
     power_cut: int = 0
     seed: int = 0
+    loses_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def _serve() -> None:
     for name in IMPORTS:
         importlib.import_module(name)
     _save_time()
+    gc.freeze()  # so that a child need not copy the pages of what is imported
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -180,7 +184,10 @@ def _work(place: Path, notes: Path, words: list[str], fault: Fault) -> None:
         os.chdir(place)
         for name, limit in fault.limits.items():
             number = getattr(resource, name)
+            # One of memory is beyond the memory that the process has already.
+            limit += _memory() if name == "RLIMIT_AS" else 0
             resource.setrlimit(number, (limit, resource.getrlimit(number)[1]))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python's own start does
         from changes import watch
 
         from executors import InProcess
@@ -196,6 +203,11 @@ def _work(place: Path, notes: Path, words: list[str], fault: Fault) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _memory() -> int:
+    """Bytes of address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":
