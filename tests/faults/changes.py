@@ -100,10 +100,10 @@ class _Watch:
             if self.unsynced:
                 self.unsynced.lose()
             os.killpg(0, signal.SIGKILL)
-        if fault.fail_from and self.count >= fault.fail_from:
-            # A full disk still lets go of files.
-            if fault.error != errno.ENOSPC or kind in NEEDS_ROOM:
-                raise OSError(fault.error, os.strerror(fault.error), path)
+        # A full disk still lets go of files.
+        fails = fault.error != errno.ENOSPC or kind in NEEDS_ROOM
+        if fails and fault.fail_from and self.count >= fault.fail_from:
+            raise OSError(fault.error, os.strerror(fault.error), path)
 
 
 KINDS = {
@@ -225,7 +225,9 @@ class _Unsynced:
         for path, lasting in self.bytes.items():
             if os.path.isfile(path) and self.draw.random() < 0.7:
                 size = os.path.getsize(path)
-                whole = max(lasting, self.draw.randint(lasting, max(size, lasting)) // BLOCK * BLOCK)
+                whole = max(
+                    lasting, self.draw.randint(lasting, max(size, lasting)) // BLOCK * BLOCK
+                )
                 if self.draw.random() < 0.5:
                     os.truncate(path, min(whole, size))
                 elif size > whole:

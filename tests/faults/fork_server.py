@@ -23,7 +23,8 @@ from typing import Any, Self
 HELPERS = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 # Imported before the first fork; what is missing here is imported in every child again.
 IMPORTS = """
-torch._dynamo typeguard changes executors storylab storylab.cli storylab.training.train storylab.training.resume
+torch._dynamo typeguard changes executors
+storylab storylab.cli storylab.training.train storylab.training.resume
 storylab.training.evaluation storylab.execution.training storylab.experiments.scheduler
 storylab.experiments.outcome storylab.experiments.stopping storylab.reporting.report
 storylab.export.folder storylab.export.hf storylab.verify storylab.data.prepare

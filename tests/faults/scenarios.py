@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from fork_server import Ended, Fault, ForkServer
 
 from finished_runs import found, metrics, weights
-from fork_server import Ended, Fault, ForkServer
 from samples import TWO_RATES
 from storylab.record.folder import RunFolder
 
-SHAPE = "--preset nano --n_layer 1 --n_head 1 --n_kv_head 1 --n_embd 16 --n_hidden 16 --dtype float32"
+SHAPE = (
+    "--preset nano --n_layer 1 --n_head 1 --n_kv_head 1 --n_embd 16 --n_hidden 16 --dtype float32"
+)
 LENGTH = (
     "--max_iters 11 --batch_size 4 --gradient_accumulation_steps 2 --block_size 16 --learning_rate 1e-2 "
     "--warmup_iters 2 --eval_interval 4 --eval_iters 1 --log_interval 2 --checkpoint_minutes 0"
@@ -146,7 +148,9 @@ def _experiment_result(place: Path) -> Any:
     folders = sorted((place / "runs").glob("nano-*"))
     (record,) = (place / "runs" / "experiments").glob("*.json")
     registered = {
-        key: value for key, value in json.loads(record.read_text()).items() if key in ("arms", "seeds")
+        key: value
+        for key, value in json.loads(record.read_text()).items()
+        if key in ("arms", "seeds")
     }
     log = (place / "runs" / "report" / "EXPERIMENTS.md").read_text()
     verdicts = [line for line in log.splitlines() if line.startswith("**") or "95 % CI" in line]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import random
 import shutil
 import signal
@@ -16,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from fork_server import Fault, ForkServer
 from scenarios import EVALUATE, TRAIN, Scenario, make_scenarios
 from soak import SIGKILLED, Reference, reference
+
 from storylab.locks import exclusive
 
 pytestmark = [pytest.mark.slow, pytest.mark.posix]
-if not os.path.isdir("/proc/self/fd"):
+if not Path("/proc/self/fd").is_dir():
     pytest.skip("the harness reads /proc", allow_module_level=True)
 
 
@@ -102,7 +101,9 @@ def test_a_power_cut_that_loses_every_unsynced_name_loses_no_checkpoint(
 ) -> None:
     """A checkpoint is on the disk before the folder of the rows is synced by anything else."""
     changes = bench.known("training").ended.changes
-    second = [n for n, change in enumerate(changes, start=1) if "rename run/checkpoints/last" in change][1]
+    second = [
+        n for n, change in enumerate(changes, start=1) if "rename run/checkpoints/last" in change
+    ][1]
     for seed in range(3):
         scenario, place = bench.begin("training", tmp_path / "work")
         fault = Fault(power_cut=second + 2, seed=seed, loses_all=True)
@@ -153,7 +154,7 @@ def test_a_read_only_disk_is_one_line_and_still_read(bench: Bench, tmp_path: Pat
     with small_disk(place, 100_000):
         shutil.copytree(bench.scenarios["export"].start, place, dirs_exist_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        for words in (TRAIN[:-1] + ["other"], ["prepare", "--source", "builtin", "--out", "d"]):
+        for words in ([*TRAIN[:-1], "other"], ["prepare", "--source", "builtin", "--out", "d"]):
             ended = bench.server.run(place, words)
             assert ended.code == 2 and one_line(ended.output, "Read-only"), ended.output
         for words in (EVALUATE, ["info", "run"], ["list", "."]):

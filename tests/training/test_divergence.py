@@ -141,9 +141,7 @@ def test_a_rewind_goes_on_from_the_last_evaluation_with_later_data(
     make = TrainingBatches.__call__
     with pytest.MonkeyPatch.context() as patch:
         # The batches that the rewound run has kept.
-        patch.setattr(
-            TrainingBatches, "__call__", lambda b, n: make(b, n if n < 4 else n + 3)
-        )
+        patch.setattr(TrainingBatches, "__call__", lambda b, n: make(b, n if n < 4 else n + 3))
         plain = train(tiny_config(out_dir=tmp_path / "plain"))
     assert metrics(run) == metrics(plain) and weights(run) == weights(plain)
     assert found(run).validation == found(plain).validation
@@ -185,9 +183,7 @@ def test_a_learning_rate_that_explodes_ends_as_diverged(
     tiny_config: MakeConfig, policy: str
 ) -> None:
     with pytest.raises(Diverged):
-        train(
-            tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0, on_divergence=policy)
-        )
+        train(tiny_config(learning_rate=1e30, grad_clip=0.0, warmup_iters=0, on_divergence=policy))
 
 
 @pytest.mark.slow

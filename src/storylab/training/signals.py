@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from storylab.errors import Interrupted
+from storylab.errors import StoppedAtOnce
 
 # On Windows a parent process can send Ctrl-Break; SIGTERM ends a process at once there.
 STOPPING = [
@@ -24,7 +24,7 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
     """Call ``note`` with the number of the first stop signal that arrives while the block runs.
 
     A second one is obeyed at once: Ctrl-C raises the usual KeyboardInterrupt, and another signal, later
-    than :data:`RELAY_SECONDS` after the first, Interrupted. Only the main thread can handle signals; in
+    than :data:`RELAY_SECONDS` after the first, StoppedAtOnce. Only the main thread can handle signals; in
     another thread the block runs with the handlers unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -41,10 +41,7 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         elif now - first >= RELAY_SECONDS:
-            raise Interrupted(
-                "stopped at once by a second signal: the work since the last checkpoint is to be repeated",
-                number,
-            )
+            raise StoppedAtOnce(number)
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:

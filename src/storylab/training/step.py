@@ -94,8 +94,8 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
-        skips: whether a step that is not finite is left out in silence, as a run with ``on_divergence`` skip
-            asks for; its ``read`` raises.
+        skips: leave a step that is not finite out without raising, as under ``on_divergence`` skip; the
+            result's ``read`` raises.
         between: called where it may raise and the weights are untouched.
         ranks: the processes that share the micro-batches; see :meth:`Ranks.micro_batches`.
 
