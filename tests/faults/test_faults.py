@@ -157,7 +157,7 @@ def test_a_read_only_disk_is_one_line_and_still_read(bench: Bench, tmp_path: Pat
         for words in ([*TRAIN[:-1], "other"], ["prepare", "--source", "builtin", "--out", "d"]):
             ended = bench.server.run(place, words)
             assert ended.code == 2 and one_line(ended.output, "Read-only"), ended.output
-        for words in (EVALUATE, ["info", "run"], ["list", "."]):
+        for words in (EVALUATE, ["info", "run"], ["list", "--runs", "."]):
             ended = bench.server.run(place, words)
             assert ended.code == 0, ended.output
 
