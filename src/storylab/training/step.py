@@ -167,8 +167,7 @@ def _scaled_update(
     if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:
             scaler.step(optimizer)
-    if math.isfinite(loss) or skips:
-        scaler.update()
+    scaler.update()  # also after a loss that is not finite, or the next step could not begin
     result = dataclasses.replace(result, scale=scaler.get_scale())
     if not skips:
         result.read()
