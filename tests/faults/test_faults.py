@@ -116,7 +116,7 @@ def test_a_full_disk_at_any_change_is_one_line(bench: Bench, tmp_path: Path, pha
     """From one change on, nothing more can be written, in a run that may have begun to train."""
     points = bench.scenarios[phase].points(bench.known(phase).ended)
     draw = random.Random(phase)
-    for point in [points[0], *draw.sample(points, 4)]:
+    for point in [points[0], *draw.sample(points, 2)]:
         scenario, place = bench.begin(phase, tmp_path / "work")
         ended = scenario.run(bench.server, place, Fault(fail_from=point, error=errno.ENOSPC))
         assert ended.code == 2 and one_line(ended.output, "No space left"), ended.output
@@ -218,10 +218,10 @@ def test_two_processes_do_not_train_one_run(bench: Bench, tmp_path: Path) -> Non
 def test_sigterm_saves_and_its_exit_code_asks_to_be_queued_again(
     bench: Bench, tmp_path: Path, phase: str
 ) -> None:
-    """143: the same command, or resume, goes on. Python ends a process by itself with no such code."""
+    """143: the same command, or resume, goes on."""
     changes = bench.known(phase).ended.changes
     points = [n for n, change in enumerate(changes, start=1) if change.endswith("metrics.jsonl")]
-    for point in random.Random(phase).sample(points, 2):
+    for point in random.Random(phase).sample(points, 2 if phase == "training" else 1):
         scenario, place = bench.begin(phase, tmp_path / "work")
         ended = scenario.run(bench.server, place, Fault(term_at=point))
         assert ended.code == 128 + signal.SIGTERM, ended.output
