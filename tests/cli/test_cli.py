@@ -28,7 +28,7 @@ from storylab.cli.registry import Call, all_verbs, find_verb, listed_verbs, verb
 from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.data.dataset import Dataset
-from storylab.errors import Diverged, Interrupted, UserError
+from storylab.errors import Diverged, Interrupted, StoppedAtOnce, UserError
 from storylab.flags import default_for, parse
 from storylab.record import checkpoint
 from storylab.record.folder import open_run
@@ -534,6 +534,7 @@ def test_out_of_memory_names_a_flag_that_the_verb_has(
         (Diverged("loss is nan"), 1, "loss is nan"),
         (Interrupted("stopped", signal.SIGTERM), 143, "stopped"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (StoppedAtOnce(signal.SIGTERM), 143, "will be repeated"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
     ],
     ids=repr,

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from storylab.errors import Diverged, Interrupted, UserError
+from storylab.errors import Diverged, Interrupted, StoppedAtOnce, UserError
 
 # The system's reasons for an output that cannot be written any longer.
 OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -25,7 +25,7 @@ def guarded(work: Callable[[], int]) -> int:
         code = work()
         sys.stdout.flush()  # here, so that a full disk is reported
         return code
-    except (UserError, Interrupted, Diverged) as error:
+    except (UserError, Interrupted, StoppedAtOnce, Diverged) as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)

@@ -120,7 +120,8 @@ class _Scheduler:
         try:
             yield
         except BaseException:  # a second Ctrl-C, say
-            self._stop(self._signal or signal.SIGTERM)
+            if self._signal is None:  # jobs that have been asked to stop are saving
+                self._stop(signal.SIGTERM)
             raise
 
     def _stop(self, number: int) -> None:

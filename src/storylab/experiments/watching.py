@@ -118,7 +118,7 @@ def _known_row(folder: Path, label: str, state: str, cache: RunCache) -> tuple[s
         label,
         state,
         f"{last.iteration:,}/{total:,}",
-        f"{last.loss:.4f}",
+        "skipped" if last.loss is None else f"{last.loss:.4f}",
         "" if val_loss is None else f"{val_loss:.4f}",
         f"{last.tokens_per_second:,.0f}",
         "" if state in (*DONE, "stopped") else format_duration(left),

@@ -30,6 +30,7 @@ from storylab.files import (
     open_file,
     read_json,
     read_record,
+    sync_folder,
     write_error,
 )
 from storylab.record.schema import DataInfo, Environment, Row, Summary
@@ -145,6 +146,7 @@ class RunFolder:
         if (self.folder / METRICS).exists():
             with open(self.folder / METRICS, "rb+") as file:
                 os.fsync(file.fileno())
+            sync_folder(self.folder)  # the file may be new
 
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it leaves this process at once."""

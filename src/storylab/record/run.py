@@ -140,6 +140,12 @@ class Run:
         return training_memory(self.rows)
 
     @property
+    def recoveries(self) -> int:
+        """Steps that were skipped, and rewinds, where loss or gradients were not finite; 0 before the run
+        has ended."""
+        return self.summary.skipped_steps + len(self.summary.rewinds) if self.summary else 0
+
+    @property
     def parameters(self) -> int:
         """Number of trained parameters, of a run that has ended."""
         return self.results.parameters
