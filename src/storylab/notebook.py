@@ -84,5 +84,5 @@ class LivePlot(Observer):
         )
 
 
-def _point(split: str, iteration: int, loss: float) -> dict[str, Any]:
+def _point(split: str, iteration: int, loss: float | None) -> dict[str, Any]:
     return {"split": split, "iteration": iteration, "loss": loss}
