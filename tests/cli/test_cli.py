@@ -254,7 +254,7 @@ def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[st
     line = fails(capsys, "trian")
     known = (
         "prepare, train, resume, eval, sample, info, doctor, export, completion, import, publish, sync, "
-        "experiment, work, plan, bench, compare, noise, list, watch, ui, verify"
+        "experiment, plan, bench, compare, noise, list, work, watch, ui, verify"
     )
     assert line == f"storylab: unknown verb 'trian': use one of {known}\n"
     assert (
