@@ -226,8 +226,8 @@ def test_a_run_that_loses_its_machine_goes_on(dataset: Dataset, tmp_path: Path) 
 
 @pytest.fixture
 def forgotten_processes() -> Iterator[None]:
-    """submitit's stand-in for SLURM forgets a process that it started before; its warning belongs to the test
-    that began it, not to a later one."""
+    """submitit's stand-in for SLURM forgets a process that it started before; its warning belongs to the
+    test that began it, not to a later one."""
     yield
     gc.collect()
 
