@@ -62,7 +62,7 @@ class TrainState:
         before = self.tensors()
         if ranks.follow(self.model):
             self._follow_model()
-            self.restore(ranks.shares(before))
+            self.restore(before)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.divide, optimizer.by_matrix = ranks.divide, ranks.by_matrix
@@ -94,6 +94,7 @@ class TrainState:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
+            skips=self.config.on_divergence == "skip",
             between=between,
             ranks=self.ranks,
         )
@@ -136,4 +137,9 @@ class TrainState:
         Raises:
             UserError: they do not fit this model or these optimizers.
         """
-        checkpoint.restore(self.model, self.optimizers, self.ema.tensors, tensors)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # of steps after those tensors
+        shares = self.ranks.shares(tensors)
+        checkpoint.restore(self.model, self.optimizers, self.ema.tensors, shares)
+        if self.quantization is not None:
+            self.quantization.weights_changed()
