@@ -469,7 +469,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("ascii", "caf\u00e9 ", b"caf?"),
         ("latin-1", "\u65e5\u672c", b"??"),
-        ("utf-8:strict", "caf\udce9", b"caf?"),  # how Python passes a byte on that is no UTF-8
+        ("utf-8:strict", "caf\udce9", "caf\ufffd".encode()),  # a byte that is no UTF-8
     ],
 )
 def test_what_a_terminal_cannot_show_is_replaced(
