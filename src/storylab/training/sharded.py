@@ -167,10 +167,10 @@ class ShardedRanks(TorchRanks):
     def close(self) -> None:
         """See :class:`TorchRanks`.
 
-        First drops all that holds a process group, such as a sharded model in the frames of an error: with
-        one left, torch 2.13 now and then aborts the process at its end ("terminate called without an active
-        exception").
+        First drops all that holds a process group: a sharded model in the frames of an error, and the mesh,
+        which caches of DTensor keep. The threads of a kept group can abort the process at its end.
         """
+        getattr(self._mesh, "_pg_registry", {}).clear()
         self._model, self._mesh, self._modules = None, None, ()
         error = sys.exception()
         while error is not None:
