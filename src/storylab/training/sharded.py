@@ -93,7 +93,8 @@ class ShardedRanks(TorchRanks):
         assert isinstance(model, Transformer)
         return_freed_memory()
         device = next(model.parameters()).device
-        self._model, self._mesh = model, init_device_mesh(device.type, (self.size,))
+        self._model = model
+        self._mesh = self._mesh or init_device_mesh(device.type, (self.size,))
         vectors = {p for p in model.parameters() if p.dim() < 2}
         gather = Collective(gather_into, self._connected)
         reduce = Collective(_scatter_sum, self._connected)
