@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from storylab.cli.arguments import AsJson, CheckpointName, RunFolder
 from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
-from storylab.documents.eval import EvalDocument
+from storylab.documents.eval import EvalDocument, SamplesEntry, TaskEntry, TextEntry
+from storylab.errors import UserError
+from storylab.quality import TaskName
 
 if TYPE_CHECKING:
-    from storylab.training.evaluation import Evaluation
+    from storylab.cli.console import ConsoleReporter
+    from storylab.data.dataset import Dataset
+    from storylab.quality.samples import TextMeasures
+    from storylab.training.sampling import StoryModel
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,11 @@ class EvalCommand:
     """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
 
     A loss depends on the length of the windows and on where they begin: only compare losses of the
-    same windows.
+    same windows. --tasks and --samples add measures of quality beyond the loss (docs/guide/quality.md).
 
     Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
     | storylab eval runs/a --block_size 512 --aligned
+    | storylab eval runs/a --tasks last_word endings --samples 100
     """
 
     run: RunFolder
@@ -36,6 +44,16 @@ class EvalCommand:
     """Tokens in a window; by default as many as in training."""
     aligned: bool = False
     """Start a new window at every story, instead of reading all stories as one sequence."""
+    tasks: tuple[TaskName, ...] = ()
+    """Also answer questions made from validation stories, under lm-evaluation-harness: the last word of a
+    story; the right ending among four."""
+    questions: int = 1000
+    """Most questions of a task."""
+    samples: int = 0
+    """Also write this many stories, and measure their variety, the spans that they copy from training
+    stories, and how many end."""
+    max_new_tokens: int = 512
+    """Longest of these stories, in tokens."""
     data_dir: Path | None = None
     """New place of the run's data set, if it has moved."""
     device: str = "auto"
@@ -46,38 +64,47 @@ class EvalCommand:
 def run(call: Call) -> int:
     """Evaluate a run's model on a split."""
     command = call.parse(EvalCommand)
+    _check(command)
     if command.json:
-        print_document(lambda: _document(command, _evaluated(command)))
+        print_document(lambda: _evaluated(command))
         return 0
-    from storylab.training.log_format import windows_words
-
-    result = _evaluated(command)
-    print(f"read in        {windows_words(result.block_size, command.aligned)}")
-    print(f"loss           {result.loss:.4f} nats per token")
-    print(f"standard error {result.standard_error:.4f} over {len(result.story_losses):,} stories")
-    print(f"perplexity     {result.perplexity:,.2f}")
-    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    for line in _lines(_evaluated(command)):
+        print(line)
     return 0
 
 
-def _evaluated(command: EvalCommand) -> Evaluation:
-    from storylab.cli.console import ConsoleReporter
-    from storylab.training.evaluation import evaluate_run
+def _check(command: EvalCommand) -> None:
+    """Raise a UserError for flags that cannot be used, before any work."""
+    if command.questions < 1:
+        raise UserError(f"questions is {command.questions}: it must be at least 1")
+    if command.samples < 0:
+        raise UserError(f"samples is {command.samples}: it must be at least 0")
+    if len(set(command.tasks)) < len(command.tasks):
+        raise UserError("--tasks names a task twice")
+    if command.tasks and find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks needs the package lm-evaluation-harness: pip install 'storylab[eval]'"
+        )
 
+
+def _evaluated(command: EvalCommand) -> EvalDocument:
+    from storylab.cli.console import ConsoleReporter
+    from storylab.training.evaluation import evaluate_model, open_evaluation
+
+    model, dataset = open_evaluation(
+        command.run, command.checkpoint, command.data_dir, command.device
+    )
     with ConsoleReporter() as reporter:
-        return evaluate_run(
-            command.run,
-            command.checkpoint,
+        result = evaluate_model(
+            model,
+            dataset,
             command.split,
-            command.data_dir,
-            command.device,
             lambda done, total: reporter.progress("evaluating", done, total),
             command.block_size,
             command.aligned,
         )
-
-
-def _document(command: EvalCommand, result: Evaluation) -> EvalDocument:
+        tasks = _tasks(command, model, dataset, reporter)
+        samples = _samples(command, model, dataset, reporter) if command.samples else None
     return EvalDocument(
         run=str(command.run),
         checkpoint=command.checkpoint,
@@ -91,12 +118,103 @@ def _document(command: EvalCommand, result: Evaluation) -> EvalDocument:
         stories=len(result.story_losses),
         tokens=int(result.story_tokens.sum()),
         text_bytes=result.text_bytes,
+        tasks=tasks,
+        samples=samples,
     )
+
+
+def _tasks(
+    command: EvalCommand, model: StoryModel, dataset: Dataset, reporter: ConsoleReporter
+) -> list[TaskEntry]:
+    if not command.tasks:
+        return []
+    from storylab.quality.harness import answer
+    from storylab.quality.questions import TASKS, held_out_stories
+
+    stories = held_out_stories(dataset)
+    questions = {name: TASKS[name].make(stories, command.questions) for name in command.tasks}
+    scores = answer(
+        model, questions, lambda done, total: reporter.progress("answering", done, total)
+    )
+    return [TaskEntry(**asdict(score)) for score in scores]
+
+
+def _samples(
+    command: EvalCommand, model: StoryModel, dataset: Dataset, reporter: ConsoleReporter
+) -> SamplesEntry:
+    from storylab.model.generate import Sampling
+    from storylab.quality.samples import held_out_sample, measure, write_samples
+
+    sampling = Sampling()
+    written = write_samples(
+        model,
+        command.samples,
+        command.max_new_tokens,
+        sampling,
+        lambda done, total: reporter.progress("writing", done, total),
+    )
+    held_out = held_out_sample(dataset, command.samples, command.max_new_tokens)
+    found, reference = (
+        measure(stories, dataset, lambda done, total: reporter.progress("searching", done, total))
+        for stories in (written.stories, held_out)
+    )
+    return SamplesEntry(
+        max_new_tokens=command.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        ended=written.ended,
+        written=_text_entry(found),
+        held_out=_text_entry(reference),
+    )
+
+
+def _text_entry(measures: TextMeasures) -> TextEntry:
+    values = asdict(measures)
+    values |= {f"distinct_{n}": share for n, share in enumerate(values.pop("distinct"), 1)}
+    return TextEntry(**values)
+
+
+def _lines(found: EvalDocument) -> Iterator[str]:
+    from storylab.training.log_format import windows_words
+
+    yield f"read in        {windows_words(found.block_size, found.aligned)}"
+    yield f"loss           {found.loss_nats_per_token:.4f} nats per token"
+    error = found.standard_error_nats_per_token
+    yield f"standard error {error:.4f} over {found.stories:,} stories"
+    yield f"perplexity     {found.perplexity:,.2f}"
+    yield f"bits per byte  {found.bits_per_byte:.4f}"
+    for task in found.tasks:
+        yield (
+            f"{task.task:<14} {task.metric.replace('_', ' ')} {task.value:.1%} (standard error "
+            f"{task.standard_error:.1%}, chance {task.chance:.1%}, {task.items:,} questions)"
+        )
+    if found.samples:
+        yield from _sample_lines(found.samples)
+
+
+def _sample_lines(samples: SamplesEntry) -> Iterator[str]:
+    from storylab.training.log_format import printable
+
+    ours, theirs = samples.written, samples.held_out
+    yield (
+        f"stories        {ours.stories:,} of the model (temperature {samples.temperature:g}), "
+        f"{theirs.stories:,} validation stories; at most {samples.max_new_tokens:,} tokens each"
+    )
+    yield f"ended          {samples.ended:.1%} of the model's before that limit"
+    for name in ("distinct_1", "distinct_2", "distinct_3"):
+        values = [getattr(side, name) for side in (ours, theirs)]
+        yield f"{name.replace('_', '-'):<14} {values[0]:.4f}; validation {values[1]:.4f}"
+    yield f"copied         {ours.copied_tokens:.1f} tokens; validation {theirs.copied_tokens:.1f}"
+    yield (
+        f"longest copied {ours.longest_copied_tokens:,} tokens; validation "
+        f"{theirs.longest_copied_tokens:,}"
+    )
+    yield f"               {' '.join(printable(ours.longest_copied_text).split())}"
 
 
 VERB = Verb(
     "eval",
-    "print loss, perplexity and bits per byte of a run on a whole split",
+    "print loss, perplexity and bits per byte of a run on a whole split; questions and samples, too",
     "runs",
     run,
     position=4,
