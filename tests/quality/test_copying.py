@@ -40,7 +40,7 @@ def brute_force(story: list[int], tokens: list[int]) -> int:
 IDS = st.lists(st.integers(0, END - 1), max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shards=st.lists(st.lists(st.integers(0, END), min_size=1, max_size=60), min_size=1, max_size=3),
     stories=st.lists(IDS, min_size=1, max_size=4),

@@ -1,8 +1,8 @@
 """The longest span of each story that a split has too, token by token, in a pass or two over its shards.
 
 The stories are few and the split is long. So the n-grams of the stories are kept in tables, and the split
-is read in blocks. A place of the split where 8 tokens are those of a story is followed for as long as longer
-n-grams are in the tables. Tables hold hashes; a span that they find is compared token by token.
+is read in blocks. A place of the split where 8 tokens are those of a story is followed for as long as its
+longer n-grams are in the tables. Tables hold hashes; a span that they find is compared token by token.
 """
 
 from __future__ import annotations
