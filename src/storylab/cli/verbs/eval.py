@@ -214,9 +214,9 @@ def _sample_lines(samples: SamplesEntry) -> Iterator[str]:
 
 VERB = Verb(
     "eval",
-    "print loss, perplexity and bits per byte of a run on a whole split; questions and samples, too",
+    "print a run's losses on a whole split, its answers to questions, measures of samples",
     "runs",
     run,
     position=4,
-    memory_remedy="take a smaller --block_size, or a machine with more memory",
+    memory_remedy="take a smaller --block_size or fewer --samples, or a machine with more memory",
 )
