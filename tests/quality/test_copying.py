@@ -98,11 +98,12 @@ def test_a_copied_story_is_found_whole(dataset: Dataset) -> None:
     begin, end = split.stories[7, 0], split.stories[8, 0] - 1
     story = split.read(begin, end)
     mixed = np.concatenate((story[::-1], story))
-    found = measure([mixed, np.array([], dtype=np.int64)], dataset)
+    held_out = held_out_sample(dataset, 4, 50)
+    found, others = measure([[mixed, np.array([], dtype=np.int64)], held_out], dataset)
     assert found.longest_copied_tokens >= len(story) and found.copied_tokens >= len(story) / 2
     assert dataset.tokenizer.decode(story.tolist()) in found.longest_copied_text
     assert (found.stories, found.tokens) == (2, 2 * len(story))
-    held_out = held_out_sample(dataset, 4, 50)
     assert [len(ids) for ids in held_out] == [50] * 4
-    assert measure(held_out, dataset).longest_copied_tokens < 50
+    assert (others.stories, others.tokens) == (4, 200) and others.longest_copied_tokens < 50
+    assert measure([held_out], dataset) == [others]
     assert len(held_out_sample(dataset, 10**6, 50)) == len(dataset.splits["validation"].stories) - 1

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN, VALIDATION
 from storylab.errors import UserError
 from storylab.model.generate import Sampling
-from storylab.quality.copying import longest_copies
+from storylab.quality.copying import Span, longest_copies
 from storylab.training.evaluation import Tick
 from storylab.training.sampling import StoryModel
 
@@ -110,16 +111,25 @@ def distinct_n(stories: Sequence[np.ndarray], n: int) -> float:
 
 
 def measure(
-    stories: Sequence[np.ndarray], dataset: Dataset, tick: Tick = lambda done, total: None
-) -> TextMeasures:
-    """Measure stories, and search the training stories of ``dataset`` for their spans.
+    groups: Sequence[Sequence[np.ndarray]],
+    dataset: Dataset,
+    tick: Tick = lambda done, total: None,
+) -> list[TextMeasures]:
+    """Measure each group of stories, and search the training stories of ``dataset`` for their spans, once.
 
     Args:
-        stories: ids without an end of text; at least one story.
+        groups: ids of stories without an end of text; at least one story in each.
         dataset: the data that the model was trained on.
         tick: called during the search with the tokens read and all of them.
     """
-    spans = longest_copies(stories, dataset.splits[TRAIN], dataset.vocab_size, tick)
+    stories = [story for group in groups for story in group]
+    spans = iter(longest_copies(stories, dataset.splits[TRAIN], dataset.vocab_size, tick))
+    return [_measures(group, list(islice(spans, len(group))), dataset) for group in groups]
+
+
+def _measures(
+    stories: Sequence[np.ndarray], spans: Sequence[Span], dataset: Dataset
+) -> TextMeasures:
     longest = max(range(len(spans)), key=lambda i: spans[i].length)
     span = spans[longest]
     ids = stories[longest][span.start : span.start + span.length]

@@ -154,9 +154,10 @@ def _samples(
         lambda done, total: reporter.progress("writing", done, total),
     )
     held_out = held_out_sample(dataset, command.samples, command.max_new_tokens)
-    found, reference = (
-        measure(stories, dataset, lambda done, total: reporter.progress("searching", done, total))
-        for stories in (written.stories, held_out)
+    found, reference = measure(
+        [written.stories, held_out],
+        dataset,
+        lambda done, total: reporter.progress("searching", done, total),
     )
     return SamplesEntry(
         max_new_tokens=command.max_new_tokens,
