@@ -74,7 +74,9 @@ def test_flags_that_cannot_be_used_are_refused(
 ) -> None:
     words = ["eval", str(run.folder)]
     assert "at least 0" in refused([*words, "--samples", "-1"], capsys)
+    assert "at most 1,000" in refused([*words, "--samples", "1001"], capsys)
     assert "at least 1" in refused([*words, "--questions", "0"], capsys)
+    assert "at least 1" in refused([*words, "--samples", "9", "--max_new_tokens", "0"], capsys)
     assert "twice" in refused([*words, "--tasks", "endings", "endings"], capsys)
     monkeypatch.setattr("storylab.cli.verbs.eval.find_spec", lambda name: None)
     err = refused([*words, "--tasks", "endings"], capsys)

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-# Names of the entries in storylab.quality.questions, here so that flags need neither numpy nor torch.
+# Names of the entries in storylab.quality.questions; here so that flags need neither numpy nor torch.
 TaskName = Literal["last_word", "endings"]
+MOST_SAMPLES = 1_000

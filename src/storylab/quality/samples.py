@@ -16,11 +16,11 @@ from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN, VALIDATION
 from storylab.errors import UserError
 from storylab.model.generate import Sampling
+from storylab.quality import MOST_SAMPLES
 from storylab.quality.copying import Span, longest_copies
 from storylab.training.evaluation import Tick
 from storylab.training.sampling import StoryModel
 
-MOST_SAMPLES = 1_000
 # Stories that are written in one batch. The draws depend on it.
 AT_ONCE = 64
 N_GRAMS = (1, 2, 3)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from storylab.cli.arguments import AsJson, CheckpointName, RunFolder
 from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
+from storylab.config import at_most
 from storylab.documents.eval import EvalDocument, SamplesEntry, TaskEntry, TextEntry
 from storylab.errors import UserError
-from storylab.quality import TaskName
+from storylab.quality import MOST_SAMPLES, TaskName
 
 if TYPE_CHECKING:
     from storylab.cli.console import ConsoleReporter
@@ -75,10 +76,11 @@ def run(call: Call) -> int:
 
 def _check(command: EvalCommand) -> None:
     """Raise a UserError for flags that cannot be used, before any work."""
-    if command.questions < 1:
-        raise UserError(f"questions is {command.questions}: it must be at least 1")
-    if command.samples < 0:
-        raise UserError(f"samples is {command.samples}: it must be at least 0")
+    for name, least in (("questions", 1), ("samples", 0), ("max_new_tokens", 1)):
+        value = getattr(command, name)
+        if value < least:
+            raise UserError(f"{name} is {value}: it must be at least {least}")
+    at_most(MOST_SAMPLES, "samples", command.samples)
     if len(set(command.tasks)) < len(command.tasks):
         raise UserError("--tasks names a task twice")
     if command.tasks and find_spec("lm_eval") is None:
