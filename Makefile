@@ -2,6 +2,8 @@
 # make test: lint, types and all tests (about 10 minutes on two CPU cores).
 # make test-fast: the tests that need no compiler, no browser and few processes (under 2 minutes).
 # make lint: format, lint and types alone.
+# make docs: the documentation's site, in build/docs/site.
+# make sbom: the packages that storylab is installed with here, as a CycloneDX bill of materials.
 # All make a virtual environment in .venv first; PYTHON and VENV choose others, WORKERS says how
 # many tests run at once (0: one, in this process).
 
@@ -13,7 +15,7 @@ DEMO = demo-run
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo lint test test-fast clean
+.PHONY: demo docs lint test test-fast sbom clean
 
 demo: $(BIN)/.storylab
 	rm -rf $(DEMO)
@@ -36,8 +38,19 @@ test: lint
 test-fast: $(BIN)/.storylab-test
 	$(PYTEST) -m "not slow"
 
+docs: $(BIN)/.storylab-docs
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_site.py
+
+# In an environment of its own, so that its packages are not in the bill.
+sbom: $(BIN)/.storylab
+	$(PYTHON) -m venv $(VENV)/sbom
+	$(VENV)/sbom/bin/python -m pip install --quiet cyclonedx-bom
+	$(VENV)/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-format JSON --output-file sbom.cdx.json $(BIN)/python
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build sbom.cdx.json
 
 # A Python that has torch already (a CUDA build, say) keeps it: the environment sees it, and the
 # pin on torch is left out.
@@ -58,6 +71,9 @@ endef
 
 $(BIN)/.storylab: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,.)
+
+$(BIN)/.storylab-docs: pyproject.toml constraints.txt $(BIN)/.storylab
+	$(call install,.[docs])
 
 $(BIN)/.storylab-test: pyproject.toml constraints.txt $(BIN)/.storylab
 	$(call install,.[test])

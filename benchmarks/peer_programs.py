@@ -87,7 +87,9 @@ class Storylab:
         self.model = self.learner.model
 
     def step(self, batch: Any, learning_rate: float) -> float:
-        return self.learner.step(0, batch, learning_rate).read().loss
+        loss = self.learner.step(0, batch, learning_rate).read().loss
+        assert loss is not None  # only a step that is skipped has none
+        return loss
 
     def token_losses(self, tokens: Any, targets: Any) -> Any:
         import torch

@@ -100,7 +100,8 @@ def train_here(args: argparse.Namespace) -> None:
 
 def losses(folder: Path) -> list[float]:
     """The training loss of every iteration."""
-    return [row.loss for row in RunFolder(folder).read_rows() if isinstance(row, IterationRow)]
+    rows = [row for row in RunFolder(folder).read_rows() if isinstance(row, IterationRow)]
+    return [row.loss for row in rows if row.loss is not None]
 
 
 def table(args: argparse.Namespace) -> list[str]:

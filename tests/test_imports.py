@@ -38,5 +38,13 @@ load_dataset(Path({str(dataset.folder)!r}))"""
     assert "pyarrow" not in loaded(script)
 
 
+def test_help_and_listings_load_little(tmp_path: Path) -> None:
+    """The list of verbs starts as fast as it does because it needs no parser; a listing reads no array."""
+    verbs = loaded("from storylab.cli import main; main(['--help'])")
+    assert not {"tyro", "msgspec", "rich", "numpy", "storylab.config", "subprocess"} & verbs
+    runs = loaded(f"from storylab.cli import main; main(['list', '--runs', {str(tmp_path)!r}])")
+    assert not {"numpy", "torch", "tiktoken", "urllib.request", "storylab.data.dataset"} & runs
+
+
 def test_a_plan_loads_no_torch() -> None:
     assert "torch" not in loaded("import storylab.planning.roofline, storylab.planning.plan_text")

@@ -34,12 +34,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-COMMANDS = [
-    (page.stem, line)
-    for page in PAGES
-    for block in blocks(page, "bash")
-    for line in block.splitlines()
-]
+COMMANDS: list[tuple[str, str]] = []
+for _page in PAGES:
+    for _line in "".join(blocks(_page, "bash")).splitlines():
+        # A run folder is written once: a page that repeats a training command has the run already.
+        if not (_line.startswith("storylab train ") and _line in [line for _, line in COMMANDS]):
+            COMMANDS.append((_page.stem, _line))
 ORIGINAL = "python train_tinystories.py --dtype bfloat16 --max_iters 1000"
 # .ci/run calls the first two, and make installs with pip; the hub's verbs run against a local server in
 # test_hub.py; the original log's command takes a GPU 19 minutes.

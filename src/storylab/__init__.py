@@ -6,14 +6,14 @@ The functions below are the public API. They print nothing, and import their mod
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from storylab.config import TrainConfig, preset_config
 from storylab.errors import UserError
 
 if TYPE_CHECKING:
+    from storylab.config import TrainConfig, preset_config
     from storylab.data.dataset import Dataset
-    from storylab.data.prepare import PrepareConfig
+    from storylab.data.prepare_config import PrepareConfig
     from storylab.record.run import Run
     from storylab.training.observers import Observer
     from storylab.training.sampling import StoryModel
@@ -29,6 +29,15 @@ __all__ = [
     "preset_config",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The list of verbs need not wait for the config.
+    if name in ("TrainConfig", "preset_config"):
+        from storylab import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def prepare(config: PrepareConfig) -> Dataset:
@@ -67,17 +76,16 @@ def load_run(folder: str | Path) -> Run:
 
 
 def load_model(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> StoryModel:
-    """Load a run's model, ready to ``sample("Once upon a time")``.
+    """Load the model of a run, or an imported one, ready to ``sample("Once upon a time")``.
 
     Args:
-        folder: a run folder.
+        folder: a run folder, or the folder of an imported model.
         checkpoint: ``last`` (the newest weights) or ``best`` (lowest validation loss).
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: ``folder`` holds no run, or its checkpoint is missing or altered.
+        UserError: ``folder`` holds no model, or its weights are missing or altered.
     """
-    from storylab.record.folder import open_run
-    from storylab.training.sampling import load_story_model
+    from storylab.imported.folder import open_story_model
 
-    return load_story_model(open_run(Path(folder)), checkpoint, device)
+    return open_story_model(Path(folder), checkpoint, device)

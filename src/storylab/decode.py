@@ -58,6 +58,8 @@ def convert(kind: type[T], value: object, place: str) -> T:
         return msgspec.convert(value, kind, dec_hook=_path)
     except (msgspec.ValidationError, RecursionError) as error:
         raise UserError(f"{place} is damaged: {fault(error)}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} is damaged: it has half of a surrogate pair") from error
 
 
 def fault(error: Exception) -> str:

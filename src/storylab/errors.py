@@ -28,6 +28,20 @@ class Interrupted(Exception):  # noqa: N818 - a request, not a fault
         return 128 + self.signal_number
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal, which nothing may keep: what follows the last checkpoint is lost.
+
+    Args:
+        signal_number: the signal, such as ``signal.SIGTERM``.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(
+            "stopped at once by a second signal: the work since the last checkpoint will be repeated"
+        )
+        self.exit_code = 128 + signal_number
+
+
 class Diverged(Exception):  # noqa: N818 - a result, not a fault
     """Loss or gradients became non-finite. The weights from before that are saved."""
 

@@ -24,11 +24,11 @@ from executors import InProcess
 from storylab.cli import main
 from storylab.cli.console import print_table
 from storylab.cli.exits import guarded
-from storylab.cli.registry import Call, all_verbs, find_verb, verb_names
+from storylab.cli.registry import Call, all_verbs, find_verb, listed_verbs, verb_names
 from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.data.dataset import Dataset
-from storylab.errors import Diverged, Interrupted, UserError
+from storylab.errors import Diverged, Interrupted, StoppedAtOnce, UserError
 from storylab.flags import default_for, parse
 from storylab.record import checkpoint
 from storylab.record.folder import open_run
@@ -238,6 +238,11 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = all_verbs()
     assert sorted(verb.name for verb in verbs) == sorted(verb_names())
+    # The list reads the facts from the source.
+    for fact, verb in zip(listed_verbs(), verbs, strict=True):
+        assert dataclasses.asdict(fact) == {
+            name: getattr(verb, name) for name in dataclasses.asdict(fact)
+        }
     main(["--help"])
     listed = capsys.readouterr().out.partition("examples:")[0]
     for verb in verbs:
@@ -248,8 +253,8 @@ def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_verb_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, "trian")
     known = (
-        "prepare, train, resume, eval, sample, info, doctor, export, sync, experiment, plan, bench, "
-        "compare, noise, list, watch, ui, verify"
+        "prepare, train, resume, eval, sample, info, doctor, export, completion, import, publish, sync, "
+        "experiment, plan, bench, compare, noise, list, work, watch, ui, verify"
     )
     assert line == f"storylab: unknown verb 'trian': use one of {known}\n"
     assert (
@@ -464,7 +469,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("ascii", "caf\u00e9 ", b"caf?"),
         ("latin-1", "\u65e5\u672c", b"??"),
-        ("utf-8:strict", "caf\udce9", b"caf?"),  # how Python passes a byte on that is no UTF-8
+        ("utf-8:strict", "caf\udce9", "caf\ufffd".encode()),  # a byte that is no UTF-8
     ],
 )
 def test_what_a_terminal_cannot_show_is_replaced(
@@ -529,6 +534,7 @@ def test_out_of_memory_names_a_flag_that_the_verb_has(
         (Diverged("loss is nan"), 1, "loss is nan"),
         (Interrupted("stopped", signal.SIGTERM), 143, "stopped"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (StoppedAtOnce(signal.SIGTERM), 143, "will be repeated"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
     ],
     ids=repr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -90,3 +91,52 @@ def test_windows_are_the_same_across_shards() -> None:
     assert all(
         np.array_equal(row, tokens[s : s + 33]) for row, s in zip(found, starts, strict=True)
     )
+
+
+def splitmix64(number: int, start: int) -> int:
+    """Output ``number`` of the generator from the state ``start``, in whole numbers (Steele, Lea &
+    Flood 2014, figure 17)."""
+    mask = 2**64 - 1
+    x = (start + number * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def test_the_generator_is_the_published_one() -> None:
+    """The first outputs from the state 1234567, as other programs' tests have them."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [splitmix64(number, 1234567) for number in range(1, 5)] == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 2**32), st.integers(0, 5))
+def test_the_order_is_by_the_hash_of_every_number(length: int, seed: int, epoch: int) -> None:
+    """The order of every run so far: another one would be another batch at each iteration."""
+    key = f"f:{seed}:{epoch}"
+    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    expected = sorted(range(length), key=lambda number: splitmix64(number + 1, start))
+    assert permutation(length, key).tolist() == expected
+    batches = TrainingBatches(counting_split(8 * length + 1), "f", seed, 8, length)
+    assert batches.windows(epoch).tolist() == expected
+    assert batches.epochs(7) == 7 and batches.windows_per_epoch == length
+
+
+def test_a_prefetched_batch_is_made_once() -> None:
+    made: list[int] = []
+
+    def make(iteration: int) -> torch.Tensor:
+        made.append(iteration)
+        return torch.tensor(iteration)
+
+    prefetcher = Prefetcher(make)
+    for iteration in (4, 5, 6, 7):
+        assert prefetcher(iteration) == iteration
+    prefetcher.close()
+    assert made[:4] == [4, 5, 6, 7] and len(set(made)) == len(made)
+
+
+def test_evaluation_windows_need_a_target_after_the_last() -> None:
+    assert evaluation_windows(counting_split(1000), 10, 500).tolist() == list(range(0, 990, 10))
+    assert evaluation_windows(counting_split(1001), 10, 100).tolist() == list(range(0, 1000, 10))
+    assert evaluation_windows(counting_split(1001), 10, 3).tolist() == [0, 330, 660]

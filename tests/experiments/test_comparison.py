@@ -399,6 +399,22 @@ def test_hashes_that_should_be_shared_are_compared(runs: Path, key: str, message
     assert message in text
 
 
+def test_other_hardware_is_a_confound_by_name(runs: Path) -> None:
+    """Of the loss where bits differ, as on a GPU and in another dtype; else of the speed alone."""
+    pair = [Arm(name, (load_run(runs / f"{name}-s1"),)) for name in ("high", "low")]
+    assert compare_arms(*pair, RATES).confounds == ()
+    folder = runs / "high-s1"
+    change(folder / "environment.json", processor="Another CPU")
+    c = compare_arms(Arm("high", (load_run(folder),)), pair[1], RATES)
+    assert c.confounds == ()
+    assert any(text.startswith("processor: Another CPU against") for text in c.speed_confounds)
+    change(folder / "environment.json", device="cuda", gpu="NVIDIA H100")
+    change(folder / "config.json", device="cuda", dtype="bfloat16")
+    c = compare_arms(Arm("high", (load_run(folder),)), pair[1], RATES)
+    assert {"device: cuda against cpu", "dtype: bfloat16 against float32"} <= set(c.confounds)
+    assert "gpu: NVIDIA H100 against None" in c.speed_confounds
+
+
 @pytest.mark.parametrize(
     ("field", "value", "explained"),
     [

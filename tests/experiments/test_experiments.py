@@ -24,7 +24,7 @@ from record_folders import forget_checksums
 from reporters import Watcher
 from storylab.cli import main
 from storylab.cli.console import ConsoleReporter
-from storylab.cli.experiments import plan_lines
+from storylab.cli.experiments import estimated, plan_lines
 from storylab.config import ModelConfig, TrainConfig, preset_config, recipe_digest
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError, out_of_memory
@@ -737,7 +737,8 @@ def test_a_calibration_that_fails_stops_nothing(
 ) -> None:
     executor = InProcess(lambda job: Outcome("out of memory", "no room"))
     assert [estimate for _, estimate in estimate_runs(planned, executor)] == [None, None]
-    lines = list(plan_lines(experiment, planned, executor, ConsoleReporter()))
+    estimates = estimated(planned, executor, ConsoleReporter())
+    lines = list(plan_lines(experiment, estimates, executor.slots))
     assert "cannot be calibrated" in lines[1]
 
 
@@ -747,7 +748,8 @@ def test_a_plan_tells_of_programs_beside_its_calibrations(
 ) -> None:
     measured = dict.fromkeys(calibrate(planned[0].config), 1.0) | {"other_cores": others}
     executor = InProcess(lambda job: Outcome("done", answer=measured))
-    told = list(plan_lines(experiment, planned, executor, ConsoleReporter()))[-1]
+    estimates = estimated(planned, executor, ConsoleReporter())
+    told = list(plan_lines(experiment, estimates, executor.slots))[-1]
     assert ("Other programs used up to 1.5 of" in told) == (others > 0)
 
 

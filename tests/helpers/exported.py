@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from storylab.config import ModelConfig
+import storylab
+from samples import TINY
+from storylab.config import ModelConfig, TrainConfig
+from storylab.data.dataset import Dataset
 from storylab.data.tokenizer import Tokenizer
 from storylab.export.exporter import Source
 from storylab.model.transformer import Transformer
@@ -39,3 +43,24 @@ def source(run: Run, tokenizer: Tokenizer, **changes: Any) -> Source:
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
     trained = dataclasses.replace(run.config, model=config, block_size=CONTEXT)
     return Source(dataclasses.replace(run, config=trained), "last", model, tokenizer)
+
+
+def train_small(dataset: Dataset, folder: Path) -> Run:
+    """A finished run of 30 iterations, which is enough for tokens that are clearly the most likely."""
+    return storylab.train(
+        TrainConfig(
+            model=TINY,
+            data_dir=dataset.folder,
+            out_dir=folder,
+            dtype="float32",
+            max_iters=30,
+            batch_size=8,
+            gradient_accumulation_steps=1,
+            block_size=48,
+            learning_rate=1e-2,
+            warmup_iters=2,
+            eval_interval=30,
+            eval_iters=1,
+            device="cpu",
+        )
+    )

@@ -104,6 +104,14 @@ def run_plan(plan: dict[str, Any]) -> None:
         for name, step in plan["steps"].items():
             found = carry_out(step, ranks)
             (out / f"{name}.{ranks.rank}.json").write_text(json.dumps(found))
+    left = threads_of_the_group()
+    assert not left, f"these can abort the process at its end: {left}"
+
+
+def threads_of_the_group() -> list[str]:
+    """The names of this process's threads that belong to a process group of gloo, where /proc has them."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 def run_command(step: dict[str, Any]) -> int:

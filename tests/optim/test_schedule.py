@@ -62,3 +62,35 @@ def test_a_constant_schedule_never_reads_its_end() -> None:
             schedule="constant", warmup_iters=2, max_iters=9, learning_rate=peak, min_lr=end
         )
         assert {learning_rate(config, i) for i in range(2, 10)} == {peak}
+
+
+@pytest.mark.parametrize(
+    ("end", "bends", "expected"),
+    [
+        (110, (), [*range(18), 22, 35, 47, 60, 72, 85, 97, *range(103, 110)]),
+        (50, (), [*range(18), 20, 25, 30, 35, 40, *range(43, 50)]),
+        (0, (), []),
+        (
+            110,
+            (0.25,),
+            [*range(18), 19, 22, 25, *range(28, 43), 44, 53, 63, 72, 81, 91, 100, *range(103, 110)],
+        ),
+    ],
+)
+def test_telling_iterations_are_at_the_ends_of_every_stretch(
+    monkeypatch: pytest.MonkeyPatch, end: int, bends: tuple[float, ...], expected: list[int]
+) -> None:
+    """Eight at each end and at the eighths, by hand, of 0 to 10, 10 to 110, and cut at a bend."""
+    bending = Schedule(lambda progress, config: 1.0 - progress, bends=lambda config: bends)
+    monkeypatch.setitem(schedule.SCHEDULES, "linear", bending)
+    config = TrainConfig(schedule="linear", warmup_iters=10, max_iters=110)
+    assert telling_iterations((config,), end) == expected
+
+
+def test_the_rate_stays_at_its_end_beyond_the_run() -> None:
+    config = TrainConfig(schedule="linear", warmup_iters=10, max_iters=20, min_lr=1e-5)
+    assert learning_rate(config, 20) == learning_rate(config, 500) == pytest.approx(1e-5)
+    assert learning_rate(config, 15) == pytest.approx(5.5e-5)
+    short = TrainConfig(schedule="linear", warmup_iters=20, max_iters=20, min_lr=1e-5)
+    assert learning_rate(short, 20) == short.learning_rate
+    assert learning_rate(short, 21) == pytest.approx(1e-5)

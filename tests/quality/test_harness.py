@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import socket
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 
 from storylab.cli import main
 from storylab.data.dataset import Dataset
+from storylab.data.tokenizer import Tokenizer
 from storylab.documents import EvalDocument
 from storylab.model.generate import Sampling
 from storylab.quality.questions import TASKS, Question, Questions, held_out_stories
@@ -42,9 +44,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def model(run: Run) -> StoryModel:
-    return load_story_model(open_run(run.folder), device="cpu")
+class OtherBegin(Tokenizer):
+    """Texts begin with another id than the one that ends them, as for many imported models."""
+
+    @property
+    def begin_of_text(self) -> int:
+        return 5
+
+
+@pytest.fixture(params=["ours", "other begin"])
+def model(run: Run, request: pytest.FixtureRequest) -> StoryModel:
+    model = load_story_model(open_run(run.folder), device="cpu")
+    if request.param == "ours":
+        return model
+    tokenizer = model.tokenizer
+    assert isinstance(tokenizer, Tokenizer)
+    return dataclasses.replace(model, tokenizer=OtherBegin(tokenizer.name, tokenizer.tokens))
 
 
 def questions(dataset: Dataset) -> dict[Any, Questions]:
@@ -55,7 +70,7 @@ def questions(dataset: Dataset) -> dict[Any, Questions]:
 def direct(model: StoryModel, question: Question) -> list[tuple[float, bool]]:
     """Log-likelihood of each choice and whether it is greedy, one text at a time in float64."""
     double, tokenizer = copy.deepcopy(model.model).double(), model.tokenizer
-    context = [tokenizer.end_of_text, *tokenizer.encode(question.context)]
+    context = [tokenizer.begin_of_text, *tokenizer.encode(question.context)]
     found = []
     for choice in question.choices:
         ids = [*context, *tokenizer.encode(choice)][-model.block_size - 1 :]

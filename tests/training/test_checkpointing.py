@@ -73,10 +73,10 @@ def test_the_last_checkpoint_is_written_once(
     saved: list[tuple[str, int]] = []
     save = checkpoint.save
 
-    def counted(path: Path, tensors: Any, state: dict[str, Any], previous: Path | None) -> None:
+    def counted(path: Path, tensors: Any, state: dict[str, Any], *others: Path | None) -> None:
         if path.stem == "last":
             saved.append((path.stem, state["next_iteration"]))
-        save(path, tensors, state, previous)
+        save(path, tensors, state, *others)
 
     # A file that is written twice looks like one that is written once.
     monkeypatch.setattr(checkpoint, "save", counted)

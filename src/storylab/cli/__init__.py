@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from storylab import __version__
 from storylab.cli.exits import guarded
 from storylab.cli.registry import Call, family, find_verb, match_verb
 from storylab.cli.usage import family_usage, usage
-from storylab.execution.job import Executor
-from storylab.execution.local import LocalExecutor
+
+if TYPE_CHECKING:
+    from storylab.execution.job import Executor
 
 
 def main(argv: Sequence[str] | None = None, executor: Executor | None = None) -> int:
@@ -22,15 +24,23 @@ def main(argv: Sequence[str] | None = None, executor: Executor | None = None) ->
             processes on this machine.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _run_words(words, executor or LocalExecutor()))
+    return guarded(lambda: _run_words(words, executor))
 
 
 def run_verb(name: str, args: Sequence[str], prog: str) -> int:
     """Run the verb ``name`` for a program that help and messages call ``prog``; returns the exit code."""
-    return guarded(lambda: find_verb(name)(Call(prog, list(args), LocalExecutor())))
+    return guarded(lambda: _run_verb(name, prog, args, None))
 
 
-def _run_words(words: Sequence[str], executor: Executor) -> int:
+def _run_verb(name: str, prog: str, args: Sequence[str], executor: Executor | None) -> int:
+    if executor is None:
+        from storylab.execution.local import LocalExecutor
+
+        executor = LocalExecutor()
+    return find_verb(name)(Call(prog, list(args), executor))
+
+
+def _run_words(words: Sequence[str], executor: Executor | None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0 if words else 2
@@ -41,4 +51,4 @@ def _run_words(words: Sequence[str], executor: Executor) -> int:
         print(family_usage(words[0]))
         return 0
     name, args = match_verb(words)
-    return find_verb(name)(Call(f"storylab {name}", args, executor))
+    return _run_verb(name, f"storylab {name}", args, executor)

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from storylab.training.log_format import printable
 from storylab.training.observers import Observer
 
 
@@ -59,9 +60,9 @@ class ConsoleReporter(Observer):
     def line(self, text: str) -> None:
         """Print a line."""
         if self._live and sys.stdout.isatty():
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            print_lines(text)
 
     def progress(self, name: str, done: int, total: int | None) -> None:
         """Show ``done`` of ``total`` parts of the work called ``name``; without a total, a moving bar."""
@@ -104,16 +105,22 @@ class ConsoleReporter(Observer):
         self._bar.stop()
 
 
+def print_lines(*lines: str) -> None:
+    """Print lines on standard output at once, without control characters: names and texts from files may
+    have some, and a terminal obeys them."""
+    print(*map(printable, lines), sep="\n", flush=True)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on standard output; 200 columns wide if that is no terminal."""
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 200, highlight=False, no_color=not terminal)
-    cells = [[_printable(cell) for cell in row] for row in rows]
+    cells = [[*map(_printable, row)] for row in rows]
     lines = _table_lines(columns, cells)
     if cell_len(lines[1]) > console.width:
         console.print(make_table(title, columns, cells))  # which folds cells, slowly
         return
-    console.print(Text(title))
+    console.print(Text(_printable(title)))
     console.print(Text(f"\n{lines[0]}", style="bold"))
     sys.stdout.write("\n".join([*lines[1:], "", ""]))
 
@@ -140,11 +147,13 @@ def _printable(text: str) -> str:
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table. A heading that ends with a space marks a column of numbers, which is aligned right."""
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(_printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in columns:
         table.add_column(
             name.strip(), justify="right" if name.endswith(" ") else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(_printable(cell)) for cell in row))
     return table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from storylab.cli.console import ConsoleReporter
 
 if TYPE_CHECKING:
-    from storylab.data.prepare import PrepareConfig
+    from storylab.data.prepare_config import PrepareConfig
 
 
 def prepare_and_describe(config: PrepareConfig) -> None:

@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from storylab.errors import Diverged, Interrupted, UserError
-from storylab.files import system_words
+from storylab.errors import Diverged, Interrupted, StoppedAtOnce, UserError
 
 # The system's reasons for an output that cannot be written any longer.
 OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -26,7 +25,7 @@ def guarded(work: Callable[[], int]) -> int:
         code = work()
         sys.stdout.flush()  # here, so that a full disk is reported
         return code
-    except (UserError, Interrupted, Diverged) as error:
+    except (UserError, Interrupted, StoppedAtOnce, Diverged) as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
@@ -37,6 +36,8 @@ def guarded(work: Callable[[], int]) -> int:
         if error.filename is None and error.errno in OUTPUT_FAULTS:
             _discard_output()
             return _fail(f"cannot write the output: {error.strerror}")
+        from storylab.files import system_words
+
         named = error.filename is not None
         return _fail(f"cannot use {system_words(error)}" if named else system_words(error))
 

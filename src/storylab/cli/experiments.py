@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.console import ConsoleReporter
+from storylab.cli.console import ConsoleReporter, print_lines
 from storylab.cli.documents import print_document
 from storylab.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
+    from storylab.cli.arguments import ExperimentFlags
+    from storylab.cli.verbs.noise import NoiseCommand
     from storylab.data.dataset import Dataset
     from storylab.execution.job import Executor
     from storylab.experiments.experiment import Experiment
@@ -85,13 +87,29 @@ def train_planned(
         Interrupted: a signal stopped it.
     """
     from storylab.experiments.stopping import run_by_looks
+    from storylab.planning.estimate import EstimatedExecutor
     from storylab.record.run import ENDED
 
     with resumable(fresh), ConsoleReporter() as reporter:
         if fresh or any(run.read_state() not in ENDED for run in planned):
-            for line in plan_lines(experiment, planned, executor, reporter, fresh):
+            estimates = estimated(planned, executor, reporter)
+            for line in plan_lines(experiment, estimates, executor.slots, fresh):
                 reporter.line(line)
+            executor = EstimatedExecutor(executor, estimates)
         return run_by_looks(experiment, dataset, planned, runs, executor, reporter, fresh)
+
+
+def chosen_executor(given: Executor, command: ExperimentFlags | NoiseCommand) -> Executor:
+    """The executor that a command asks for: ``given`` unless its flags say something else.
+
+    Raises:
+        UserError: see :func:`storylab.execution.executors.make_executor`.
+    """
+    if command.executor == "local" and command.jobs is None and not command.executor_options:
+        return given
+    from storylab.execution.executors import make_executor
+
+    return make_executor(command.executor, command.jobs, command.executor_options, command.runs)
 
 
 def tracking(executor: Executor, names: Sequence[str]) -> Executor:
@@ -126,7 +144,8 @@ def print_plan(
     from storylab.experiments.foresight import foresight_lines
 
     with resumable(), ConsoleReporter() as reporter:
-        for line in plan_lines(experiment, planned, executor, reporter, fresh):
+        estimates = estimated(planned, executor, reporter)
+        for line in plan_lines(experiment, estimates, executor.slots, fresh):
             reporter.line(line)
         for line in foresight_lines(experiment, dataset.fingerprint, runs, planned[0].cache):
             reporter.line(line)
@@ -142,20 +161,38 @@ def print_results(record: Path, runs: Path, cache: FolderCache) -> Outcome:
     outcome = load_outcome(record, cache)
     print()
     for line in verdict_lines(outcome):
-        print(line)
+        print_lines(line)
     for problem in outcome.problems:
-        print(f"not in the comparison: {problem}")
+        print_lines(f"not in the comparison: {problem}")
     folder = write_report(runs, runs / "report", cache, {record: outcome})
-    print(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    print_lines(f"\nReport: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
     return outcome
 
 
-def require_document(json: bool, dry_run: bool) -> None:
-    """Raise a UserError if --json is given for a plan, which has another verb for it."""
+def require_document(json: bool, dry_run: bool, register: bool) -> None:
+    """Raise a UserError if --json is given where there are no verdicts to print."""
     if json and dry_run:
         raise UserError(
             "--dry_run has no JSON: give one of the two, or see `storylab plan FILE --json`"
         )
+    if register and (json or dry_run):
+        raise UserError(
+            "--register trains nothing and has no verdicts: leave out --json and --dry_run"
+        )
+
+
+def register_for_workers(
+    experiment: Experiment, dataset: Dataset, planned: Sequence[PlannedRun], runs: Path
+) -> None:
+    """Register an experiment for `storylab work`, and say how it goes on."""
+    from storylab.experiments.queue import enqueue
+    from storylab.experiments.stopping import plan_lines as registration_lines
+
+    path = enqueue(experiment, dataset, planned, runs)
+    record, seeds = planned[0].cache.record(path), len({run.seed for run in planned})
+    for line in registration_lines(experiment, record, planned, seeds):
+        print(line)
+    print(f"Registered for workers in {path}: `storylab work {runs}` on any machine trains it")
 
 
 def closing_code(outcome: Outcome, states: Sequence[str], by_verdict: bool, as_json: bool) -> int:
@@ -182,26 +219,36 @@ def resumable(fresh: bool = False) -> Iterator[None]:
         raise Interrupted(message, stop.signal_number) from None
 
 
-def plan_lines(
-    experiment: Experiment,
-    planned: Sequence[PlannedRun],
-    executor: Executor,
-    reporter: ConsoleReporter,
-    fresh: bool = False,
-) -> Iterator[str]:
-    """The plan of an experiment: its runs, with their expected time and memory.
+def estimated(
+    planned: Sequence[PlannedRun], executor: Executor, reporter: ConsoleReporter
+) -> list[tuple[PlannedRun, Estimate | None]]:
+    """Each run with its estimate; see :func:`storylab.planning.estimate.estimate_runs`.
 
     Raises:
         Interrupted: a signal stopped a calibration.
     """
-    from storylab.experiments.effect_words import design_lines
     from storylab.planning.estimate import estimate_runs
+
+    found = []
+    for number, pair in enumerate(estimate_runs(planned, executor)):
+        reporter.progress("calibrating", number, len(planned))
+        found.append(pair)
+    return found
+
+
+def plan_lines(
+    experiment: Experiment,
+    estimates: Sequence[tuple[PlannedRun, Estimate | None]],
+    slots: int,
+    fresh: bool = False,
+) -> Iterator[str]:
+    """The plan of an experiment: its runs, with their expected time and memory, ``slots`` at a time."""
+    from storylab.experiments.effect_words import design_lines
     from storylab.record.run import ENDED
     from storylab.training.cores import SOME_CORES
 
     rows, left, others = [], {}, 0.0
-    for number, (run, estimate) in enumerate(estimate_runs(planned, executor)):
-        reporter.progress("calibrating", number, len(planned))
+    for run, estimate in estimates:
         state = run.read_state()
         if fresh and state != "new":
             state = "again"
@@ -212,22 +259,24 @@ def plan_lines(
         rows.append(
             f"  {run.label:<44} {run.tokens:>13,} tokens  {_estimate_columns(estimate)}  {state}"
         )
-    yield _plan_head(experiment, len(planned), sum(left.values()))
+    yield _plan_head(experiment, len(estimates), sum(left.values()), slots)
     yield from rows
     if experiment.factorial:
-        seeds = len({run.seed for run in planned})
+        seeds = len({run.seed for run, _ in estimates})
         yield from design_lines(experiment.factorial, seeds, len(experiment.conditions))
     if others >= SOME_CORES:
         yield _other_programs(others)
 
 
-def _plan_head(experiment: Experiment, runs: int, seconds: float) -> str:
+def _plan_head(experiment: Experiment, runs: int, seconds: float, slots: int) -> str:
     from storylab.training.log_format import format_duration
 
+    together = min(slots, runs)
+    at_once = f", {together} at a time" if together > 1 else ""
     return (
         f"Plan: {experiment.title}{f', scale {experiment.scale}' if experiment.scale else ''}: "
-        f"{runs} runs, about {format_duration(seconds)} to go (as a like run took before, or predicted by "
-        "a calibration of seconds)"
+        f"{runs} runs{at_once}, about {format_duration(seconds / together)} to go (as a like run took "
+        "before, or predicted by a calibration of seconds)"
     )
 
 

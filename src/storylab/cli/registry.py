@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from storylab.cli import verbs
 from storylab.errors import UserError, out_of_memory
-from storylab.execution.job import Executor
-from storylab.flags import parse
+
+if TYPE_CHECKING:
+    from storylab.execution.job import Executor
 
 T = TypeVar("T")
 Group = Literal["runs", "experiments"]
@@ -40,6 +42,8 @@ class Call:
 
     def parse(self, kind: type[T], default: T | None = None) -> T:
         """The flags as a dataclass; see :func:`storylab.flags.parse`."""
+        from storylab.flags import parse
+
         return parse(kind, self.args, self.prog, default)
 
 
@@ -52,6 +56,7 @@ class Verb:
         help: one line for the list of verbs.
         group: the part of that list.
         run: does the work and returns the exit code.
+        command: the dataclass whose fields are the verb's flags.
         operand: placeholder after the name in that list, such as ``FILE``.
         position: order within the group; ties are sorted by name.
         memory_remedy: advice for when memory runs out.
@@ -61,6 +66,7 @@ class Verb:
     help: str
     group: Group
     run: Callable[[Call], int]
+    command: type[Any]
     operand: str = ""
     position: int = 99
     memory_remedy: str = SMALLER_STEPS
@@ -79,6 +85,17 @@ class Verb:
             raise UserError(f"out of memory: {self.memory_remedy}") from error
 
 
+@dataclass(frozen=True)
+class ListedVerb:
+    """The facts about a verb that lists of verbs show; see :class:`Verb`."""
+
+    name: str
+    help: str
+    group: Group
+    operand: str = ""
+    position: int = 99
+
+
 def verb_names() -> list[str]:
     """Names of all verbs, from the names of their files; nothing is imported."""
     return [module.name.replace("_", " ") for module in pkgutil.iter_modules(verbs.__path__)]
@@ -91,16 +108,40 @@ def find_verb(name: str) -> Verb:
 
 
 def all_verbs() -> list[Verb]:
-    """All verbs, in the order of the list that users see."""
-    found = (find_verb(name) for name in verb_names())
+    """All verbs, in the order of :func:`listed_verbs`."""
+    return [find_verb(verb.name) for verb in listed_verbs()]
+
+
+def listed_verbs() -> list[ListedVerb]:
+    """The facts about all verbs, in the order of the list that users see.
+
+    They are read from the source of each ``VERB``, as importing all verbs takes several times as long as
+    everything else that the list needs.
+    """
+    found = (_listed(f"{name.replace(' ', '_')}.py") for name in verb_names())
     return sorted(found, key=lambda verb: (GROUPS.index(verb.group), verb.position, verb.name))
 
 
-def family(word: str) -> list[Verb]:
+def _listed(file: str) -> ListedVerb:
+    source = pkgutil.get_data(verbs.__name__, file)
+    assert source is not None
+    (call,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VERB"
+    )
+    assert isinstance(call, ast.Call)
+    given = dict(zip((field.name for field in fields(Verb)), call.args, strict=False))
+    given |= {word.arg: word.value for word in call.keywords if word.arg is not None}
+    wanted = (field.name for field in fields(ListedVerb) if field.name in given)
+    return ListedVerb(**{name: ast.literal_eval(given[name]) for name in wanted})
+
+
+def family(word: str) -> list[ListedVerb]:
     """The verbs of two words that begin with ``word``."""
     if not any(name.startswith(f"{word} ") for name in verb_names()):
         return []
-    return [verb for verb in all_verbs() if verb.name.startswith(f"{word} ")]
+    return [verb for verb in listed_verbs() if verb.name.startswith(f"{word} ")]
 
 
 def match_verb(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -117,5 +158,5 @@ def match_verb(words: Sequence[str]) -> tuple[str, list[str]]:
     if seconds := [verb.name.partition(" ")[2] for verb in family(words[0])]:
         unknown = f"there is no '{words[1]}': " if words[1:] else ""
         raise UserError(f"{unknown}say what to do: storylab {words[0]} {', '.join(seconds)}")
-    known = dict.fromkeys(verb.name.partition(" ")[0] for verb in all_verbs())
+    known = dict.fromkeys(verb.name.partition(" ")[0] for verb in listed_verbs())
     raise UserError(f"unknown verb '{words[0]}': use one of {', '.join(known)}")

@@ -39,6 +39,7 @@ Dtype = Literal[
 ]
 NATIVE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao", "native"]
+DivergencePolicy = Literal["stop", "skip", "rewind"]
 MethodName = Literal["record", "fast", "portable"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 # The names are those of the entries, so that a new one is named in one place.
@@ -118,6 +119,11 @@ class TrainConfig:
     """AdamW decay of the squared-gradient average."""
     grad_clip: Annotated[float, mark("step", checks=NUMBER, effect="result")] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    on_divergence: Annotated[DivergencePolicy, mark("step", before="stop", effect="result")] = (
+        "stop"
+    )
+    """Where loss or gradients are not finite: stop; skip the step; or rewind to the last evaluation and
+    go on with the data after the fault. The run records each."""
     ema_fraction: Annotated[
         float,
         mark(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ import numpy as np
 
 from storylab.checksums import read_checksums
 from storylab.data.layout import READ_IN_TRAINING, SPLITS, TEST
+from storylab.data.layout import TOKENIZER_FILE as TOKENIZER_FILE
 from storylab.data.manifest import Manifest
+from storylab.data.npy import parse_npy
 from storylab.data.tokenizer import Tokenizer, load_tokenizer
 from storylab.decode import convert, shown
 from storylab.errors import UserError
@@ -24,7 +25,6 @@ from storylab.files import exists, open_file, read_json, reading
 # Format 1 has no test split.
 FORMAT_WITHOUT_TEST, FORMAT = 1, 2
 MANIFEST = "manifest.json"
-TOKENIZER_FILE = "tokenizer.tiktoken"
 READ_BYTES = 1 << 24
 REPAIR = "run `storylab prepare` again into a new folder"
 
@@ -231,41 +231,54 @@ def _load_split(folder: Path, name: str, manifest: dict[str, Any], vocab_size: i
     stored = np.dtype(manifest["dtype"]).newbyteorder("<")
     for shard in entry["shards"]:
         path = folder / shard["file"]
-        if _check_file(path, shard["sha256"], stored) >= vocab_size:
+        if _check_file(path, shard, stored) >= vocab_size:
             raise UserError(f"{path} has token ids outside the vocabulary {vocab_size}: {REPAIR}")
         shards.append(np.memmap(path, dtype=stored, mode="r"))
         starts.append(starts[-1] + len(shards[-1]))
-    stories = _load_stories(folder / entry["stories_file"], entry["stories_sha256"])
-    return Split(name, tuple(shards), tuple(starts), stories)
+    return Split(name, tuple(shards), tuple(starts), _load_stories(folder, entry, starts[-1]))
 
 
-def _load_stories(path: Path, expected: str) -> np.ndarray:
-    """The table of where stories begin, from a file with the hash ``expected``."""
+def _load_stories(folder: Path, entry: dict[str, Any], tokens: int) -> np.ndarray:
+    """The table of where the stories of a split of ``tokens`` tokens begin."""
+    path = folder / entry["stories_file"]
     try:
         with open_file(path) as file:
             data = file.read()
     except UserError as error:
         raise UserError(f"{error}; {REPAIR}") from error
-    if hashlib.sha256(data).hexdigest() != expected:
+    if hashlib.sha256(data).hexdigest() != entry["stories_sha256"]:
         raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
-    table: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    table = parse_npy(data, "<i8", 2)
+    if table is None or not _fits(table, tokens):
+        raise UserError(f"{path} does not say where the stories of its shards begin: {REPAIR}")
     return table
 
 
-def _check_file(path: Path, expected: str, dtype: np.dtype[Any]) -> int:
-    """The greatest value in a file of numbers, whose hash is checked on the way.
+def _fits(table: np.ndarray, tokens: int) -> bool:
+    """Whether a table says where stories begin in so many tokens, in their order."""
+    if len(table) < 1 or table.shape[1] != 2:
+        return False
+    ordered = (table[0] == 0).all() and (np.diff(table, axis=0) >= 0).all()
+    return bool(ordered) and int(table[-1, 0]) == tokens
+
+
+def _check_file(path: Path, shard: dict[str, Any], dtype: np.dtype[Any]) -> int:
+    """The greatest value in a shard, whose size and hash are checked on the way.
 
     One pass in blocks: through a memory map, every page would count as this process's memory.
     """
-    digest, greatest = hashlib.sha256(), 0
+    digest, greatest, size = hashlib.sha256(), 0, 0
     try:
         with open_file(path) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
+                size += len(block)
                 whole = len(block) // dtype.itemsize * dtype.itemsize
                 greatest = max(greatest, int(np.frombuffer(block[:whole], dtype).max(initial=0)))
     except UserError as error:
         raise UserError(f"{error}; {REPAIR}") from error
-    if digest.hexdigest() != expected:
+    if digest.hexdigest() != shard["sha256"]:
         raise UserError(f"{path} is truncated or altered (its SHA-256 differs): {REPAIR}")
+    if size != shard["tokens"] * dtype.itemsize:
+        raise UserError(f"{path} has not the {shard['tokens']} tokens of {MANIFEST}: {REPAIR}")
     return greatest

@@ -43,7 +43,7 @@ def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
     try:
         with suppress(LocalEntryNotFoundError):
             return fetch(cached=True)
-        _check_reachable(endpoint)
+        check_reachable(endpoint)
         return fetch(cached=False)
     except Exception as error:  # the hub's client lets its transport's errors through
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -52,8 +52,12 @@ def download(repo: str, file: str, revision: str, repo_type: str) -> Path:
         ) from error
 
 
-def _check_reachable(endpoint: str) -> None:
-    """Fail at once without a network; the hub's client would retry for half a minute."""
+def check_reachable(endpoint: str) -> None:
+    """Fail at once without a network; the hub's client would retry for half a minute.
+
+    Raises:
+        OSError: the hub cannot be reached.
+    """
     if urllib.request.getproxies():
         return  # a proxy may reach the hub although this machine cannot
     address = urllib.parse.urlsplit(endpoint)

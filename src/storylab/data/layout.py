@@ -6,3 +6,4 @@ END_OF_TEXT = "<|endoftext|>"  # separates stories in .txt files; one token afte
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 READ_IN_TRAINING = (TRAIN, VALIDATION)
+TOKENIZER_FILE = "tokenizer.tiktoken"

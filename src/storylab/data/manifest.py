@@ -10,6 +10,8 @@ from storylab.decode import LARGEST_INT
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST_INT)]
 Size = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
+FileName = Annotated[str, Meta(pattern=r"\A\w[\w.-]*\Z", max_length=200)]
+"""A file in the folder of the data set: nothing that leads elsewhere."""
 
 
 class TokenizerInfo(Struct, frozen=True, kw_only=True):
@@ -24,8 +26,8 @@ class TokenizerInfo(Struct, frozen=True, kw_only=True):
 class ShardInfo(Struct, frozen=True, kw_only=True):
     """A file of token ids."""
 
-    file: str
-    tokens: Count
+    file: FileName
+    tokens: Size
     sha256: str
 
 
@@ -36,7 +38,7 @@ class SplitInfo(Struct, frozen=True, kw_only=True):
     tokens: Count
     text_bytes: Count
     shards: list[ShardInfo]
-    stories_file: str
+    stories_file: FileName
     stories_sha256: str
     duplicate_stories: Count
 

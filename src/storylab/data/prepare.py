@@ -4,13 +4,9 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from storylab.checksums import add_checksums, write_checksums
 from storylab.data.dataset import (
@@ -25,14 +21,15 @@ from storylab.data.dataset import (
 )
 from storylab.data.held_out import SplitStories
 from storylab.data.layout import SPLITS, TEST, TRAIN
+from storylab.data.prepare_config import PrepareConfig as PrepareConfig  # the public name
 from storylab.data.shards import CHUNK_BYTES, OverlapFilter, SplitWriter
 from storylab.data.sources import BuiltinSource, Source, hub_source, local_source
 from storylab.data.tally import Tally
 from storylab.data.tokenizer import Tokenizer, gpt2_tokenizer
 from storylab.data.vocabulary import train_tokenizer
 from storylab.errors import UserError
-from storylab.files import read_json, reading, shown, sync_folder, write_error, write_json
-from storylab.locks import exclusive
+from storylab.files import read_json, reading, shown, write_json
+from storylab.folders import whole_folder
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of the work, the bytes done, and the total of bytes (None: unknown)."""
@@ -40,44 +37,6 @@ Progress = Callable[[str, int, int | None], None]
 
 # A few hours of preparing. The grammar repeats itself long before.
 MAX_BUILTIN_STORIES = 100_000_000
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Turn stories into a data set to train on.
-
-    Examples: storylab prepare | storylab prepare --source builtin --tokenizer bpe:1024
-    | storylab prepare --train a.parquet b.txt --validation c.txt --out data/mine
-    """
-
-    source: Literal["tinystories", "tinystories-v2", "tinystories-gpt4-clean", "builtin"] = (
-        "tinystories"
-    )
-    """A data set of the Hugging Face hub, or the built-in corpus; not used with --train."""
-    train: tuple[Path, ...] = ()
-    """Local training stories: .txt (<|endoftext|> between stories), .parquet, .jsonl, also .gz, .zst."""
-    validation: tuple[Path, ...] = ()
-    """Local validation stories."""
-    test: tuple[Path, ...] = ()
-    """Local test stories; by default half of the validation stories, by a hash of their text."""
-    tokenizer: str = "gpt2"
-    """gpt2 (50,257 ids), or bpe:N to train N ids on the training stories (bpe:4096 suits small models)."""
-    tokenizer_dir: Path | None = None
-    """Folder with GPT-2's vocab.bpe and encoder.json; by default the installed copy."""
-    out: Path | None = None
-    """Folder to write; by default data/SOURCE-TOKENIZER."""
-    keep_overlap: bool = False
-    """Keep training stories that also are validation or test stories (they are left out otherwise)."""
-    builtin_stories: int = 20_000
-    """How many stories the built-in corpus has."""
-    builtin_seed: int = 0
-    """Seed of the built-in corpus."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the data set goes."""
-        name = "files" if self.train else self.source
-        return self.out or Path("data") / f"{name}-{self.tokenizer.replace(':', '')}"
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Dataset:
@@ -203,7 +162,7 @@ def write_dataset(
     report: Progress,
 ) -> None:
     """Write tokenizer, shards and manifest; ``folder`` appears when all are complete."""
-    with _whole_or_nothing(folder) as partial:
+    with whole_folder(folder) as partial:
         dtype = token_dtype(tokenizer.vocab_size)
         tokenizer.save(partial / TOKENIZER_FILE)
         stories = SplitStories.of(source)
@@ -258,29 +217,6 @@ def _overlaps(filters: Mapping[str, OverlapFilter]) -> dict[str, int]:
         for split, filtered in filters.items()
         for other, count in filtered.overlap.items()
     }
-
-
-@contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """An empty, locked folder next to ``folder``; it replaces ``folder`` when the block ends
-    without an error."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with exclusive(partial):
-            for left_by_a_kill in partial.iterdir():
-                left_by_a_kill.unlink()
-            try:
-                yield partial
-                if folder.exists():
-                    folder.rmdir()  # empty, or the caller would not have come here
-                os.rename(partial, folder)
-                sync_folder(folder.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        place = Path(error.filename) if isinstance(error.filename, str) else folder
-        raise write_error(place, error) from error
 
 
 def _counted(

@@ -121,7 +121,8 @@ def _pieces(path: Path, mark: bytes) -> Iterator[tuple[int, bytes]]:
         _checked(path),
         pa.input_stream(file, compression=compression) as stream,
     ):
-        while block := stream.read(READ_BYTES):
+        # Not read(), which keeps the memory of a block that turns out to be damaged.
+        while block := stream.read_buffer(READ_BYTES).to_pybytes():
             if not offset and not buffer:
                 _check_beginning(path, block)
             buffer += block

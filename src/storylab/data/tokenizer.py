@@ -42,6 +42,7 @@ MAX_SPACE = 10_000
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The look-behind keeps the search from beginning again at every character of a run.
 HUGE_SPACE = re.compile(f"(?<![{_SPACE}])[{_SPACE}]{{{MAX_SPACE},}}")
+_BYTES = frozenset(bytes([byte]) for byte in range(256))
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -67,6 +68,11 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """Id of ``<|endoftext|>``, the last one."""
         return len(self.tokens)
+
+    @property
+    def begin_of_text(self) -> int:
+        """Id before a story: in training that is the end of the story before it."""
+        return self.end_of_text
 
     @cached_property
     def sha256(self) -> str:
@@ -169,6 +175,11 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
         ) from error
     if ranks != list(range(len(ranks))):
         raise UserError(f"{path} has ids missing or out of order: prepare the data again")
+    known = set(tokens)
+    if len(known) != len(tokens) or not known >= _BYTES or b"" in known:
+        raise UserError(
+            f"{path} has a token twice, an empty one, or not all 256 bytes: prepare the data again"
+        )
     return Tokenizer(name, tokens)
 
 

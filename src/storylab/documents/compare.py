@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Struct
 
 from storylab.documents.compared import ComparedArm
@@ -24,12 +25,32 @@ class ArmNeighbors(Struct, frozen=True, kw_only=True):
     other_code: Annotated[list[str], about("runs by other versions of the code; not counted")]
 
 
+class ModelBits(Struct, frozen=True, kw_only=True):
+    """A model on the validation stories that all given models read, each story alone."""
+
+    folder: Annotated[str, about("the folder of the run or of the imported model, as it was given")]
+    imported: Annotated[bool, about("whether it is an imported model")]
+    block_size: Annotated[int, about("tokens in a window", "tokens")]
+    bits_per_byte: Annotated[
+        float,
+        about("bits to code the stories, over the UTF-8 bytes of their text", "bits per byte"),
+    ]
+    difference_bits_per_byte: Annotated[
+        float, about("`bits_per_byte` minus that of the first model", "bits per byte")
+    ]
+    low_bits_per_byte: Annotated[
+        float, about("lower end of the difference's 95 % interval over stories", "bits per byte")
+    ]
+    high_bits_per_byte: Annotated[float, about("its upper end", "bits per byte")]
+    lossy_stories: Annotated[int, about("stories that do not come back from the model's tokenizer")]
+
+
 class CompareDocument(
     Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.compare/1"
 ):
     """Arms compared with the arm of the first run."""
 
-    runs: Annotated[list[str], about("the run folders, as they were given")]
+    runs: Annotated[list[str], about("the folders, as they were given")]
     experiment: Annotated[
         str | None,
         about(
@@ -48,3 +69,9 @@ class CompareDocument(
     ]
     neighbors: Annotated[list[ArmNeighbors], about("arms of which other runs were found")]
     left_out: Annotated[list[str], about("faults of runs that could not be read, one line each")]
+    models: Annotated[
+        list[ModelBits],
+        about(
+            "every given folder, if one of them is an imported model; then there are no comparisons"
+        ),
+    ] = msgspec.field(default_factory=list)

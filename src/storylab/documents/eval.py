@@ -68,8 +68,10 @@ class SamplesEntry(Struct, frozen=True, kw_only=True):
 class EvalDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.eval/1"):
     """Losses of a run's model on a whole split; null where a value is not finite."""
 
-    run: Annotated[str, about("the run folder, as it was given")]
-    checkpoint: Annotated[str, about("`last` or `best`")]
+    run: Annotated[str, about("the folder of the run or of the imported model, as it was given")]
+    checkpoint: Annotated[
+        str, about("`last` or `best`; `imported`: the weights of an imported model")
+    ]
     split: Annotated[str, about("the split whose stories were read")]
     block_size: Annotated[int, about("tokens in a window", "tokens")]
     aligned: Annotated[
@@ -88,6 +90,10 @@ class EvalDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
     stories: Annotated[int, about("stories in the split")]
     tokens: Annotated[int, about("predicted tokens: all but the first", "tokens")]
     text_bytes: Annotated[int, about("UTF-8 bytes of the split's text", "bytes")]
+    lossy_stories: Annotated[
+        int,
+        about("stories that do not come back from the tokenizer of an imported model; 0 for a run"),
+    ] = 0
     tasks: Annotated[
         list[TaskEntry],
         about("results of `--tasks`, on questions made from validation stories; may be empty"),

@@ -58,3 +58,10 @@ class InfoDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
         list[StageEntry],
         about("start and resumes of the run, each with its checks; empty if none was given"),
     ]
+    on_divergence: Annotated[
+        str | None, about("the run's choice where loss or gradients are not finite; null: no run")
+    ]
+    recoveries: Annotated[
+        list[str],
+        about("steps that the run skipped and rewinds, in words; empty before the run has ended"),
+    ]

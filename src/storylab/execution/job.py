@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,9 @@ from storylab.errors import Interrupted
 from storylab.training.signals import stop_signals
 
 ActionName = Literal["train", "measure", "bench"]
-Status = Literal["done", "diverged", "failed", "interrupted", "out of memory", "killed"]
+Status = Literal["done", "diverged", "failed", "interrupted", "out of memory", "killed", "lost"]
+"""How a job ended. ``killed``: its process was, perhaps because memory was short. ``lost``: its machine
+failed or was taken away, which says nothing about the job."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,28 @@ class Job:
         action: a key of ``storylab.execution.worker.ACTIONS``.
         config: the run to train or to measure.
         options: further arguments of the action, JSON values.
+        seconds: expected duration, for executors that reserve time; None if unknown.
+        memory_bytes: expected peak memory of the device, or of the process on a CPU; None if unknown.
     """
 
     action: ActionName
     config: TrainConfig
     options: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    memory_bytes: float | None = None
+
+    @property
+    def gpus(self) -> int:
+        """Number of CUDA devices that it needs."""
+        return int(self.config.device.startswith("cuda"))
+
+    @property
+    def host_memory_bytes(self) -> float | None:
+        """Expected peak memory of the process; None if unknown, as where the model is on another device."""
+        return self.memory_bytes if self.config.device == "cpu" else None
 
     def to_json(self) -> str:
-        """The job as text for the process that carries it out."""
+        """The job as text for the process that carries it out, which needs no expectations."""
         config = configs.to_dict(self.config)
         return json.dumps({"action": self.action, "config": config, "options": dict(self.options)})
 
@@ -86,6 +103,16 @@ def decode(line: str) -> Event | Outcome | None:
         values = json.loads(line)
         return _MESSAGES[values.pop("message")](**values)
     return None
+
+
+def paced(messages: Iterator[Event | Outcome], seconds: float = 1.0) -> Iterator[Event | Outcome]:
+    """Leave out events that come within ``seconds`` of the one before, except where they end something."""
+    due = 0.0
+    for message in messages:
+        last = isinstance(message, Outcome) or message.done == message.total
+        if last or time.monotonic() >= due:
+            yield message
+            due = time.monotonic() + seconds
 
 
 class Executor(Protocol):

@@ -63,4 +63,7 @@ def send(message: Event | Outcome) -> None:
 
 
 if __name__ == "__main__":
+    # A scheduler warns every process of a job by this signal. The parent of this one acts on it.
+    if hasattr(signal, "SIGUSR2"):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     send(perform(Job.from_json(sys.stdin.read()), send))

@@ -22,12 +22,23 @@ MICROBATCH_NOTE = "split.json"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a run: the config, and whether an earlier try was killed and this one continues it."""
+    """One try at a run.
+
+    Attributes:
+        config: the config of this try.
+        resumes: whether an earlier try was killed and this one continues it.
+        losses: how many tries before it lost their machine, without a new checkpoint between them.
+        reached: time of the checkpoint of the last of those, in nanoseconds; 0 without one.
+    """
 
     config: TrainConfig
     resumes: bool = False
+    losses: int = 0
+    reached: int = 0
 
 
+# A run that loses its machine so often without a new checkpoint is given up.
+MOST_LOSSES = 5
 # The end of a folder's name that was set aside.
 SET_ASIDE = re.compile(r"\.old\d+$", re.ASCII)
 
@@ -66,10 +77,25 @@ def halve_micro_batch(
     return dataclasses.replace(attempt, config=config), note
 
 
+def go_on_elsewhere(
+    run: PlannedRun, attempt: Attempt, outcome: Outcome
+) -> tuple[Attempt, str] | None:
+    """Continue from the checkpoint, or begin again, with the same config: the run is not to blame."""
+    checkpoint = RunFolder(run.folder).checkpoint("last")
+    reached = checkpoint.stat().st_mtime_ns if exists(checkpoint) else 0
+    losses = attempt.losses + 1 if reached == attempt.reached else 1
+    if losses > MOST_LOSSES:
+        return None
+    start = "from its checkpoint" if reached else "from the start"
+    note = f"{outcome.reason}; going on {start}"
+    return dataclasses.replace(attempt, losses=losses, reached=reached), note
+
+
 # The remedies for each status, in the order in which they are tried. Any other status ends the run.
 REMEDIES: Mapping[Status, tuple[Remedy, ...]] = {
     "out of memory": (halve_micro_batch,),
     "killed": (resume_once, halve_micro_batch),  # by the system perhaps, when memory is short
+    "lost": (go_on_elsewhere,),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from storylab.experiments import statistics
 from storylab.experiments.comparison import Arm, Comparison, Noise
-from storylab.experiments.confounds import comparison_notes
+from storylab.experiments.confounds import comparison_notes, recovery_notes
 from storylab.experiments.contest import Contest
 from storylab.experiments.curve_comparison import equal_time, ratio_of, reach
 from storylab.experiments.factors import changed_fields, infer_factor
@@ -84,6 +84,7 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
         failures=tuple(_failures(arm, baseline)),
         diverged=(arm.diverged, baseline.diverged),
         ended=(arm.ended, baseline.ended),
+        recovered=tuple(recovery_notes(arm, baseline)),
         seeds=tuple(run.config.seed for run in met[0]),
         baseline_seeds=tuple(run.config.seed for run in met[1]),
     )

@@ -172,6 +172,8 @@ class Comparison:
     """Those of the baseline's runs; the same where they are paired."""
     exploratory: tuple[str, ...] = ()
     """Why the verdict is exploratory: no plan was registered, or it was changed later."""
+    recovered: tuple[str, ...] = ()
+    """Sides with runs that skipped steps or went back where they would have diverged, in words."""
 
     @property
     def recipes(self) -> Interval | None:

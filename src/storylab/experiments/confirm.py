@@ -11,8 +11,9 @@ from msgspec import structs
 from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.experiments.experiment import MOST_SEEDS, Experiment
+from storylab.experiments.leases import hold_records
 from storylab.experiments.openings import OpeningLine, OpeningLog
-from storylab.experiments.recording import record_lock, record_path
+from storylab.experiments.recording import record_path
 from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now
 from storylab.experiments.selection import recorded_openings, used_seeds
@@ -149,10 +150,11 @@ def note_opening(path: Path, seeds: int, fingerprint: str, cache: FolderCache) -
     Raises:
         UserError: the record cannot be read or written.
     """
-    with record_lock(path):
+    with hold_records(path.parent.parent) as lease:
         log = OpeningLog.read(path.parent)
         recorded = recorded_openings(path.parent.parent, fingerprint, cache)
         opening = Opening(time=now(), seeds=seeds)
+        lease.renew()
         log.append(OpeningLine(opening.time, fingerprint, path.stem, seeds))
         openings = [*cache.record(path).openings, opening]
         cache.save_record(path, {"openings": [structs.asdict(entry) for entry in openings]})

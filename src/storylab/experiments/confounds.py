@@ -70,6 +70,8 @@ def speed_confounds(a: Run, b: Run) -> Iterable[str]:
     yield from _differences(
         "platform", *({stage.platform for stage in run.stages} for run in (a, b))
     )
+    if any(stage.shared_machine for run in (a, b) for stage in run.stages):
+        yield "shared machine: other runs may have used it at the same time"
     if any(run.results.emulated for run in (a, b)):
         yield "emulated precision, whose time and memory are no measure of hardware"
     if a.config.block_size == b.config.block_size and a.config.batch_size != b.config.batch_size:
@@ -88,6 +90,7 @@ def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
         resumed = sum(bool(run.environment.resumed) for run in side.runs)
         if resumed:
             yield f"{resumed} of {len(side.runs)} runs of {side.name} were resumed"
+    yield from recovery_notes(arm, baseline)
     for side in (arm, baseline):
         unsteady = [run for run in side.finished if _unsteady(run)]
         if unsteady:
@@ -101,6 +104,22 @@ def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
             f"{lost} of {len(arm.runs)} runs of {arm.name} did not finish: the difference is that of "
             "the others"
         )
+
+
+def recovery_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
+    """The sides with runs that would have diverged without their ``on_divergence``."""
+    for side in (arm, baseline):
+        found = [run.results for run in side.finished if run.recoveries]
+        if found:
+            skipped = sum(summary.skipped_steps for summary in found)
+            rewinds = sum(len(summary.rewinds) for summary in found)
+            did = [f"skipped {skipped} steps"] * (skipped > 0) + [f"rewound {rewinds} times"] * (
+                rewinds > 0
+            )
+            yield (
+                f"{len(found)} of {len(side.runs)} runs of {side.name} would have diverged: they "
+                f"{' and '.join(did)}"
+            )
 
 
 def _unsteady(run: Run) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from storylab.config import GPT2_VOCAB_SIZE, TrainConfig, at_most
-from storylab.data.prepare import PrepareConfig
+from storylab.data.prepare_config import PrepareConfig
 from storylab.errors import UserError
 from storylab.experiments.factorial import Factorial
 

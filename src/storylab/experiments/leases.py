@@ -1,53 +1,79 @@
-"""The right to train a run, so that processes which share run folders do not train it twice at once."""
+"""The leases of a folder of runs: to train a run, to write records, to judge an experiment."""
 
 from __future__ import annotations
 
-import contextlib
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from storylab.errors import UserError
-from storylab.files import exists, make_folder
-from storylab.locks import HeldError, exclusive, held
+from storylab.files import exists
+from storylab.leases import Claimant, Lease, holder_of
+from storylab.locks import held
+from storylab.tickets import Holder
 
-# The folder in RUNS with one folder to lock for each run, which is there before the run folder is.
-LOCKS = ".locks"
+# The folder in RUNS with one folder for each lease.
+LEASES = ".locks"
+# Its lease to write records; the records are in a folder of that name, so no run has it.
+RECORDS = "experiments"
+POLL_SECONDS = 0.05
 
 
 def lease_folder(run_folder: Path) -> Path:
-    """The folder to lock for a run."""
-    return run_folder.parent / LOCKS / run_folder.name
+    """The folder of the lease to train a run; it is there before the run folder is."""
+    return run_folder.parent / LEASES / run_folder.name
 
 
-def is_taken(run_folder: Path) -> bool:
-    """Whether another process, or thread, trains a run: as part of an experiment, or by its folder."""
-    return any(_is_held(folder) for folder in (lease_folder(run_folder), run_folder))
-
-
-@contextlib.contextmanager
-def run_lease(run_folder: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the right to train a run.
-
-    Args:
-        run_folder: the run's folder; it need not be there.
-        wait: called again and again while another process has the right; it may raise to give up.
+@contextmanager
+def claim_run(claimant: Claimant, run_folder: Path) -> Iterator[Lease | None]:
+    """Hold the right to train a run, None if another process trains it: as part of an experiment, or by
+    its folder.
 
     Raises:
-        UserError: the lock cannot be made.
+        UserError: the lease cannot be read or written.
     """
-    lock = lease_folder(run_folder)
-    make_folder(lock)
-    while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(lock))
-            except HeldError:
-                wait()
-                continue
-            while _is_held(run_folder):
-                wait()
-            yield
-            return
+    with claimant.claim(lease_folder(run_folder)) as lease:
+        yield None if lease is not None and _is_held(run_folder) else lease
+
+
+def trainer_of(run_folder: Path) -> Holder | None:
+    """The process that has the right to train a run; it may have ended a moment ago.
+
+    Raises:
+        UserError: the lease cannot be read.
+    """
+    return holder_of(lease_folder(run_folder))
+
+
+@contextmanager
+def claim_judging(claimant: Claimant, record: Path) -> Iterator[Lease | None]:
+    """Hold the right to judge the experiment of a record, None if another process has it.
+
+    Raises:
+        UserError: the lease cannot be read or written.
+    """
+    with claimant.claim(record.parent.parent / LEASES / f"{RECORDS}.{record.stem}") as lease:
+        yield lease
+
+
+@contextmanager
+def hold_records(runs: Path) -> Iterator[Lease]:
+    """Hold the right to write the records in a folder of runs; waits while another process has it.
+
+    Raises:
+        UserError: the lease cannot be read or written.
+    """
+    claimant = Claimant()
+    with ExitStack() as stack:
+        while True:
+            with ExitStack() as attempt:
+                lease = attempt.enter_context(claimant.claim(runs / LEASES / RECORDS))
+                if lease is not None:
+                    stack.push(attempt.pop_all())
+                    break
+            time.sleep(POLL_SECONDS)
+        yield lease
 
 
 def _is_held(folder: Path) -> bool:
@@ -55,3 +81,9 @@ def _is_held(folder: Path) -> bool:
         return exists(folder) and held(folder)
     except UserError:
         return False  # the code that trains the run reports the fault
+
+
+def wait_for_folder(run_folder: Path, wait: Callable[[], None]) -> None:
+    """Call ``wait`` again and again while a process trains the run in a folder, with or without a lease."""
+    while _is_held(run_folder):
+        wait()

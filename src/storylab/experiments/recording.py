@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from storylab.errors import UserError
 from storylab.experiments.attempts import set_aside
 from storylab.experiments.experiment import Cell, Experiment
 from storylab.experiments.factors import changed_fields
+from storylab.experiments.leases import hold_records
 from storylab.experiments.plan import PlannedRun, ResolvedCell, resolved_cells
 from storylab.experiments.records import EXPERIMENTS, FolderCache, experiment_records
 from storylab.experiments.registered_plan import plan_of
 from storylab.experiments.registration import Progress, registered_values
 from storylab.files import exists, make_folder, open_file
-from storylab.locks import HeldError, exclusive
 from storylab.record.experiment_schema import CellRecord, ExperimentRecord
 from storylab.record.run import ENDED
 
-POLL_SECONDS = 0.05
 # Fields that are filled in by a machine that has a run's device and precision.
 RESOLVED_FIELDS = ("device", "data_seed", "backend", "compile")
 
@@ -59,7 +57,7 @@ def write_record(
     """
     path, cache = record_path(experiment, runs), planned[0].cache
     make_folder(path.parent)
-    with record_lock(path):
+    with hold_records(runs) as lease:
         before, damage = _read_or_set_aside(path, cache)
         known = {(cell.condition, cell.arm): cell for cell in before.cells} if before else {}
         found = resolved_cells(experiment, dataset, {run.cell.arm for run in planned})
@@ -71,6 +69,7 @@ def write_record(
         del values["data"], values["cells"]
         values["cells"] = [_plain(cell) for cell in listed]
         values |= registered_values(before, plan, progress, damage, fresh)
+        lease.renew()
         cache.save_record(path, values)
     return path
 
@@ -88,23 +87,10 @@ def update_record(
     Raises:
         UserError: the record cannot be read or written.
     """
-    with record_lock(path):
+    with hold_records(path.parent.parent) as lease:
         if values := change(cache.record(path)):
+            lease.renew()
             cache.save_record(path, values)
-
-
-@contextlib.contextmanager
-def record_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from writing a record; waits while one of them does."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(path.parent))
-            except HeldError:
-                time.sleep(POLL_SECONDS)
-                continue
-            yield
-            return
 
 
 def _read_or_set_aside(path: Path, cache: FolderCache) -> tuple[ExperimentRecord | None, str]:

@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from storylab.errors import Interrupted, UserError
 from storylab.execution.job import Event, Executor, Job, Outcome
 from storylab.experiments.attempts import set_aside, train_run
-from storylab.experiments.leases import is_taken, run_lease
+from storylab.experiments.leases import claim_run, wait_for_folder
 from storylab.experiments.plan import PlannedRun
+from storylab.experiments.progress import ExperimentReporter, TokenCount
 from storylab.files import exists, reading
-from storylab.record.run import ENDED, FINISHED
+from storylab.leases import Claimant, Fence, Lease, LeaseLost
+from storylab.record.run import ENDED, FAILED, FINISHED
 from storylab.training.signals import stop_signals
 
 POLL_SECONDS = 2.0
-
-
-class ExperimentReporter(Protocol):
-    """Shows the progress of an experiment."""
-
-    def line(self, text: str) -> None:
-        """A line for the user."""
-        ...
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` parts of the work called ``name``, within one run, are done."""
-        ...
-
-    def overall(self, name: str, done: float, total: float) -> None:
-        """``done`` of ``total`` tokens of the whole experiment are done; the run ``name`` is under way."""
-        ...
-
-
-class TokenCount:
-    """Counts the tokens of an experiment that are trained, and shows them.
-
-    Args:
-        planned: all runs.
-        reporter: shows the count.
-    """
-
-    def __init__(self, planned: Sequence[PlannedRun], reporter: ExperimentReporter) -> None:
-        self._reporter = reporter
-        self._total = float(sum(run.tokens for run in planned))
-        self._done = 0.0
-        self._under_way: dict[str, float] = {}
-
-    def show(self, name: str, tokens: float = 0.0) -> None:
-        """``tokens`` of the run ``name`` are trained so far."""
-        self._under_way[name] = tokens
-        done = self._done + sum(self._under_way.values())
-        self._reporter.overall(name, done, self._total)
-
-    def finish(self, name: str, tokens: float) -> None:
-        """The run ``name``, of ``tokens``, needs no more work."""
-        del self._under_way[name]
-        self._done += tokens
-
-    def show_end(self) -> None:
-        """All runs are done."""
-        self._reporter.overall("done", self._total, self._total)
 
 
 def run_experiment(
@@ -94,6 +51,31 @@ def run_experiment(
     return _Scheduler(planned, executor, reporter, fresh).run()
 
 
+def train_if_free(
+    run: PlannedRun,
+    executor: Executor,
+    reporter: ExperimentReporter,
+    claimant: Claimant,
+    kept: Collection[str] = (*ENDED, FAILED),
+) -> bool:
+    """Train one run, by the same rules, unless another process trains it.
+
+    Args:
+        run: a run of an experiment.
+        executor: carries out the training.
+        reporter: shows the progress.
+        claimant: takes the lease of the run.
+        kept: the states that are results: a run with one of them is not trained again.
+
+    Returns:
+        Whether the run needs no more work by this process; False if another process has it.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
+    return _Scheduler([run], executor, reporter, False, claimant, kept).run_one()
+
+
 class _Scheduler:
     def __init__(
         self,
@@ -101,9 +83,12 @@ class _Scheduler:
         executor: Executor,
         reporter: ExperimentReporter,
         fresh: bool,
+        claimant: Claimant | None = None,
+        kept: Collection[str] = ENDED,
     ) -> None:
         self._planned, self._executor = planned, executor
         self._reporter, self._fresh = reporter, fresh
+        self._claimant, self._kept = claimant or Claimant(), kept
         self._tokens = TokenCount(planned, reporter)
         self._left = list(range(len(planned)))
         self._states: dict[int, str] = {}
@@ -116,18 +101,28 @@ class _Scheduler:
         """See :func:`run_experiment`."""
         slots = self._executor.slots
         # In this order, so that signals are heard until the last thread has ended.
-        with stop_signals(self._stop), ThreadPoolExecutor(slots) as pool:
-            try:
-                # This thread fills one of the slots.
-                others = [pool.submit(self._work) for _ in range(slots - 1)]
-                self._work()
-                for other in others:
-                    other.result()
-            except BaseException:  # a second Ctrl-C, say: leave no job behind
-                self._stop(self._signal or signal.SIGTERM)
-                raise
+        with stop_signals(self._stop), ThreadPoolExecutor(slots) as pool, self._leaving_no_job():
+            # This thread fills one of the slots.
+            others = [pool.submit(self._work) for _ in range(slots - 1)]
+            self._work()
+            for other in others:
+                other.result()
         self._tokens.show_end()
         return [self._states[index] for index in range(len(self._planned))]
+
+    def run_one(self) -> bool:
+        """See :func:`train_if_free`."""
+        with stop_signals(self._stop), self._leaving_no_job():
+            return self._take_one() and not self._left
+
+    @contextmanager
+    def _leaving_no_job(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # a second Ctrl-C, say
+            if self._signal is None:  # jobs that have been asked to stop are saving
+                self._stop(signal.SIGTERM)
+            raise
 
     def _stop(self, number: int) -> None:
         """Stop at a signal."""
@@ -141,41 +136,66 @@ class _Scheduler:
 
     def _work(self) -> None:
         """Take one run after the other until none is left."""
-        while True:
+        waits: set[int] = set()
+        while self._left:
             self._require_going()
-            with self._lock:
-                if not self._left:
-                    return
-                # Runs that another process trains come last, so that two processes share the work.
-                free = (i for i in self._left if not is_taken(self._planned[i].folder))
-                index = next(free, self._left[0])
-                self._left.remove(index)
-            self._states[index] = self._settle(index)
+            if self._take_one():
+                continue
+            for index in self._left[:1]:
+                if index not in waits:
+                    waits.add(index)
+                    name = self._name(index)
+                    self._line(f"{name}: another process is training it; waiting for that")
+            self._wait()
 
-    def _settle(self, index: int) -> str:
-        """Train a run unless it has ended; returns its state."""
-        run = self._planned[index]
-        name = f"[{index + 1}/{len(self._planned)}] {run.label}"
+    def _take_one(self) -> bool:
+        """Settle the first run that no other process or thread trains; returns whether there was one."""
+        for index in tuple(self._left):
+            with claim_run(self._claimant, self._planned[index].folder) as lease:
+                if lease is None or not self._take(index):
+                    continue
+                try:
+                    self._states[index] = self._settle(index, lease)
+                except LeaseLost as lost:
+                    self._line(f"{self._name(index)}: {lost}")
+                    self._left.insert(0, index)
+                return True
+        return False
+
+    def _take(self, index: int) -> bool:
+        """Take a run that is left; False if another thread has."""
+        with self._lock:
+            taken = index in self._left
+            if taken:
+                self._left.remove(index)
+        return taken
+
+    def _name(self, index: int) -> str:
+        return f"[{index + 1}/{len(self._planned)}] {self._planned[index].label}"
+
+    def _settle(self, index: int, lease: Lease) -> str:
+        """Train a run whose lease we hold unless it has ended; returns its state."""
+        run, name = self._planned[index], self._name(index)
         with self._lock:
             self._tokens.show(name)
-        if is_taken(run.folder):
-            self._line(f"{name}: another process is training it; waiting for that")
-        with run_lease(run.folder, self._wait):
-            try:
-                state = self._run_or_skip(run, name)
-            except UserError as error:  # of this run's folder: the others go on
-                self._line(f"{name}: failed: {error}")
-                state = "failed"
-        with self._lock:
-            self._tokens.finish(name, run.tokens)
+        tokens = 0.0
+        try:
+            state = self._run_or_skip(run, name, lease)
+            tokens = run.tokens
+        except UserError as error:  # of this run's folder: the others go on
+            self._line(f"{name}: failed: {error}")
+            state, tokens = FAILED, run.tokens
+        finally:
+            with self._lock:
+                self._tokens.finish(name, tokens)
         return state
 
     def _wait(self) -> None:
         self._require_going()
         time.sleep(POLL_SECONDS)
 
-    def _run_or_skip(self, run: PlannedRun, name: str) -> str:
-        """Train a run whose lease we hold, unless it has ended; returns its state."""
+    def _run_or_skip(self, run: PlannedRun, name: str, lease: Lease) -> str:
+        """Train a run whose lease we hold, unless it has a result; returns its state."""
         again = self._fresh and run.folder not in self._seen
         self._seen.add(run.folder)
         state, reason = run.read_state_and_reason()
@@ -185,7 +205,7 @@ class _Scheduler:
             why = f"damaged ({reason})" if state == "damaged" else "to be trained again"
             self._line(f"{name}: {why}, set aside as {set_aside(run.folder)}")
             state = "new"
-        if state in ENDED:
+        if state in self._kept:
             note = ", by another version of the code" if run.read_is_by_other_code() else ""
             where = f"trained before{note}: {run.folder}"
             self._line(f"{name}: {outcome_line(run)} ({where})")
@@ -194,14 +214,18 @@ class _Scheduler:
             self._line(f"{name}: begun by another version of the code; going on with it")
         train_run(
             run,
-            execute=lambda job: self._execute(job, run, name),
+            execute=lambda job: self._execute(job, run, name, lease),
             report=lambda note: self._line(f"{name}: {note}"),
         )
         self._line(f"{name}: {outcome_line(run)}")
         return run.read_state()
 
-    def _execute(self, job: Job, run: PlannedRun, name: str) -> Outcome:
-        """Have a job carried out and show its progress."""
+    def _execute(self, job: Job, run: PlannedRun, name: str, lease: Lease) -> Outcome:
+        """Have a job carried out under a lease and show its progress.
+
+        Raises:
+            LeaseLost: another process has the run by now, so that nothing may be written to it.
+        """
 
         def show(event: Event) -> None:
             with self._lock:
@@ -210,8 +234,12 @@ class _Scheduler:
                 if event.name == "training":
                     self._tokens.show(name, event.done / event.total * run.tokens)
 
-        outcome = self._executor.run(job, show)
+        # A machine that was lost may still be at work on the run, and about to save it.
+        wait_for_folder(run.folder, self._wait)
+        options = {**job.options, "lease": dataclasses.asdict(lease)}
+        outcome = self._executor.run(dataclasses.replace(job, options=options), show)
         self._require_going()
+        Fence(lease).check()
         if outcome.status == "interrupted":  # by another program
             raise Interrupted(outcome.reason, signal.SIGTERM)
         return outcome

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storylab.config import FIELDS, TrainConfig, current_name, without_removed
-from storylab.data.prepare import PrepareConfig
+from storylab.data.prepare_config import PrepareConfig
 from storylab.decode import is_unicode, shown
 from storylab.errors import UserError
 from storylab.experiments.experiment import Cell, Experiment

@@ -15,10 +15,11 @@ from storylab.experiments.experiment import Experiment
 from storylab.experiments.factors import qualified_name
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.plan import PlannedRun
+from storylab.experiments.progress import ExperimentReporter
 from storylab.experiments.recording import update_record, write_record
 from storylab.experiments.records import FolderCache
 from storylab.experiments.registration import now, registration_lines
-from storylab.experiments.scheduler import ExperimentReporter, run_experiment
+from storylab.experiments.scheduler import run_experiment
 from storylab.record.experiment_schema import ExperimentRecord, LookTaken
 from storylab.record.run import ENDED
 
@@ -85,11 +86,7 @@ class _LookByLook:
     def train_to(self, stop: int) -> bool:
         """Train the open runs up to ``stop`` seeds, and judge; returns False if there are none."""
         seeds, first = self.seeds[self.done : stop], self.done == 0
-        part = [
-            run
-            for run in self.planned
-            if run.seed in seeds and is_open(self.experiment, run, self.settled, self.planned)
-        ]
+        part = open_part(self.experiment, self.planned, seeds, self.settled)
         if not part:
             return False
         ended = _ended(part)
@@ -106,19 +103,40 @@ class _LookByLook:
 
     def _judge(self, stop: int, trained: bool) -> None:
         """Judge at ``stop`` seeds; note the look, if some arm was judged at it, and report its verdicts."""
-        cache = self.planned[0].cache
-        outcome = load_outcome(self.record, cache)
-        settled = outcome.settled_arms()
-        last = max((judgement.look or 0 for judgement in outcome.judgements), default=0)
-        if stop in self.experiment.looks and stop <= last:
-            note_look(self.record, cache, stop, settled - self.settled, trained)
+        cache, looks = self.planned[0].cache, self.experiment.looks
+        outcome = judge_look(self.record, cache, looks, stop, self.settled, trained)
         if stop < len(self.seeds) and trained:
             self._report(look_lines(outcome, stop, self.settled))
-        self.settled |= settled
+        self.settled |= outcome.settled_arms()
 
     def _report(self, lines: Iterator[str]) -> None:
         for line in lines:
             self.reporter.line(line)
+
+
+def judge_look(
+    path: Path,
+    cache: FolderCache,
+    looks: Sequence[int],
+    stop: int,
+    settled: Collection[CellKey],
+    again: bool,
+) -> Outcome:
+    """Judge an experiment at ``stop`` seeds, and note the look if some arm was judged at it.
+
+    Args:
+        path: file of the record.
+        cache: runs and records that have been read.
+        looks: numbers of seeds at which verdicts are planned.
+        stop: seeds so far.
+        settled: the arms that earlier looks have settled.
+        again: see :func:`note_look`.
+    """
+    outcome = load_outcome(path, cache)
+    last = max((judgement.look or 0 for judgement in outcome.judgements), default=0)
+    if stop in looks and stop <= last:
+        note_look(path, cache, stop, outcome.settled_arms() - set(settled), again)
+    return outcome
 
 
 def stops(looks: Sequence[int], seeds: int) -> list[int]:
@@ -152,6 +170,16 @@ def unplanned_line(looks: Sequence[int], seeds: int) -> str | None:
         f"{seeds} seeds are no planned look: verdicts stay those of the look at {before[-1]} seeds, and "
         "the seeds after it are exploratory"
     )
+
+
+def open_part(
+    experiment: Experiment,
+    planned: Sequence[PlannedRun],
+    seeds: Collection[int],
+    settled: Collection[CellKey],
+) -> list[PlannedRun]:
+    """The runs with ``seeds`` that are still needed, in order."""
+    return [r for r in planned if r.seed in seeds and is_open(experiment, r, settled, planned)]
 
 
 def is_open(

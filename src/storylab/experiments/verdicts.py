@@ -148,6 +148,7 @@ def _closing(c: Comparison) -> Iterator[str]:
         yield from next_look_text(j)
     if j.e is not None:
         yield evidence_text(j)
+    yield from c.recovered
     if c.exploratory:
         yield f"Exploratory: {'; '.join(c.exploratory)}"
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from storylab.errors import UserError
+from storylab.experiments.cost import cost_words
+from storylab.experiments.leases import trainer_of
 from storylab.experiments.records import FolderCache, experiment_records
 from storylab.files import exists, open_file
 from storylab.locks import held
 from storylab.record.folder import METRICS, RunFolder, parse_row
 from storylab.record.index import RunCache
-from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, run_state
+from storylab.record.run import DAMAGED, ENDED, FAILED, NEW, UNFINISHED, Run, run_state
 from storylab.record.schema import EvaluationRow, IterationRow
 from storylab.training.log_format import format_duration
 
 WATCH_COLUMNS = ("run", "state", "iteration ", "loss ", "val loss ", "tok/s now ", "left ")
+DONE = (*ENDED, FAILED, DAMAGED)
 # Enough of the end of a metrics file to hold its last rows.
 TAIL_BYTES = 16_384
 
@@ -60,12 +64,25 @@ def watch_tables(runs: Path, cache: FolderCache | None = None) -> Iterator[Watch
             for seed, name in cell.runs.items()
         ]
         rows = tuple(row for row, _ in found)
-        done = sum(row[1] not in ("waiting", "training", "stopped") for row in rows)
+        done = sum(row[1] in DONE for row in rows)
+        names = {name for cell in record.cells for name in cell.runs.values()}
+        cost = cost_words(_ended_runs([runs / name for name in sorted(names)], cache))
         yield WatchTable(
-            f"{path.stem}: {record.title}, {done} of {len(rows)} runs done",
+            f"{path.stem}: {record.title}, {done} of {len(rows)} runs done"
+            + (f", {cost} so far" if cost else ""),
             rows,
             tuple(fault for _, fault in found if fault),
         )
+
+
+def _ended_runs(folders: Sequence[Path], cache: RunCache) -> list[Run]:
+    """The runs that have ended and can be read."""
+    found = []
+    for folder in folders:
+        with contextlib.suppress(UserError):
+            if run_state(folder)[0] in ENDED:
+                found.append(cache.load(folder))
+    return found
 
 
 def _watch_row(folder: Path, label: str, cache: RunCache) -> tuple[tuple[str, ...], str]:
@@ -83,12 +100,12 @@ def _watch_row(folder: Path, label: str, cache: RunCache) -> tuple[tuple[str, ..
 
 def _known_row(folder: Path, label: str, state: str, cache: RunCache) -> tuple[str, ...]:
     if state == NEW:
-        return (label, "waiting", "", "", "", "", "")
+        return (label, _under_way(folder) or "waiting", "", "", "", "", "")
     run, full = RunFolder(folder), None
     if state == UNFINISHED:
         run.read_data()
         run.read_environment()
-        state = "training" if held(folder) else "stopped"
+        state = "training" if held(folder) else _under_way(folder) or "stopped"
     if state in ENDED:
         full = cache.load(folder).results.validation
     last, evaluation = _last_rows(folder / METRICS)
@@ -101,11 +118,17 @@ def _known_row(folder: Path, label: str, state: str, cache: RunCache) -> tuple[s
         label,
         state,
         f"{last.iteration:,}/{total:,}",
-        f"{last.loss:.4f}",
+        "skipped" if last.loss is None else f"{last.loss:.4f}",
         "" if val_loss is None else f"{val_loss:.4f}",
         f"{last.tokens_per_second:,.0f}",
-        format_duration(left) if state == "training" else "",
+        "" if state in (*DONE, "stopped") else format_duration(left),
     )
+
+
+def _under_way(folder: Path) -> str:
+    """``on HOST`` for a run that a process of another machine, or one that is about to start, has taken."""
+    holder = trainer_of(folder)
+    return f"on {holder.host}" if holder is not None else ""
 
 
 def _last_rows(path: Path) -> tuple[IterationRow | None, EvaluationRow | None]:

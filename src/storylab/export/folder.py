@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -30,12 +26,10 @@ from storylab.files import (
     read_record,
     reading,
     shown,
-    sync_folder,
-    write_error,
     write_json,
     write_text,
 )
-from storylab.locks import exclusive
+from storylab.folders import whole_folder
 from storylab.record.checkpoint import weights_sha256
 from storylab.record.folder import open_run
 from storylab.record.run import load_run
@@ -87,7 +81,7 @@ def export_run(
     exporter.refuse(config.model, config.block_size, weights)
     _require_own(out.resolve())
     source = load_weights(load_run(folder), checkpoint)
-    with _whole_or_nothing(out.resolve()) as partial:
+    with whole_folder(out.resolve(), replace=True) as partial:
         exporter.write(source, weights, partial)
         written = exporter.as_written(source, weights)
         prompts = make_reference(written, source.tokenizer, source.block_size)
@@ -158,11 +152,7 @@ def verify_export(folder: Path) -> list[str]:
             results differ from our model's.
     """
     record = read_export(folder)
-    for name, expected in record.files.items():
-        if name != CARD and sha256_file(folder / name) != expected:
-            raise UserError(
-                f"{shown(folder / name)} has been altered (its SHA-256 differs): export the run again"
-            )
+    require_unaltered(folder, record)
     exporter = find_exporter(record.format)
     if record.weights not in exporter.tolerances:
         raise UserError(
@@ -175,6 +165,19 @@ def verify_export(folder: Path) -> list[str]:
         f"{len(record.files)} files have the hashes of the export",
         _agreement_line(reader.label, found),
     ]
+
+
+def require_unaltered(folder: Path, record: ExportRecord) -> None:
+    """Compare the files of an export with their hashes; the model card may have been edited.
+
+    Raises:
+        UserError: a file is missing or altered.
+    """
+    for name, expected in record.files.items():
+        if name != CARD and sha256_file(folder / name) != expected:
+            raise UserError(
+                f"{shown(folder / name)} has been altered (its SHA-256 differs): export the run again"
+            )
 
 
 def read_export(folder: Path) -> ExportRecord:
@@ -215,27 +218,3 @@ def _require_own(out: Path) -> None:
     for name in sorted(names & files.keys()):
         if sha256_file(out / name) != files[name]:
             raise UserError(f"{shown(out / name)} has been changed since its export: {other}")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """An empty, locked folder next to ``out``; it takes its place when the block ends without an error."""
-    partial, before = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.before")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with exclusive(partial):
-            for left_by_a_kill in partial.iterdir():
-                left_by_a_kill.unlink()
-            shutil.rmtree(before, ignore_errors=True)
-            try:
-                yield partial
-                if out.exists():
-                    os.rename(out, before)
-                os.rename(partial, out)
-                sync_folder(out.parent)
-                shutil.rmtree(before, ignore_errors=True)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        place = Path(error.filename) if isinstance(error.filename, str) else out
-        raise write_error(place, error) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from storylab.config import ModelConfig
+from storylab.model.language_model import Shape
 
 
 class LayerKVCache:
@@ -54,9 +54,7 @@ AnyLayerCache = LayerKVCache | SlidingWindowKVCache
 class KVCache:
     """The caches of all layers, and the number of positions read so far."""
 
-    def __init__(
-        self, config: ModelConfig, batch: int, max_length: int, device: torch.device
-    ) -> None:
+    def __init__(self, config: Shape, batch: int, max_length: int, device: torch.device) -> None:
         shape = (batch, config.n_kv_head, max_length, config.head_size)
         self.length = 0
         self.layers: list[AnyLayerCache] = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from storylab.config import check_seed
 from storylab.errors import UserError
 from storylab.model.cache import KVCache
-from storylab.model.transformer import Transformer
+from storylab.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     prompt: Tensor,
     max_new_tokens: int,
     sampling: Sampling,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from storylab.config import ModelConfig
+from storylab.model.language_model import Shape
 
 # Added to the mean square in every norm of the model, as in Llama 2 and 3.
 NORM_EPS = 1e-5
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
-def rope_cos_sin(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(config: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, each ``[T, D]`` float32, at ``positions [T]`` (Su et al.
     2021, arXiv 2104.09864).
 

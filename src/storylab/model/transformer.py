@@ -18,8 +18,9 @@ from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
 from storylab.model.cache import AnyLayerCache, KVCache
-from storylab.model.head import linear_cross_entropy, token_losses
+from storylab.model.head import linear_cross_entropy
 from storylab.model.initialization import initialize_weights
+from storylab.model.language_model import LanguageModel
 from storylab.model.layers import RMSNorm, apply_rotary_emb, rms_norm, rope_cos_sin
 from storylab.model.recompute import recompute, recompute_block
 
@@ -161,7 +162,7 @@ class Block(nn.Module):
         return x + self.feed_forward(x, self.feed_forward_norm), next_value_residual
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """Language model over token ids; the embedding is tied to the output head.
 
     Args:
@@ -169,6 +170,8 @@ class Transformer(nn.Module):
         vocab_size: number of token ids, V.
         seed: seed of the initial weights, see :func:`initialize_weights`.
     """
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
@@ -178,6 +181,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         initialize_weights(self, config.n_layer, seed)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head is tied to the embedding."""
+        return self.embedding.weight
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place, which keeps names in checkpoints, and the head's softmax where
@@ -217,10 +225,6 @@ class Transformer(nn.Module):
             cache.length += tokens.shape[1]
         return self.norm(x)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of the token after each of the final states ``[..., C]``."""
-        return F.linear(hidden_states, self.embedding.weight)
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the training loss where ``targets`` are given.
 
@@ -238,10 +242,3 @@ class Transformer(nn.Module):
         weight, hidden = self.embedding.weight, hidden.flatten(0, 1)
         total = linear_cross_entropy(hidden, weight, targets.flatten(), self.compiled)
         return total / targets.numel()
-
-    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of every position, ``[B, T]`` float32, without gradient."""
-        with torch.no_grad():
-            hidden = self.hidden_states(tokens).flatten(0, 1)
-            losses = token_losses(hidden, self.embedding.weight, targets.flatten())
-        return losses.view(targets.shape)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from storylab.config import TrainConfig, timing_key
-from storylab.execution.job import Executor, Job, run_interruptibly
+from storylab.execution.job import Executor, Job, OnEvent, Outcome, run_interruptibly
 from storylab.experiments.experiment import Cell
 from storylab.experiments.plan import PlannedRun
 from storylab.record.run import FINISHED
@@ -99,3 +100,31 @@ def _calibration(config: TrainConfig, executor: Executor) -> Calibration | None:
     """A calibration, or None if it fails: training will fail too, and keep the reason as its result."""
     answer = run_interruptibly(executor, Job("measure", config)).answer
     return Calibration(**answer) if answer else None
+
+
+class EstimatedExecutor:
+    """Has another executor carry out jobs, and says how much time and memory the runs among them need.
+
+    Args:
+        executor: carries the jobs out.
+        estimates: runs, each with its estimate if it has one.
+    """
+
+    def __init__(
+        self, executor: Executor, estimates: Sequence[tuple[PlannedRun, Estimate | None]]
+    ) -> None:
+        self._executor = executor
+        self._estimates = {run.folder: estimate for run, estimate in estimates if estimate}
+        self.slots = executor.slots
+
+    def run(self, job: Job, on_event: OnEvent) -> Outcome:
+        """See :class:`storylab.execution.job.Executor`."""
+        out_dir = job.config.out_dir
+        found = self._estimates.get(out_dir) if out_dir and job.action == "train" else None
+        if found is not None:
+            job = dataclasses.replace(job, seconds=found.seconds, memory_bytes=found.memory_bytes)
+        return self._executor.run(job, on_event)
+
+    def stop(self) -> None:
+        """See :class:`storylab.execution.job.Executor`."""
+        self._executor.stop()

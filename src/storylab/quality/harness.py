@@ -49,10 +49,10 @@ class TaskScore:
 
 
 class StoryLM(TemplateLM):  # type: ignore[misc] # the library has no types
-    """A model as lm-evaluation-harness calls it; ``<|endoftext|>`` comes before every text.
+    """A model as lm-evaluation-harness calls it; the id that begins a story comes before every text.
 
     Args:
-        model: a run's model.
+        model: a run's model, or an imported one.
         tick: called before every batch with the windows done and all of them.
     """
 
@@ -62,15 +62,20 @@ class StoryLM(TemplateLM):  # type: ignore[misc] # the library has no types
 
     @property
     def eot_token_id(self) -> int:
-        """The id that begins and ends a story."""
+        """The id that ends a story."""
         return self._model.tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that begins a story."""
+        return self._model.tokenizer.begin_of_text
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Ids of a text, after the id that begins a story unless ``add_special_tokens`` is False."""
         ids = self._model.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
+        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -82,7 +87,7 @@ class StoryLM(TemplateLM):  # type: ignore[misc] # the library has no types
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in nats."""
         texts = [self._model.tokenizer.encode(request.args[0]) for request in requests]
-        pairs = [([self.eot_token_id], text) for text in texts]
+        pairs = [([self.prefix_token_id], text) for text in texts]
         return [s.log_likelihood for s in score_continuations(self._model, pairs, self._tick)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -14,12 +14,13 @@ import torch
 from storylab.config import at_most
 from storylab.data.dataset import Dataset
 from storylab.data.layout import TRAIN, VALIDATION
+from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
 from storylab.model.generate import Sampling
 from storylab.quality import MOST_SAMPLES
 from storylab.quality.copying import Span, longest_copies
 from storylab.training.evaluation import Tick
-from storylab.training.sampling import StoryModel
+from storylab.training.sampling import StoryModel, TextTokenizer
 
 # Stories that are written in one batch. The draws depend on it.
 AT_ONCE = 64
@@ -86,6 +87,17 @@ def write_samples(
             ended += len(ends) > 0
             stories.append(row[: ends[0]] if len(ends) else row)
     return Samples(stories, ended / count)
+
+
+def in_ids_of(
+    tokenizer: Tokenizer, stories: Sequence[np.ndarray], theirs: TextTokenizer
+) -> list[np.ndarray]:
+    """Stories in the ids of the tokenizer ``theirs``, encoded again if ``tokenizer`` is another one."""
+    if theirs == tokenizer:
+        return list(stories)
+    texts = [theirs.decode_bytes(ids.tolist()).decode("utf-8", "replace") for ids in stories]
+    # SentencePiece puts a space before a text.
+    return [np.array(tokenizer.encode(text.removeprefix(" ")), dtype=np.int64) for text in texts]
 
 
 def held_out_sample(dataset: Dataset, count: int, most: int) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def save(
-    path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous: Path | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    previous: Path | None = None,
+    point: Path | None = None,
 ) -> None:
     """Write tensors and JSON ``state`` to ``path``; until it is complete the old file stays.
 
@@ -50,6 +55,7 @@ def save(
         tensors: by name.
         state: everything else.
         previous: keeps the old file from then on.
+        point: keeps the new file, also when a later one is written to ``path``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -65,16 +71,22 @@ def save(
             raise OSError(None, str(error)) from error
         temporary.chmod(0o644)  # the library leaves it readable by its owner alone
         if previous is not None and exists(path):
-            _keep(path, previous)
+            keep(path, previous)
+    if point is not None:
+        keep(path, point)
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file ``path`` the name ``previous`` as well."""
-    with atomic_path(previous) as link:
+def keep(path: Path, name: Path) -> None:
+    """Give the file ``path`` the name ``name`` as well.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with atomic_path(name) as link:
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
-            os.replace(path, link)
+            shutil.copyfile(path, link)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

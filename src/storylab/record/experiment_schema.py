@@ -73,6 +73,14 @@ class LookTaken(Struct, frozen=True, kw_only=True):
     """Arms, with their condition, settled at this look."""
 
 
+class Queued(Struct, frozen=True, kw_only=True):
+    """The part of an experiment that workers are to train."""
+
+    time: str
+    seeds: list[Count]
+    arms: list[str]
+
+
 class Opening(Struct, frozen=True, kw_only=True):
     """Losses on the test split that somebody was shown."""
 
@@ -128,5 +136,8 @@ class ExperimentRecord(Struct, frozen=True, kw_only=True):
     amendments: list[Amendment] = []
     looks_taken: list[LookTaken] = []
     openings: list[Opening] = []
+    queued: Queued | None = None
+    machines: dict[str, str] = {}
+    """The class of machines that trains a seed, by seed, where workers train the experiment."""
     factorial: FactorialRecord | None = None
     """The design of an experiment whose arms are crossed factors."""

@@ -14,16 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
-import numpy as np
 
 from storylab import config as configs
 from storylab.checksums import Checksums, read_checksums, sha256_file
 from storylab.config import TrainConfig
-from storylab.data.dataset import TOKENIZER_FILE, Dataset, load_dataset
-from storylab.data.tokenizer import Tokenizer, load_tokenizer
+from storylab.data.layout import TOKENIZER_FILE
 from storylab.decode import decode
 from storylab.errors import UserError
 from storylab.files import (
@@ -32,10 +30,16 @@ from storylab.files import (
     open_file,
     read_json,
     read_record,
+    sync_folder,
     write_error,
 )
-from storylab.record.arrays import read_array, write_array
 from storylab.record.schema import DataInfo, Environment, Row, Summary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from storylab.data.dataset import Dataset
+    from storylab.data.tokenizer import Tokenizer
 
 CONFIG, DATA, ENVIRONMENT, SUMMARY = "config.json", "data.json", "environment.json", "summary.json"
 METRICS, LOG, PRECISION = "metrics.jsonl", "log.txt", "precision.json"
@@ -112,10 +116,14 @@ class RunFolder:
 
     def read_array(self, name: str, dimensions: int) -> np.ndarray:
         """Read losses by story or by position, see :func:`storylab.record.arrays.read_array`."""
+        from storylab.record.arrays import read_array
+
         return read_array(self.folder / name, dimensions, self.check(name))
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer of the run's data."""
+        from storylab.data.tokenizer import load_tokenizer
+
         path, expected = self.folder / TOKENIZER_FILE, self.read_data().tokenizer
         if not exists(path) or sha256_file(path) != expected.sha256:
             raise UserError(f"{path} is missing or altered: copy it again from the run's data set")
@@ -123,6 +131,8 @@ class RunFolder:
 
     def load_data(self, folder: Path) -> Dataset:
         """Load the data set in ``folder``, which must have the content of the run's."""
+        from storylab.data.dataset import load_dataset
+
         dataset, expected = load_dataset(folder), self.read_data().fingerprint
         if dataset.fingerprint != expected:
             raise UserError(
@@ -136,6 +146,7 @@ class RunFolder:
         if (self.folder / METRICS).exists():
             with open(self.folder / METRICS, "rb+") as file:
                 os.fsync(file.fileno())
+            sync_folder(self.folder)  # the file may be new
 
     def append(self, file: str, line: str) -> None:
         """Add a line to ``log.txt`` or ``metrics.jsonl``; it leaves this process at once."""
@@ -158,6 +169,8 @@ class RunFolder:
         """Replace ``story_losses.npy`` or ``test_losses.npy``, nats and predicted tokens of every
         validation or test story ``[stories, 2]``, or ``position_losses.npy``, mean nats of the targets at
         each position of a window ``[block_size]``; all float64."""
+        from storylab.record.arrays import write_array
+
         write_array(self.folder / name, array)
 
 

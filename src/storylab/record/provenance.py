@@ -26,11 +26,13 @@ NUMERIC_CODE = (
 )
 # Modules of those packages, and a folder, that only report, time or check, and cannot change a number.
 NON_NUMERIC_MODULES = (
-    *("training/check.py", "training/checking.py", "training/checks"),
+    *("training/check.py", "training/checking.py", "training/checks", "training/fenced.py"),
     *("training/log_format.py", "training/measure.py", "training/observers.py"),
     *("training/recorder.py", "training/signals.py", "training/silent_folder.py"),
     "training/telemetry.py",
 )
+# Environment variable of a process that shares its machine: other runs may use it at the same time.
+SHARED_MACHINE = "STORYLAB_SHARED_MACHINE"
 # Code versions that `benchmarks/same_bits.py` has shown to give equal bits: SHA-256 of each, as
 # :func:`code_sha256` gives it, with the one that represents them all. To add one, run the benchmark against
 # the commit that has it, and map its hash to the representative of the current code.
@@ -84,6 +86,7 @@ def current_stage() -> Stage:
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         world_size=_world_size(),
+        shared_machine=bool(os.environ.get(SHARED_MACHINE)),
     )
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from storylab.checksums import Checksums
 from storylab.config import TrainConfig
 from storylab.errors import UserError
 from storylab.files import exists, read_record, reading
+from storylab.record.consistency import contradictions
 from storylab.record.folder import (
     CONFIG,
     FAILURE,
-    METRICS,
     POSITION_LOSSES,
     PRECISION,
     STORY_LOSSES,
@@ -25,7 +24,7 @@ from storylab.record.folder import (
     RunFolder,
     open_checked,
 )
-from storylab.record.provenance import representative
+from storylab.record.frame import RowKind, rows_frame
 from storylab.record.schema import (
     DataInfo,
     Environment,
@@ -39,6 +38,11 @@ from storylab.record.schema import (
     Stage,
     Summary,
 )
+
+# Reading a summary, as a listing does, imports neither numpy nor the data's modules.
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 UNFINISHED, NEW, DAMAGED = "unfinished", "new", "damaged"
@@ -121,6 +125,8 @@ class Run:
     @property
     def code_versions(self) -> set[str]:
         """Versions of the code that trained it; versions that give equal bits count as one."""
+        from storylab.record.provenance import representative
+
         return {representative(stage.code_sha256) for stage in self.stages}
 
     @cached_property
@@ -132,6 +138,12 @@ class Run:
     def training_memory(self) -> int | None:
         """See :func:`training_memory`."""
         return training_memory(self.rows)
+
+    @property
+    def recoveries(self) -> int:
+        """Steps that were skipped, and rewinds, where loss or gradients were not finite; 0 before the run
+        has ended."""
+        return self.summary.skipped_steps + len(self.summary.rewinds) if self.summary else 0
 
     @property
     def parameters(self) -> int:
@@ -146,6 +158,8 @@ class Run:
     @cached_property
     def evaluations(self) -> list[CurvePoint]:
         """The evaluations along the run."""
+        import numpy as np
+
         seconds = np.cumsum([row.step_seconds for row in self.iterations])
         points = []
         for row in self.rows:
@@ -164,6 +178,10 @@ class Run:
         """Quantization statistics of each tensor, where the run recorded them."""
         return [row for row in self.rows if isinstance(row, QuantizationRow)]
 
+    def frame(self, kind: RowKind = "iteration") -> pandas.DataFrame:
+        """The rows of a kind as a dataframe; see :func:`storylab.record.frame.rows_frame`."""
+        return rows_frame(self.rows, kind)
+
 
 def median_speed(rows: Sequence[Row], tokens_per_iteration: int) -> float | None:
     """Tokens a second of the median iteration, on which a burst of other work on the machine has no effect.
@@ -173,6 +191,8 @@ def median_speed(rows: Sequence[Row], tokens_per_iteration: int) -> float | None
     seconds = [row.step_seconds for row in rows if isinstance(row, IterationRow)]
     if not seconds:
         return None
+    import numpy as np
+
     return tokens_per_iteration / float(np.median(seconds[1:] or seconds))
 
 
@@ -249,6 +269,8 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
     if state == DAMAGED:
         raise UserError(reason if str(folder) in reason else f"{folder} is damaged: {reason}")
     head = head or RunHead(run.read_config(), run.read_data(), run.checksums)
+    import numpy as np
+
     none = np.empty((0, 2))
     loaded = Run(
         folder=folder,
@@ -265,37 +287,8 @@ def load_run(folder: Path, head: RunHead | None = None) -> Run:
         else np.empty(0),
         test_losses=run.read_array(TEST_LOSSES, 2) if summary and summary.test else none,
     )
-    if fault := next(_faults(loaded), None):
+    if fault := next(contradictions(loaded), None):
         raise UserError(f"{folder} is damaged: {fault}")
     if exists(folder / PRECISION):
         read_record(folder / PRECISION, PrecisionInfo, run.check(PRECISION))
     return loaded
-
-
-def _faults(run: Run) -> Iterator[str]:
-    """Contradictions between the files of a run."""
-    for number, row in enumerate(run.iterations):
-        if row.iteration != number:
-            yield f"{METRICS} has iteration {row.iteration} where {number} should be"
-    if not run.finished:
-        return
-    expected = run.results.iterations
-    if len(run.iterations) != expected:
-        yield f"{METRICS} has {len(run.iterations)} of its {expected} iterations"
-    validation, test = run.validation, run.results.test
-    if not _fit(run.story_losses, validation):
-        yield f"{STORY_LOSSES} is not that of its summary"
-    if test is not None and not _fit(run.test_losses, test):
-        yield f"{TEST_LOSSES} is not that of its summary"
-    # Runs from before windows were recorded may have no losses by position either.
-    positions, known = len(run.position_losses), validation.block_size
-    if positions != known and (known is not None or positions):
-        yield f"{POSITION_LOSSES} has {positions} positions of {known}"
-
-
-def _fit(stories: np.ndarray, split: SplitLoss) -> bool:
-    """Whether losses by story ``[stories, 2]`` give the loss of their split."""
-    if stories.shape != (split.stories, 2) or not (stories[:, 1] > 0).all():
-        return False
-    loss = float(stories[:, 0].sum() / stories[:, 1].sum())
-    return math.isclose(loss, split.loss, rel_tol=1e-9)

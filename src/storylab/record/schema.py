@@ -6,6 +6,7 @@ times seconds, memory bytes, energy joules, unless a field's name says otherwise
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -90,6 +91,8 @@ class Stage(Struct, frozen=True, kw_only=True):
     threads: Count
     world_size: Size = 1
     """Number of processes, each with these threads."""
+    shared_machine: bool = False
+    """Whether other runs may have used the machine at the same time."""
     compile_checks: list[dict[str, Any]] | UnsetType = UNSET
     """Findings of the checks of compiled code; not set if nothing was compiled."""
     compile_fault: str | UnsetType | None = UNSET
@@ -133,6 +136,19 @@ class Sample(Struct, frozen=True, kw_only=True):
     text: str
 
 
+@dataclass(frozen=True)
+class Rewind:
+    """A fault at which a run went back; see ``on_divergence`` in the config."""
+
+    iteration: Count
+    """Iteration of the fault."""
+    back_to: Count
+    """Iteration that it went on with."""
+    batches: Size
+    """Batches that it passed over: each iteration from then on reads a batch that is later by so many."""
+    reason: str
+
+
 class Summary(Struct, frozen=True, kw_only=True):
     """``summary.json``: results of a run that has ended."""
 
@@ -169,6 +185,9 @@ class Summary(Struct, frozen=True, kw_only=True):
     """None where the data set has no test split. Nothing shows it but the confirmation of an experiment."""
     reason: str = ""
     """Why it diverged."""
+    skipped_steps: Count = 0
+    """Steps that were left out because loss or gradients were not finite (``on_divergence`` skip)."""
+    rewinds: list[Rewind] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.status == "diverged":
@@ -186,9 +205,11 @@ class IterationRow(Struct, frozen=True, kw_only=True, tag_field="kind", tag="ite
     """A row of ``metrics.jsonl`` for an iteration; memory and energy count from the start of the run."""
 
     iteration: Count
-    loss: Loss
+    loss: Loss | None
+    """None where it was not finite and the step was skipped."""
     learning_rate: float
     grad_norm: Amount | None
+    """Before clipping; None where the step was skipped."""
     clipped: bool
     tokens: Count
     tokens_per_second: Positive

@@ -141,8 +141,7 @@ def truncate_to(
     record = read_json(folder / ENVIRONMENT)
     lasting = [name for name in LASTING if exists(folder / name)]
     drop_checksums(folder, read_checksums(folder).sums.keys() - set(lasting))
-    with atomic_path(folder / METRICS) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    _write_rows(folder, kept)
     for stale in (SUMMARY, STORY_LOSSES, POSITION_LOSSES, TEST_LOSSES):
         (folder / stale).unlink(missing_ok=True)
     stage = msgspec.structs.asdict(current_stage())
@@ -152,6 +151,21 @@ def truncate_to(
     write_json(folder / CONFIG, configs.to_dict(config))
     known = read_checksums(folder).sums
     add_checksums(folder, (*(n for n in lasting if n not in known), ENVIRONMENT, CONFIG))
+
+
+def drop_rows_from(run: RunFolder, iteration: int) -> None:
+    """Drop the rows of ``iteration`` and later ones of a run under way.
+
+    Raises:
+        UserError: the rows are damaged, or cannot be written.
+    """
+    if run.writes:
+        _write_rows(run.folder, _lines_before(run.folder / METRICS, iteration))
+
+
+def _write_rows(folder: Path, lines: list[bytes]) -> None:
+    with atomic_path(folder / METRICS) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def _lines_before(path: Path, next_iteration: int) -> list[bytes]:

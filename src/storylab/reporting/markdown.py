@@ -82,6 +82,8 @@ def _template() -> Template:
             "unwrap": _unwrap,
             "paragraphs": lambda text: "\n\n".join(map(_unwrap, text.strip().split("\n\n"))),
             "url": quote,
+            "code": _code,
+            "fence": _fence,
         },
     )
 
@@ -156,7 +158,7 @@ def _overview(o: Outcome) -> list[str]:
     losses = o.baseline_of(o.conditions[0]).arm.losses
     return [
         f"[{plain(o.record.title)}](#{_anchor(o.label)})",
-        o.record.scale or "-",
+        plain(o.record.scale or "-"),
         f"{float(np.mean(losses)):.4f}" if losses else "none yet",
         str(len({cell.arm.name for cell in o.cells})),
         str(len({run.config.seed for run in o.runs if run.finished})),
@@ -200,8 +202,26 @@ def _quoted(text: str, most: int = 420) -> str:
 
 
 def plain(text: str) -> str:
-    """Text with markdown's syntax escaped: window:64*3 has asterisks, a title may have tags."""
-    return text.replace("*", "\\*").replace("<", "&lt;")
+    """Text as one line without control characters, Markdown's syntax except code escaped: window:64*3 has
+    asterisks, a title may have tags or links."""
+    line = _unwrap(printable(text)).replace("*", "\\*").replace("<", "&lt;")
+    return re.sub(r"\](?=[\[(:])", r"\\]", line)
+
+
+def _code(text: str) -> str:
+    """Text as code within a line."""
+    line = _unwrap(printable(text))
+    mark = "`" * (_longest_ticks(line) + 1)
+    return f"{mark} {line} {mark}" if "`" in line else f"`{line}`"
+
+
+def _fence(lines: Iterable[str]) -> str:
+    """A fence that no line within it can end."""
+    return "`" * max(3, _longest_ticks("\n".join(lines)) + 1)
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _comparison_lines(o: Outcome) -> list[str]:

@@ -36,7 +36,7 @@ class Checkpoints:
         ranks = self.state.ranks
         missing = ranks.any(ranks.leads and not self.run.checkpoint("last").exists())
         if missing:
-            self.save_last()
+            self.save_last(rewind=self.state.config.on_divergence == "rewind")
         return missing
 
     @property
@@ -49,8 +49,8 @@ class Checkpoints:
         minutes, ranks = (time.perf_counter() - self._saved_at) / 60, self.state.ranks
         return ranks.any(ranks.leads and minutes >= self.state.config.checkpoint_minutes)
 
-    def save_last(self) -> None:
-        """Save the current weights with all that resuming needs.
+    def save_last(self, rewind: bool = False) -> None:
+        """Save the current weights with all that resuming needs; ``rewind`` keeps them to go back to.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -64,11 +64,23 @@ class Checkpoints:
             prefixes=prefixes(self.run.folder),
         )
         path, previous = self.run.checkpoint("last"), self.run.checkpoint("previous")
-        self.saver.save(path, self.state.tensors(), dataclasses.asdict(state), previous)
+        point = self.run.checkpoint("rewind") if rewind else None
+        self.saver.save(path, self.state.tensors(), dataclasses.asdict(state), previous, point)
         self._saved_at, self._saved_iteration = time.perf_counter(), self.progress.next_iteration
 
+    def go_back(self) -> None:
+        """Let the checkpoint to go back to be the last one.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if self.run.writes:
+            checkpoint.keep(self.run.checkpoint("rewind"), self.run.checkpoint("last"))
+            self.run.checkpoint("previous").unlink(missing_ok=True)  # it is ahead of that
+
     def settle(self) -> None:
-        """Wait until all are on the disk at the end of a run, and drop the one before the last.
+        """Wait until all are on the disk at the end of a run, and drop those that only a run under way
+        needs.
 
         Raises:
             UserError: one could not be written.
@@ -76,6 +88,7 @@ class Checkpoints:
         self.saver.wait()
         if self.run.writes:
             self.run.checkpoint("previous").unlink(missing_ok=True)
+            self.run.checkpoint("rewind").unlink(missing_ok=True)
 
     def save_best(self, iteration: int, val_loss: float) -> None:
         """Save the current weights as the best ones.
@@ -112,6 +125,7 @@ class Saver:
         tensors: dict[str, Tensor],
         state: dict[str, Any],
         previous: Path | None = None,
+        point: Path | None = None,
     ) -> None:
         """Write a checkpoint, see :func:`storylab.record.checkpoint.save`.
 
@@ -123,7 +137,7 @@ class Saver:
         if not self._writes:
             return
         if self._pool is None:
-            checkpoint.save(path, tensors, state, previous)
+            checkpoint.save(path, tensors, state, previous, point)
             return
         if path in self._writing:
             self._writing.pop(path).result()  # it still reads the copy
@@ -137,7 +151,7 @@ class Saver:
 
         def write() -> None:
             copied.synchronize()
-            checkpoint.save(path, copies, state, previous)
+            checkpoint.save(path, copies, state, previous, point)
 
         self._writing[path] = self._pool.submit(write)
 

@@ -14,7 +14,7 @@ from storylab.data.batches import evaluation_windows
 from storylab.data.dataset import Dataset, Split
 from storylab.data.layout import VALIDATION
 from storylab.errors import UserError
-from storylab.model.transformer import Transformer
+from storylab.model.language_model import LanguageModel
 from storylab.record.folder import open_run
 from storylab.training.precision import ComputePolicy
 from storylab.training.ranks import ONE_PROCESS, Ranks
@@ -77,7 +77,7 @@ class Evaluation:
 
 
 def window_losses(
-    model: Transformer,
+    model: LanguageModel,
     split: Split,
     starts: np.ndarray,
     block_size: int,
@@ -112,7 +112,7 @@ def _padded_windows(split: Split, starts: np.ndarray, length: int) -> np.ndarray
 
 
 def estimate_loss(
-    model: Transformer,
+    model: LanguageModel,
     split: Split,
     block_size: int,
     batches: int,
@@ -127,7 +127,7 @@ def estimate_loss(
 
 
 def evaluate_split(
-    model: Transformer,
+    model: LanguageModel,
     split: Split,
     block_size: int,
     precision: ComputePolicy,
@@ -160,11 +160,11 @@ def evaluate_split(
     for row, start, first, end in zip(losses, starts, new, stops, strict=True):
         by_target[first:end] = row[first - start : end - start]
     sums = np.add.reduceat(by_target, begins, dtype=np.float64)
-    positions = _position_means(losses, stops - starts)
+    positions = position_means(losses, stops - starts)
     return Evaluation(sums, ends - begins, positions, split.text_bytes)
 
 
-def _position_means(losses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def position_means(losses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Means over windows of ``losses [W, T]`` of which ``lengths [W]`` count: ``[T]``, NaN for none."""
     counted = np.arange(losses.shape[1]) < lengths[:, None]
     sums, counts = losses.sum(axis=0, dtype=np.float64, where=counted), counted.sum(axis=0)

@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from storylab.config import FULL, ModelConfig, TrainConfig
 from storylab.model.cost import SKIPPED_BLOCK
-from storylab.record.schema import Summary
+from storylab.record.schema import Rewind, Summary
 
 if TYPE_CHECKING:  # a plan prints durations without loading torch
     from storylab.data.batches import TrainingBatches
 
 UNKNOWN = "unknown on this device"
+
+
+def rewind_line(rewind: Rewind) -> str:
+    """The line of a run that goes back to before a fault."""
+    return (
+        f"iteration {rewind.iteration}: {rewind.reason}; going back to iteration {rewind.back_to}, past "
+        f"the {rewind.batches} batches since"
+    )
 
 
 def iteration_line(

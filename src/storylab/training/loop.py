@@ -17,6 +17,7 @@ from storylab.training import log_format
 from storylab.training.checkpointing import Checkpoints
 from storylab.training.checks.compiled import require_blameless_compiler
 from storylab.training.cores import CoreSharing, same_bits_with_one_thread
+from storylab.training.divergence import Recovery
 from storylab.training.evaluator import Evaluator
 from storylab.training.observers import Observers
 from storylab.training.ranks import ONE_PROCESS, Ranks
@@ -37,28 +38,39 @@ def fit(
 
     Raises:
         Interrupted: a signal stopped it; the run can be resumed.
-        Diverged: loss or gradients are not finite.
+        Diverged: loss or gradients are not finite, and the config says to stop or nothing else has helped.
         UserError: the disk is full, or compiled code is at fault for numbers that are not finite.
     """
     loop = Loop(setup, run, observers, ranks)
     with loop.running():
         loop.start()
-        for iteration in range(setup.progress.next_iteration, setup.config.iterations):
-            if loop.evaluation_due(iteration):
-                loop.evaluator.evaluate(iteration)
-            loop.step(iteration)
-            save = loop.checkpoint_due(iteration)
-            if save or loop.reading_due(iteration):
-                loop.read()
-            if save:
-                loop.checkpoints.save_last()
-        loop.read()
+        while setup.progress.next_iteration < setup.config.iterations:
+            with loop.recovering():
+                _iterate(loop)
         loop.finish()
     return run
 
 
+def _iterate(loop: Loop) -> None:
+    """Train from the current progress to ``max_iters``.
+
+    Raises:
+        NonFiniteError: loss or gradients are not finite, and the step is not skipped.
+    """
+    for iteration in range(loop.progress.next_iteration, loop.config.iterations):
+        if loop.evaluation_due(iteration):
+            loop.evaluate(iteration)
+        loop.step(iteration)
+        save = loop.checkpoint_due(iteration)
+        if save or loop.reading_due(iteration):
+            loop.read()
+        if save:
+            loop.checkpoints.save_last()
+    loop.read()
+
+
 class Loop:
-    """The parts of a run under way. Each iteration calls them in the order that :func:`fit` shows."""
+    """The parts of a run under way. Each iteration calls them in the order that :func:`_iterate` shows."""
 
     def __init__(
         self, setup: TrainingSetup, run: RunFolder, observers: Observers, ranks: Ranks
@@ -75,6 +87,7 @@ class Loop:
         # Timing ways of waiting is for a process that waits for no other.
         alone = device.type == "cpu" and ranks.size == 1
         self.cores = CoreSharing(alone, self._thread_free, self.recorder.line)
+        self.recovery = Recovery(setup, run, self.checkpoints)
         parts = self.recorder, self.checkpoints, self.cores
         self.evaluator = Evaluator(setup, *parts, leave=self.stop.check)
 
@@ -106,8 +119,7 @@ class Loop:
         try:
             yield
         except StopRequested:
-            self.read()
-            self.checkpoints.save_last()
+            self._save_at_stop()
             self.checkpoints.saver.wait()
             self.observers.end(None)
             message = (
@@ -115,6 +127,15 @@ class Loop:
                 f"storylab resume {self.run.folder}"
             )
             raise Interrupted(message, self.stop.number or signal.SIGINT) from None
+
+    def _save_at_stop(self) -> None:
+        try:
+            self.read()
+        except NonFiniteError:
+            if not self.recovery.rewinds:
+                raise
+            return  # the resumed run comes to the same fault, and goes back
+        self.checkpoints.save_last()
 
     def start(self) -> None:
         """Save a first checkpoint, print the lines for the user, and record the checks."""
@@ -131,7 +152,7 @@ class Loop:
     def step(self, iteration: int) -> None:
         """Take the batch of an iteration and start its step; a GPU may still be at it afterwards."""
         started = time.perf_counter()
-        batch = self.prefetcher(iteration)
+        batch = self.prefetcher(self.progress.batch(iteration))
         batch = batch.to(self.setup.precision.device, non_blocking=True)
         waited = time.perf_counter() - started
         self.cores.begin()
@@ -152,7 +173,7 @@ class Loop:
     def _thread_free(self) -> bool:
         """Whether the next micro-batch gives the same bits with one thread."""
         iteration = self.progress.next_iteration
-        windows = self.setup.batches(iteration)[: self.config.batch_size]
+        windows = self.setup.batches(self.progress.batch(iteration))[: self.config.batch_size]
         rate = learning_rate(self.config, iteration)
         return same_bits_with_one_thread(self.state, iteration, windows, rate)
 
@@ -163,12 +184,45 @@ class Loop:
 
     def checkpoint_due(self, iteration: int) -> bool:
         """Whether to save after the step of ``iteration``."""
-        return self.evaluation_due(iteration) or self.checkpoints.minutes_passed()
+        # A run that rewinds has saved at the evaluation itself.
+        evaluated = self.evaluation_due(iteration) and not self.recovery.rewinds
+        return evaluated or self.checkpoints.minutes_passed()
 
     def reading_due(self, iteration: int) -> bool:
         """Whether to wait for the steps in flight after that of ``iteration``."""
         line_due = iteration % self.config.log_interval == 0
         return line_due or self.evaluation_due(iteration + 1) or not self.in_flight.runs_ahead
+
+    def evaluate(self, iteration: int) -> None:
+        """Evaluate before the step of ``iteration``; a run that rewinds may come back to here.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+        """
+        self.evaluator.evaluate(iteration)
+        if self.recovery.rewinds:
+            self.checkpoints.save_last(rewind=True)
+
+    @contextmanager
+    def recovering(self) -> Iterator[None]:
+        """Rewind where loss or gradients are not finite, if the config asks for it."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if not self.recovery.rewinds:
+                raise
+            fault = self._first_fault(error)
+            require_blameless_compiler(self.setup, fault)
+            rewind = self.recovery.rewind(fault)
+            self.recorder.line(log_format.rewind_line(rewind))
+
+    def _first_fault(self, error: NonFiniteError) -> NonFiniteError:
+        """The fault at which the run is, which a step in flight may have had before ``error``."""
+        try:
+            self.read()  # float16 raises before the steps in flight are read
+        except NonFiniteError as earlier:
+            return earlier
+        return error
 
     def read(self) -> None:
         """Wait for the steps in flight and record them.
@@ -176,7 +230,7 @@ class Loop:
         Raises:
             NonFiniteError: loss or gradient of one was not finite; those before it are recorded.
         """
-        done, since, fault = self.in_flight.read()
+        done, since, fault = self.in_flight.read(self.recovery.skips)
         self.recorder.steps(done, since)
         if fault is not None:
             raise fault

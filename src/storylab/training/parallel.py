@@ -25,6 +25,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Imported before there is a process group: its functions keep the group that they meet as a default
+# argument, and the compiler imports it. The threads of a kept group can abort the process at its end.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,15 +73,17 @@ class Recorder:
         progress.peak_memory_bytes = peak
         meters = self.telemetry.latest()
         self.rows([self._iteration_row(*step, seconds, meters) for step in done])
+        for step, skipped in done:
+            if skipped.fault:
+                self.line(f"iteration {step.iteration}: {skipped.fault}; the step was skipped")
         last, metrics = done[-1]
         progress.next_iteration = last.iteration + 1
         if last.iteration % config.log_interval == 0 or last.iteration == config.max_iters:
             tokens = (last.iteration - progress.last_line) * config.tokens_per_iteration
             rate = learning_rate(config, last.iteration)
             elapsed = progress.seconds_since_line
-            self.line(
-                log_format.iteration_line(last.iteration, metrics.loss, elapsed, tokens, rate)
-            )
+            loss = math.nan if metrics.loss is None else metrics.loss
+            self.line(log_format.iteration_line(last.iteration, loss, elapsed, tokens, rate))
             progress.last_line, progress.seconds_since_line = last.iteration, 0.0
         self.observers.progress("training", last.iteration + 1, config.iterations)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from storylab.decode import convert
 from storylab.errors import UserError
+from storylab.record.schema import Rewind
 from storylab.record.stages import Prefix
 from storylab.training.ranks import ONE_PROCESS, Ranks
 from storylab.training.step import DeviceStepMetrics, NonFiniteError, StepMetrics
@@ -39,6 +40,22 @@ class RunProgress:
     scaler: dict[str, Any] = field(default_factory=dict)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
     """Rows and log as they were when the checkpoint was saved."""
+    skipped: int = 0
+    """Steps that were left out; ``skipped_in_a_row`` of them up to iteration ``last_skipped``."""
+    skipped_in_a_row: int = 0
+    last_skipped: int = 0
+    rewinds: list[Rewind] = field(default_factory=list)
+
+    def batch(self, iteration: int) -> int:
+        """Number of the batch that an iteration reads: its own, unless a rewind has passed over some."""
+        return iteration + sum(rewind.batches for rewind in self.rewinds)
+
+    def go_back(self, point: RunProgress, rewind: Rewind) -> None:
+        """Go back to the progress of an earlier ``point``; meters and the clock of the whole run go on."""
+        for name in ("next_iteration", "last_line", "training_seconds", "train_loss", "val_loss"):
+            setattr(self, name, getattr(point, name))
+        self.best_val_loss, self.best_iteration = point.best_val_loss, point.best_iteration
+        self.rewinds = [*self.rewinds, rewind]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunProgress:
@@ -106,17 +123,19 @@ class StepsInFlight:
         self._steps.append(step)
 
     def read(
-        self,
+        self, skips: Callable[[int], bool] = lambda iteration: False
     ) -> tuple[list[tuple[InFlightStep, StepMetrics]], float, NonFiniteError | None]:
         """Wait for the steps; returns those before one that is not finite, when the first of them began,
-        and that fault. Steps after a fault are of no use."""
+        and that fault. Steps after a fault are of no use, unless its iteration ``skips`` the step."""
         steps, self._steps = self._steps, []
         done: list[tuple[InFlightStep, StepMetrics]] = []
         for step, result in zip(steps, on_host([step.result for step in steps]), strict=True):
             try:
                 done.append((step, result.read()))
             except NonFiniteError as error:
-                return done, self._since, error
+                if not skips(step.iteration):
+                    return done, self._since, error
+                done.append((step, result.skipped(error)))
         return done, self._since, None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from storylab.data.layout import END_OF_TEXT
-from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
 from storylab.model.generate import Sampling, generate
+from storylab.model.language_model import LanguageModel
 from storylab.model.transformer import Transformer
 from storylab.record import checkpoint
 from storylab.record.folder import RunFolder
@@ -32,12 +33,34 @@ def as_in_stories(prompt: str) -> str:
     return prompt.rstrip(" ")
 
 
+class TextTokenizer(Protocol):
+    """Ids for text and text for ids."""
+
+    @property
+    def begin_of_text(self) -> int:
+        """Id before a story."""
+        ...
+
+    @property
+    def end_of_text(self) -> int:
+        """Id after a story."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` at the beginning of a story, without the ids before and after it."""
+        ...
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ``ids`` within a story."""
+        ...
+
+
 @dataclass(frozen=True)
 class StoryModel:
     """A model that writes stories; ``block_size`` is the length it was trained on."""
 
-    model: Transformer
-    tokenizer: Tokenizer
+    model: LanguageModel
+    tokenizer: TextTokenizer
     block_size: int
     precision: ComputePolicy
 
@@ -87,12 +110,11 @@ class StoryModel:
     def _ids(
         self, prompt: str, sampling: Sampling, max_new_tokens: int, count: int
     ) -> Iterator[Tensor]:
-        end = self.tokenizer.end_of_text
-        # In training an end of text comes before every story, so it marks the beginning of one.
+        begin, end = self.tokenizer.begin_of_text, self.tokenizer.end_of_text
         ids = [
             token
             for story in as_in_stories(prompt).split(END_OF_TEXT)
-            for token in (end, *self.tokenizer.encode(story))
+            for token in (begin, *self.tokenizer.encode(story))
         ]
         finished = torch.zeros(count, dtype=torch.bool)
         prompts = torch.tensor([ids]).expand(count, -1)

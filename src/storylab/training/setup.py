@@ -141,12 +141,20 @@ class TrainingSetup:
         tensors, values, fault = _load_good(last, previous)
         self.progress = RunProgress.from_dict(values)
         require_prefix(run.folder, METRICS, self.progress.prefixes)
-        if self.state.quantization is not None:
-            self.state.quantization.advance(max(self.progress.next_iteration - 1, 0))
-        self.state.restore(tensors)
-        if self.progress.scaler:
-            self.state.scaler.load_state_dict(self.progress.scaler)
+        self.load(tensors, self.progress)
         return fault
+
+    def load(self, tensors: dict[str, Tensor], progress: RunProgress) -> None:
+        """Load the tensors of the checkpoint that ``progress`` was saved in.
+
+        Raises:
+            UserError: they belong to another config.
+        """
+        if self.state.quantization is not None:
+            self.state.quantization.advance(max(progress.next_iteration - 1, 0))
+        self.state.restore(tensors)
+        if progress.scaler:
+            self.state.scaler.load_state_dict(progress.scaler)
 
     def require_same(self, ranks: Ranks) -> None:
         """Raise a UserError unless all processes of the run are about to do the same."""

@@ -87,6 +87,7 @@ class TrainState:
             micro_batch=self.config.batch_size,
             learning_rate=learning_rate,
             grad_clip=self.config.grad_clip,
+            skips=self.config.on_divergence == "skip",
             between=between,
             ranks=self.ranks,
         )
@@ -127,4 +128,8 @@ class TrainState:
         Raises:
             UserError: they do not fit this model or these optimizers.
         """
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # of steps after those tensors
         checkpoint.restore(self.model, self.optimizers, self.ema.tensors, tensors)
+        if self.quantization is not None:
+            self.quantization.weights_changed()

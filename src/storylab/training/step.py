@@ -24,12 +24,14 @@ class NonFiniteError(ArithmeticError):
 class StepMetrics:
     """Loss in nats and gradient norm of a step.
 
-    The norm is the one before clipping, None where float16 skipped the step.
+    The norm is the one before clipping, None where the step was skipped: because a scaled float16 gradient
+    overflowed, or for the fault, where there is one. The loss is None if it was not finite.
     """
 
-    loss: float
+    loss: float | None
     grad_norm: float | None
     clipped: bool
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class DeviceStepMetrics:
             raise NonFiniteError(f"gradient norm is {norm} at every float16 loss scale")
         return StepMetrics(loss, None, False)
 
+    def skipped(self, error: NonFiniteError) -> StepMetrics:
+        """The report of a step that was left out because of ``error``."""
+        loss = float(self.loss)
+        return StepMetrics(loss if math.isfinite(loss) else None, None, False, str(error))
+
 
 def training_step(
     model: Transformer,
@@ -76,6 +83,7 @@ def training_step(
     micro_batch: int,
     learning_rate: float,
     grad_clip: float,
+    skips: bool = False,
     between: Callable[[], None] = lambda: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> DeviceStepMetrics:
@@ -86,6 +94,8 @@ def training_step(
         micro_batch: windows in memory at once; does not change the result beyond rounding.
         learning_rate: for this step.
         grad_clip: largest global gradient norm; 0 for none.
+        skips: leave a step that is not finite out without raising, as under ``on_divergence`` skip; the
+            result's ``read`` raises.
         between: called where it may raise and the weights are untouched.
         ranks: the processes that share the micro-batches; see :meth:`Ranks.micro_batches`.
 
@@ -103,8 +113,8 @@ def training_step(
     set_learning_rate(optimizers, learning_rate)
     result = DeviceStepMetrics(loss, norm, max_norm)
     if scaler.is_enabled():
-        return _scaled_update(result, optimizers, scaler)
-    _update(result, optimizers)
+        return _scaled_update(result, optimizers, scaler, skips)
+    _update(result, optimizers, skips)
     return result
 
 
@@ -128,15 +138,20 @@ def _accumulate_gradient(
     return ranks.sum_gradients(model, total)
 
 
-def _update(result: DeviceStepMetrics, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _update(
+    result: DeviceStepMetrics, optimizers: Sequence[torch.optim.Optimizer], skips: bool
+) -> None:
     """The update of a step, left out where loss or gradient is not finite.
 
-    On CUDA the host does not wait to see that; elsewhere such a step raises before its update.
+    On CUDA the host does not wait to see that; elsewhere such a step raises before its update, unless it
+    ``skips``.
     """
     if result.loss.device.type == "cuda":
         skip_where(optimizers, ~(result.loss + result.grad_norm).isfinite())
-    else:
+    elif not skips:
         result.read()
+    elif not math.isfinite(float(result.loss) + float(result.grad_norm)):
+        return
     for optimizer in optimizers:
         optimizer.step()
 
@@ -145,14 +160,15 @@ def _scaled_update(
     result: DeviceStepMetrics,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
+    skips: bool,
 ) -> DeviceStepMetrics:
     """The update of a float16 step, left out where its scaled gradient overflowed. The host waits."""
     loss, norm = float(result.loss), float(result.grad_norm)
     if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:
             scaler.step(optimizer)
-    if math.isfinite(loss):
-        scaler.update()
+    scaler.update()  # also after a loss that is not finite, or the next step could not begin
     result = dataclasses.replace(result, scale=scaler.get_scale())
-    result.read()
+    if not skips:
+        result.read()
     return result

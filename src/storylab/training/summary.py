@@ -106,6 +106,8 @@ def summarize(
         median_tokens_per_second=median_speed(rows, setup.config.tokens_per_iteration),
         peak_memory_bytes=progress.peak_memory_bytes,
         training_memory_bytes=training_memory(rows),
+        skipped_steps=progress.skipped,
+        rewinds=progress.rewinds,
         memory_kind="allocated on the GPU" if device.type == "cuda" else "resident",
         **measured,
     )

@@ -33,9 +33,9 @@ def train(config: TrainConfig, *observers: Observer, ranks: Ranks = ONE_PROCESS)
     dataset.require_window(config.block_size)
     setup = TrainingSetup(config, dataset, precision)
     setup = run_checks(setup, watching, compile_asked=asked)
-    if ranks.leads:
-        create_run(setup.config, dataset, setup.identity())
     assert setup.config.out_dir is not None
     run = ranks.folder(setup.config.out_dir)
+    if ranks.leads:
+        create_run(setup.config, dataset, setup.identity())
     with ranks.hold(run.folder):
         return fit(setup, run, watching, ranks)

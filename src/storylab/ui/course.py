@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from storylab.files import open_file
@@ -75,7 +76,7 @@ class Course:
         return Curve(
             name=name,
             iterations=[part[-1].iteration for part in parts],
-            losses=[sum(row.loss for row in part) / len(part) for part in parts],
+            losses=[_mean_loss(part) for part in parts],
             speeds=[len(part) / sum(1 / row.tokens_per_second for row in part) for part in parts],
             learning_rates=[part[-1].learning_rate for part in parts],
             evaluated=[row.iteration for row in kept],
@@ -84,3 +85,9 @@ class Course:
             if self.rows
             else 0,
         )
+
+
+def _mean_loss(rows: Sequence[IterationRow]) -> float | None:
+    """Mean training loss of iterations, without those that were skipped; None if all were."""
+    losses = [row.loss for row in rows if row.loss is not None]
+    return sum(losses) / len(losses) if losses else None

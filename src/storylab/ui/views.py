@@ -59,8 +59,9 @@ class Curve(Struct, frozen=True, kw_only=True):
 
     name: str
     iterations: list[int]
-    losses: list[float]
-    """Training losses at ``iterations``; each is the mean of the iterations since the one before."""
+    losses: list[float | None]
+    """Training losses at ``iterations``; each is the mean of the iterations since the one before, None if
+    those steps were all skipped."""
     speeds: list[float]
     """Tokens a second at ``iterations``."""
     learning_rates: list[float]

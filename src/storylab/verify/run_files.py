@@ -67,7 +67,7 @@ class RunSubject:
     @property
     def checkpoints(self) -> Iterator[str]:
         """Names of the checkpoints that the run has."""
-        for name in ("last", "previous", "best"):
+        for name in ("last", "previous", "rewind", "best"):
             if exists(self.folder / CHECKPOINTS / f"{name}.safetensors"):
                 yield name
 

@@ -67,5 +67,6 @@ VERB = Verb(
     "speed and memory of training here, for each precision and attention pattern",
     "experiments",
     run,
+    BenchCommand,
     position=5,
 )

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from storylab.cli.arguments import AsJson, ExitByVerdict, RunFolders
 from storylab.cli.documents import print_document
+from storylab.cli.models import compare_folders, models_document, print_models
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
 from storylab.documents.compare import ArmNeighbors, CompareDocument
 from storylab.errors import UserError
+from storylab.imported import is_imported
 
 if TYPE_CHECKING:
     from storylab.experiments.by_hand import GivenRuns
+    from storylab.imported.comparison import ComparedModel
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,19 @@ class CompareCommand:
     baseline. All runs of one registered experiment are judged by its plan; any other choice of runs is
     exploratory.
 
+    With an imported model among them, the models themselves are compared, in bits per byte of the same
+    validation stories.
+
     Examples: storylab compare runs/a runs/b | storylab compare runs/a-s1 runs/a-s2 runs/b-s1 runs/b-s2
+    | storylab compare runs/a models/b
     """
 
     runs: RunFolders
-    """Run folders, two or more."""
+    """Run folders, or folders of imported models; two or more."""
     margin: float | None = None
     """Largest difference in nats that counts as none; setting it tests whether the arms are equivalent."""
+    data_dir: Path | None = None
+    """Data set whose stories imported models read; by default that of the first run."""
     exit_code: ExitByVerdict = False
     json: AsJson = False
 
@@ -40,6 +49,10 @@ def run(call: Call) -> int:
     if command.margin is not None and not 0 < command.margin < float("inf"):
         raise UserError(f"margin is {command.margin}: it must be a finite number above 0")
     _require_distinct(command.runs)
+    if any(map(is_imported, command.runs)):
+        return _compare_models(command)
+    if command.data_dir is not None:
+        raise UserError("--data_dir is for imported models: runs have losses on record")
     from storylab.experiments.comparison import exit_code
 
     found, faults = _compared(command)
@@ -50,6 +63,24 @@ def run(call: Call) -> int:
     if faults:
         raise UserError(f"left out: {'; '.join(faults)}")
     return exit_code(found.verdicts) if command.exit_code else 0
+
+
+def _compare_models(command: CompareCommand) -> int:
+    """Compare models, of which one at least is imported."""
+    if command.margin is not None or command.exit_code:
+        raise UserError(
+            "--margin and --exit_code are for verdicts about recipes, and an imported model has none: "
+            "leave them out"
+        )
+
+    def compared() -> list[ComparedModel]:
+        return compare_folders(command.runs, command.data_dir)
+
+    if command.json:
+        print_document(lambda: models_document(command.runs, compared()))
+    else:
+        print_models(compared())
+    return 0
 
 
 def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
@@ -82,19 +113,20 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
 
 
 def _print(found: GivenRuns) -> None:
+    from storylab.cli.console import print_lines
     from storylab.experiments.effect_words import effect_line
     from storylab.experiments.verdicts import detail_lines, verdict_line
 
     if found.experiment:
-        print(f"All runs of {found.experiment}, judged by its registered plan")
+        print_lines(f"All runs of {found.experiment}, judged by its registered plan")
     for effect in found.effects:
-        print(effect_line(effect))
+        print_lines(effect_line(effect))
     for comparison in found.comparisons:
-        print(verdict_line(comparison))
+        print_lines(verdict_line(comparison))
         for line in detail_lines(comparison):
-            print(f"  {line}")
+            print_lines(f"  {line}")
     for problem in found.problems:
-        print(f"not in the comparison: {problem}")
+        print_lines(f"not in the comparison: {problem}")
 
 
 def _document(command: CompareCommand, found: GivenRuns, faults: list[str]) -> CompareDocument:
@@ -138,6 +170,7 @@ VERB = Verb(
     "compare runs: which is better, by how much, and whether the comparison is fair",
     "experiments",
     run,
+    CompareCommand,
     position=6,
     memory_remedy=MORE_MEMORY,
 )

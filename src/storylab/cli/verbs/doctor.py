@@ -42,5 +42,10 @@ def run(call: Call) -> int:
 
 
 VERB = Verb(
-    "doctor", "devices, precisions and training speed of this machine", "runs", run, position=7
+    "doctor",
+    "devices, precisions and training speed of this machine",
+    "runs",
+    run,
+    DoctorCommand,
+    position=7,
 )

@@ -10,39 +10,44 @@ from typing import TYPE_CHECKING, Literal
 
 from storylab.cli.arguments import AsJson, CheckpointName, RunFolder
 from storylab.cli.documents import print_document
+from storylab.cli.models import lossy_words, require_only_checkpoint
 from storylab.cli.registry import Call, Verb
 from storylab.config import at_most
 from storylab.documents.eval import EvalDocument, SamplesEntry, TaskEntry, TextEntry
 from storylab.errors import UserError
+from storylab.imported import is_imported
 from storylab.quality import MOST_SAMPLES, TaskName
 
 if TYPE_CHECKING:
     from storylab.cli.console import ConsoleReporter
     from storylab.data.dataset import Dataset
     from storylab.quality.samples import TextMeasures
+    from storylab.training.evaluation import Evaluation, Tick
     from storylab.training.sampling import StoryModel
 
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Evaluate a run's model on a whole split: loss, perplexity, bits per byte, standard error.
+    """Evaluate the model of a run, or an imported model, on a whole split: loss, perplexity, bits per byte,
+    standard error.
 
     A loss depends on the length of the windows and on where they begin: only compare losses of the
-    same windows. --tasks and --samples add measures of quality beyond the loss (docs/guide/quality.md).
+    same windows. An imported model reads each story alone, as with --aligned. --tasks and --samples add
+    measures of quality beyond the loss (docs/guide/quality.md).
 
     Examples: storylab eval runs/a | storylab eval runs/a --checkpoint best --split train
-    | storylab eval runs/a --block_size 512 --aligned
+    | storylab eval runs/a --block_size 512 --aligned | storylab eval models/a --data_dir data/builtin-gpt2
     | storylab eval runs/a --tasks last_word endings --samples 100
     """
 
     run: RunFolder
-    """Run folder."""
+    """Run folder, or folder of an imported model."""
     checkpoint: CheckpointName = "last"
     """The newest weights, or those with the best validation loss."""
     split: Literal["validation", "train"] = "validation"
     """Which stories."""
     block_size: int | None = None
-    """Tokens in a window; by default as many as in training."""
+    """Tokens in a window; by default as many as in training, for an imported model 512."""
     aligned: bool = False
     """Start a new window at every story, instead of reading all stories as one sequence."""
     tasks: tuple[TaskName, ...] = ()
@@ -56,14 +61,15 @@ class EvalCommand:
     max_new_tokens: int = 512
     """Longest of these stories, in tokens."""
     data_dir: Path | None = None
-    """New place of the run's data set, if it has moved."""
+    """New place of the run's data set, if it has moved; for an imported model, the data set with the
+    stories."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     json: AsJson = False
 
 
 def run(call: Call) -> int:
-    """Evaluate a run's model on a split."""
+    """Evaluate a model on a split."""
     command = call.parse(EvalCommand)
     _check(command)
     if command.json:
@@ -91,28 +97,20 @@ def _check(command: EvalCommand) -> None:
 
 def _evaluated(command: EvalCommand) -> EvalDocument:
     from storylab.cli.console import ConsoleReporter
-    from storylab.training.evaluation import evaluate_model, open_evaluation
 
-    model, dataset = open_evaluation(
-        command.run, command.checkpoint, command.data_dir, command.device
-    )
+    losses = _of_imported if is_imported(command.run) else _of_run
     with ConsoleReporter() as reporter:
-        result = evaluate_model(
-            model,
-            dataset,
-            command.split,
-            lambda done, total: reporter.progress("evaluating", done, total),
-            command.block_size,
-            command.aligned,
+        model, dataset, result, lossy = losses(
+            command, lambda done, total: reporter.progress("evaluating", done, total)
         )
         tasks = _tasks(command, model, dataset, reporter)
         samples = _samples(command, model, dataset, reporter) if command.samples else None
     return EvalDocument(
         run=str(command.run),
-        checkpoint=command.checkpoint,
+        checkpoint="imported" if is_imported(command.run) else command.checkpoint,
         split=command.split,
         block_size=result.block_size,
-        aligned=command.aligned,
+        aligned=_aligned(command),
         loss_nats_per_token=result.loss,
         standard_error_nats_per_token=result.standard_error,
         perplexity=result.perplexity,
@@ -122,7 +120,42 @@ def _evaluated(command: EvalCommand) -> EvalDocument:
         text_bytes=result.text_bytes,
         tasks=tasks,
         samples=samples,
+        lossy_stories=lossy,
     )
+
+
+def _aligned(command: EvalCommand) -> bool:
+    return command.aligned or is_imported(command.run)
+
+
+def _of_run(command: EvalCommand, tick: Tick) -> tuple[StoryModel, Dataset, Evaluation, int]:
+    """The model, its data, its losses, and the number of stories that the tokenizer changes."""
+    from storylab.training.evaluation import evaluate_model, open_evaluation
+
+    model, dataset = open_evaluation(
+        command.run, command.checkpoint, command.data_dir, command.device
+    )
+    result = evaluate_model(
+        model, dataset, command.split, tick, command.block_size, command.aligned
+    )
+    return model, dataset, result, 0
+
+
+def _of_imported(command: EvalCommand, tick: Tick) -> tuple[StoryModel, Dataset, Evaluation, int]:
+    """As :func:`_of_run`."""
+    if command.data_dir is None:
+        raise UserError("an imported model has no data of its own: give a data set with --data_dir")
+    require_only_checkpoint(command.run, command.checkpoint)
+    from storylab.data.dataset import load_dataset
+    from storylab.imported.evaluation import evaluate_imported
+    from storylab.imported.folder import load_imported
+
+    dataset = load_dataset(command.data_dir)
+    model, tokenizer = load_imported(command.run, command.device)
+    result, lossy = evaluate_imported(
+        model, tokenizer, dataset, command.split, command.block_size, tick
+    )
+    return model, dataset, result, lossy
 
 
 def _tasks(
@@ -145,7 +178,12 @@ def _samples(
     command: EvalCommand, model: StoryModel, dataset: Dataset, reporter: ConsoleReporter
 ) -> SamplesEntry:
     from storylab.model.generate import Sampling
-    from storylab.quality.samples import held_out_sample, measure, write_samples
+    from storylab.quality.samples import (
+        held_out_sample,
+        in_ids_of,
+        measure,
+        write_samples,
+    )
 
     sampling = Sampling()
     written = write_samples(
@@ -157,7 +195,7 @@ def _samples(
     )
     held_out = held_out_sample(dataset, command.samples, command.max_new_tokens)
     found, reference = measure(
-        [written.stories, held_out],
+        [in_ids_of(dataset.tokenizer, written.stories, model.tokenizer), held_out],
         dataset,
         lambda done, total: reporter.progress("searching", done, total),
     )
@@ -186,6 +224,8 @@ def _lines(found: EvalDocument) -> Iterator[str]:
     yield f"standard error {error:.4f} over {found.stories:,} stories"
     yield f"perplexity     {found.perplexity:,.2f}"
     yield f"bits per byte  {found.bits_per_byte:.4f}"
+    if found.lossy_stories:
+        yield f"not exact      {lossy_words(found.lossy_stories)}"
     for task in found.tasks:
         yield (
             f"{task.task:<14} {task.metric.replace('_', ' ')} {task.value:.1%} (standard error "
@@ -217,9 +257,10 @@ def _sample_lines(samples: SamplesEntry) -> Iterator[str]:
 
 VERB = Verb(
     "eval",
-    "print a run's losses on a whole split, its answers to questions, measures of samples",
+    "print a model's losses on a whole split, its answers to questions, measures of samples",
     "runs",
     run,
+    EvalCommand,
     position=4,
     memory_remedy="take a smaller --block_size or fewer --samples, or a machine with more memory",
 )

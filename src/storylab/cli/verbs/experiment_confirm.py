@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
+    chosen_executor,
     closing_code,
     open_data,
     print_plan,
     print_results,
+    register_for_workers,
     require_document,
     tracking,
     train_planned,
@@ -44,8 +46,8 @@ class ExperimentConfirmCommand(ExperimentFlags):
 def run(call: Call) -> int:
     """Train the arms with fresh seeds, and compare them on the test split."""
     command = call.parse(ExperimentConfirmCommand)
-    require_document(command.json, command.dry_run)
-    executor = tracking(call.executor, command.track)
+    require_document(command.json, command.dry_run, command.register)
+    executor = tracking(chosen_executor(call.executor, command), command.track)
     with remarks_on_stderr(command.json):
         outcome, states = _results(command, executor)
     if outcome is None:
@@ -75,6 +77,9 @@ def _results(
     if command.dry_run:
         print_plan(experiment, dataset, planned, runs, executor)
         return None, []
+    if command.register:
+        register_for_workers(experiment, dataset, planned, runs)
+        return None, []
     record, states = train_planned(experiment, dataset, planned, runs, executor)
     if "finished" not in states:
         return load_outcome(record, cache), states
@@ -88,6 +93,7 @@ VERB = Verb(
     "judge chosen arms on fresh seeds and the test split",
     "experiments",
     run,
+    ExperimentConfirmCommand,
     operand="FILE",
     position=3,
 )

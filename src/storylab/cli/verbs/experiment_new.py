@@ -43,6 +43,7 @@ VERB = Verb(
     "write the skeleton of an experiment file",
     "experiments",
     run,
+    ExperimentNewCommand,
     operand="FILE",
     position=2,
 )

@@ -27,10 +27,11 @@ class ExperimentReportCommand:
 def run(call: Call) -> int:
     """Write the report."""
     command = call.parse(ExperimentReportCommand)
+    from storylab.cli.console import print_lines
     from storylab.reporting.report import write_report
 
     folder = write_report(command.runs, command.out or command.runs / "report")
-    print(f"Report: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
+    print_lines(f"Report: {folder / 'EXPERIMENTS.md'} and {folder / 'index.html'}")
     return 0
 
 
@@ -39,5 +40,6 @@ VERB = Verb(
     "write the log and the page of all experiments",
     "experiments",
     run,
+    ExperimentReportCommand,
     position=3,
 )

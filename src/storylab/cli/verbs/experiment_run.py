@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from storylab.cli.arguments import ExperimentFlags
 from storylab.cli.documents import remarks_on_stderr
 from storylab.cli.experiments import (
+    chosen_executor,
     closing_code,
     prepare_and_plan,
     print_plan,
     print_results,
+    register_for_workers,
     require_document,
     tracking,
     train_planned,
 )
 from storylab.cli.registry import Call, Verb
+from storylab.errors import UserError
 
 if TYPE_CHECKING:
     from storylab.execution.job import Executor
@@ -46,8 +49,8 @@ class ExperimentRunCommand(ExperimentFlags):
 def run(call: Call) -> int:
     """Run the experiment: train its arms, compare them and write the report."""
     command = call.parse(ExperimentRunCommand)
-    require_document(command.json, command.dry_run)
-    executor = tracking(call.executor, command.track)
+    require_document(command.json, command.dry_run, command.register)
+    executor = tracking(chosen_executor(call.executor, command), command.track)
     with remarks_on_stderr(command.json):
         outcome, states = _results(command, executor)
     if outcome is None:
@@ -59,6 +62,8 @@ def _results(command: ExperimentRunCommand, executor: Executor) -> tuple[Outcome
     """The outcome, None for a plan alone, and the states of the runs."""
     from storylab.experiments.spec import load_experiment
 
+    if command.register and (command.fresh or command.track):
+        raise UserError("--register trains nothing here: leave out --fresh and --track")
     experiment = load_experiment(command.file, command.scale)
     seeds = experiment.first_seeds(command.seeds)
     dataset, planned = prepare_and_plan(
@@ -66,6 +71,9 @@ def _results(command: ExperimentRunCommand, executor: Executor) -> tuple[Outcome
     )
     if command.dry_run:
         print_plan(experiment, dataset, planned, command.runs, executor, command.fresh)
+        return None, []
+    if command.register:
+        register_for_workers(experiment, dataset, planned, command.runs)
         return None, []
     record, states = train_planned(
         experiment, dataset, planned, command.runs, executor, command.fresh
@@ -78,6 +86,7 @@ VERB = Verb(
     "train the arms of an experiment and compare them",
     "experiments",
     run,
+    ExperimentRunCommand,
     operand="FILE",
     position=1,
 )

@@ -46,13 +46,15 @@ class ExportCommand:
 def run(call: Call) -> int:
     """Export a model, or verify an export."""
     command = call.parse(ExportCommand)
+    from storylab.cli.console import print_lines
+
     if command.verify is not None:
         if command.run or command.out or command.weights:
             raise UserError("--verify takes a folder and nothing else: give it alone")
         from storylab.export.folder import verify_export
 
         for line in verify_export(command.verify):
-            print(line)
+            print_lines(line)
         return 0
     if command.run is None:
         raise UserError("name a run folder to export, or --verify FOLDER")
@@ -63,9 +65,9 @@ def run(call: Call) -> int:
     record = export_run(
         command.run, command.format, command.weights, command.checkpoint, command.out
     )
-    print(f"{command.out}: {record.model_class}, weights in {record.weights}")
+    print_lines(f"{command.out}: {record.model_class}, weights in {record.weights}")
     for line in record.findings:
-        print(line)
+        print_lines(line)
     return 0
 
 
@@ -74,6 +76,7 @@ VERB = Verb(
     "write a run's model for other programs",
     "runs",
     run,
+    ExportCommand,
     position=7,
     memory_remedy=MORE_MEMORY,
 )

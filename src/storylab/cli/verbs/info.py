@@ -20,7 +20,7 @@ from storylab.errors import UserError
 from storylab.flags import default_for, given_flags, vocab_size_or
 
 if TYPE_CHECKING:
-    from storylab.record.schema import Stage
+    from storylab.record.schema import Stage, Summary
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,13 @@ def run(call: Call) -> int:
     )
     print(f"{'vocabulary':<12} {document.vocab_size:,}")
     print(f"{document.parameters:,} parameters")
+    from storylab.cli.console import print_lines
+
+    if document.on_divergence is not None:
+        print(f"{'divergence':<12} {document.on_divergence}")
+    print_lines(*document.recoveries)
     for stage in document.stages:
-        for line in _stage_lines(stage):
-            print(line)
+        print_lines(*_stage_lines(stage))
     return 0
 
 
@@ -98,13 +102,24 @@ def _document_of_run(folder: Path) -> InfoDocument:
 
     run = open_run(folder)
     config, environment = run.read_config(), run.read_environment()
-    vocab_size = run.read_data().tokenizer.vocab_size
+    vocab_size, summary = run.read_data().tokenizer.vocab_size, run.read_summary()
     stages = [(0, environment), *((stage.iteration, stage) for stage in environment.resumed)]
     return msgspec.structs.replace(
         _document(config.preset, config.model, vocab_size),
         run=str(folder),
         stages=[_stage(iteration, stage) for iteration, stage in stages],
+        on_divergence=config.on_divergence,
+        recoveries=[] if summary is None else _recoveries(summary),
     )
+
+
+def _recoveries(summary: Summary) -> list[str]:
+    """The places where a run that has ended would have diverged, in words."""
+    from storylab.training.log_format import rewind_line
+
+    count = summary.skipped_steps
+    skipped = [f"{count} step{'s' * (count > 1)} skipped: loss or gradients were not finite"]
+    return skipped * (count > 0) + [rewind_line(rewind) for rewind in summary.rewinds]
 
 
 def _stage(iteration: int, stage: Stage) -> StageEntry:
@@ -131,7 +146,16 @@ def _document(preset: PresetName, model: ModelConfig, vocab_size: int) -> InfoDo
         parameters=model.parameter_count(vocab_size),
         run=None,
         stages=[],
+        on_divergence=None,
+        recoveries=[],
     )
 
 
-VERB = Verb("info", "print shape and parameter count of a model or run", "runs", run, position=6)
+VERB = Verb(
+    "info",
+    "print shape and parameter count of a model or run",
+    "runs",
+    run,
+    InfoCommand,
+    position=6,
+)

@@ -33,7 +33,7 @@ class ListCommand:
 def run(call: Call) -> int:
     """Print a table of runs."""
     command = call.parse(ListCommand)
-    from storylab.cli.console import print_table
+    from storylab.cli.console import print_lines, print_table
     from storylab.experiments.listing import LIST_COLUMNS, list_cells, listed
     from storylab.record.index import list_runs
 
@@ -57,10 +57,16 @@ def run(call: Call) -> int:
     print_table(f"{len(rows)} runs in {command.runs}", LIST_COLUMNS, list(map(list_cells, rows)))
     for row in rows:
         if row.fault:
-            print(row.fault)
+            print_lines(row.fault)
     return 0
 
 
 VERB = Verb(
-    "list", "list the runs in a folder", "experiments", run, position=8, memory_remedy=MORE_MEMORY
+    "list",
+    "list the runs in a folder",
+    "experiments",
+    run,
+    ListCommand,
+    position=8,
+    memory_remedy=MORE_MEMORY,
 )

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson
+from storylab.cli.arguments import (
+    DEFAULT_RUNS_DIR,
+    AsJson,
+    ExecutorChoice,
+    ExecutorOptions,
+    Jobs,
+)
 from storylab.cli.documents import print_document
 from storylab.cli.registry import Call, Verb
 from storylab.documents.noise import Detectable, NoiseDocument, NoiseFloor
@@ -45,12 +51,17 @@ class NoiseCommand:
     """Folder that holds the run folders."""
     data_dir: Path | None = None
     """Prepared data set; by default the one that the file's [data] describes."""
+    jobs: Jobs = None
+    executor: ExecutorChoice = "local"
+    executor_options: ExecutorOptions = ()
     json: AsJson = False
 
 
 def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
+    from storylab.cli.console import print_lines
+
     if command.json:
         print_document(
             lambda: NoiseDocument(floors=[floor for floor, _ in _floors(command, call.executor)])
@@ -58,7 +69,7 @@ def run(call: Call) -> int:
         return 0
     for floor, sight in _floors(command, call.executor):
         _print_floor(floor)
-        print("\n".join(sight))
+        print_lines(*sight)
     return 0
 
 
@@ -76,14 +87,15 @@ def _floors(command: NoiseCommand, executor: Executor) -> Iterator[tuple[NoiseFl
 
 def _trained_baseline(command: NoiseCommand, executor: Executor) -> list[PlannedRun]:
     """One run of a file's baseline under every condition, after training all its seeds."""
-    from storylab.cli.experiments import prepare_and_plan, train_planned
+    from storylab.cli.experiments import chosen_executor, prepare_and_plan, train_planned
     from storylab.experiments.spec import load_experiment
 
     experiment = load_experiment(command.target, command.scale)
     seeds = experiment.first_seeds(max(command.seeds, 2))
     only = (experiment.baseline,)
     dataset, planned = prepare_and_plan(experiment, command.data_dir, command.runs, seeds, only)
-    train_planned(experiment, dataset, planned, command.runs, executor)
+    chosen = chosen_executor(executor, command)
+    train_planned(experiment, dataset, planned, command.runs, chosen)
     return list({run.cell.condition: run for run in planned}.values())
 
 
@@ -94,13 +106,14 @@ def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
     Raises:
         UserError: no other seed of it has finished.
     """
+    from storylab.cli.console import print_lines
     from storylab.experiments.noise import noise_of, other_seeds, paired_spreads, seen_by_pairs
 
     runs, problems = other_seeds(result)
     noise = noise_of(runs)
     if noise is None:
         for problem in problems:
-            print(f"left out: {problem}")
+            print_lines(f"left out: {problem}")
         raise UserError(
             f"{result.folder} has no finished runs with other seeds in its folder: train some with "
             "`storylab noise FILE --seeds 5`"
@@ -140,8 +153,10 @@ def _floor(
 
 
 def _print_floor(floor: NoiseFloor) -> None:
+    from storylab.cli.console import print_lines
+
     for problem in floor.left_out:
-        print(f"left out: {problem}")
+        print_lines(f"left out: {problem}")
     print(
         f"{floor.condition + ': ' if floor.condition else ''}seed noise of {floor.preset}, "
         f"{floor.tokens:,} tokens: standard deviation "
@@ -151,5 +166,10 @@ def _print_floor(floor: NoiseFloor) -> None:
 
 
 VERB = Verb(
-    "noise", "measure how much the loss changes with the seed alone", "experiments", run, position=7
+    "noise",
+    "measure how much the loss changes with the seed alone",
+    "experiments",
+    run,
+    NoiseCommand,
+    position=7,
 )

@@ -129,16 +129,17 @@ def _arm_plans(
 
 
 def _print_experiment(command: PlanCommand, file: Path) -> None:
+    from storylab.cli.console import print_lines
     from storylab.experiments.spec import load_experiment
     from storylab.planning.plan_text import arm_line
 
     experiment = load_experiment(file, command.scale)
     vocab_size = vocab_size_or(command.vocab_size, experiment.vocab_size)
-    print(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
+    print_lines(f"{experiment.title}: {len(experiment.seeds)} seeds of every arm")
     for plan in _arm_plans(command, file, experiment, vocab_size):
         print(f"\n{plan.name}, {SOFTWARE[command.software].name}, predicted:")
         for arm in plan.arms or ():
-            print(arm_line(arm))
+            print_lines(arm_line(arm))
 
 
 def _document(command: PlanCommand) -> PlanDocument:
@@ -178,5 +179,6 @@ VERB = Verb(
     "predict time and memory of a run or an experiment, and the gain from FP8 or NVFP4",
     "experiments",
     run,
+    PlanCommand,
     position=4,
 )

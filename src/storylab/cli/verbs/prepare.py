@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
+from storylab.data.prepare_config import PrepareConfig
 
 
 def run(call: Call) -> int:
     """Prepare a data set."""
-    from storylab.data.prepare import PrepareConfig
-
     config = call.parse(PrepareConfig)
     from storylab.cli.datasets import prepare_and_describe
 
@@ -21,6 +20,7 @@ VERB = Verb(
     "turn stories into a data set to train on",
     "runs",
     run,
+    PrepareConfig,
     position=1,
     memory_remedy=MORE_MEMORY,
 )

@@ -58,6 +58,7 @@ VERB = Verb(
     "continue a run that was stopped, to the same bits",
     "runs",
     run,
+    ResumeCommand,
     position=3,
     memory_remedy=MORE_MEMORY,
 )

@@ -16,13 +16,13 @@ MOST_SAMPLES = 10_000
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Write stories with a run's model.
+    """Write stories with the model of a run, or an imported one.
 
     Examples: storylab sample runs/a | storylab sample runs/a --prompt "Tom had a dog" --samples 4
     """
 
     run: RunFolder
-    """Run folder."""
+    """Run folder, or folder of an imported model."""
     prompt: str = "Once upon a time there was a little"
     """Beginning of the stories; if it is empty or <|endoftext|>, the model begins them."""
     samples: int = 1
@@ -48,12 +48,12 @@ def run(call: Call) -> int:
     command = call.parse(SampleCommand)
     if command.samples > MOST_SAMPLES:
         raise UserError(f"samples is {command.samples}: it must be at most {MOST_SAMPLES:,}")
+    from storylab.imported.folder import open_story_model
     from storylab.model.generate import Sampling
-    from storylab.record.folder import open_run
-    from storylab.training.sampling import as_in_stories, load_story_model
+    from storylab.training.sampling import as_in_stories
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.seed)
-    model = load_story_model(open_run(command.run), command.checkpoint, command.device)
+    model = open_story_model(command.run, command.checkpoint, command.device)
     prompt = as_in_stories(command.prompt)
     if command.prompt.endswith(" "):
         print(
@@ -75,7 +75,7 @@ def _print_stories(prompt: str, stream: Iterable[list[bytes]], samples: int) -> 
 
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     stories = [prompt] * samples
-    print(prompt, end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     for pieces in stream:
         new = [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
         stories = [story + text for story, text in zip(stories, new, strict=True)]
@@ -87,9 +87,10 @@ def _print_stories(prompt: str, stream: Iterable[list[bytes]], samples: int) -> 
 
 VERB = Verb(
     "sample",
-    "write stories with a run's model",
+    "write stories with a model",
     "runs",
     run,
+    SampleCommand,
     position=5,
     memory_remedy="take fewer --samples, or a machine with more memory",
 )

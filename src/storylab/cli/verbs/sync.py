@@ -31,12 +31,14 @@ def run(call: Call) -> int:
     if not command.runs or not command.to:
         raise UserError("name one run and one tracker at least: storylab sync RUN --to tensorboard")
     require_installed(command.to)
+    from storylab.cli.console import print_lines
     from storylab.experiments.tracked import place_of
     from storylab.tracking.sync import sync
 
     for folder in command.runs:
         for name in command.to:
-            print(f"{folder}: {sync(folder, name, place_of(folder), command.seconds)}", flush=True)
+            sent = sync(folder, name, place_of(folder), command.seconds)
+            print_lines(f"{folder}: {sent}")
     return 0
 
 
@@ -45,6 +47,7 @@ VERB = Verb(
     "send finished runs to a tracker",
     "runs",
     run,
+    SyncCommand,
     operand="RUN...",
     position=9,
     memory_remedy=MORE_MEMORY,

@@ -102,7 +102,7 @@ def _train(config: TrainConfig, track: Sequence[str], split_is_free: bool, ranks
 
 def _prepare_default_data(config: TrainConfig) -> None:
     from storylab.cli.datasets import prepare_and_describe
-    from storylab.data.prepare import PrepareConfig
+    from storylab.data.prepare_config import PrepareConfig
     from storylab.training.setup import resolve
 
     resolve(config)  # so that a config that cannot run fails before a gigabyte is fetched for it
@@ -110,4 +110,4 @@ def _prepare_default_data(config: TrainConfig) -> None:
 
 
 VERB = Verb("train", "train a model; the defaults are those of the original experiment", "runs", run,
-            position=2)  # fmt: skip
+            command=TrainCommand, position=2)  # fmt: skip

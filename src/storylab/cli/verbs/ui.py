@@ -35,11 +35,12 @@ def run(call: Call) -> int:
     require_runs_folder(command.runs)
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UserError("the page needs two more packages: pip install 'storylab[ui]'")
+    from storylab.cli.console import print_lines
     from storylab.ui.server import ADDRESS, open_port, serve
 
     with open_port(command.port) as listener:
         address = f"http://{ADDRESS}:{listener.getsockname()[1]}/"
-        print(f"{command.runs} is shown at {address} (Ctrl-C ends it)", flush=True)
+        print_lines(f"{command.runs} is shown at {address} (Ctrl-C ends it)")
         if command.open:
             webbrowser.open(address)
         serve(command.runs, listener)
@@ -51,6 +52,7 @@ VERB = Verb(
     "serve a local page over a folder of runs",
     "experiments",
     run,
+    UiCommand,
     position=10,
     memory_remedy=MORE_MEMORY,
 )

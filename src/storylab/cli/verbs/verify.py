@@ -89,13 +89,15 @@ def _verified(command: VerifyCommand) -> Iterator[Verified]:
 
 
 def _print(item: Verified) -> None:
+    from storylab.cli.console import print_lines
+
     count = len(item.differences)
     words = f"{count} differences" if count > 1 else f"{count or 'no'} difference"
-    print(f"{item.path}: {len(item.checks)} checks, {words}", flush=True)
+    print_lines(f"{item.path}: {len(item.checks)} checks, {words}")
     for check, difference in item.differences:
-        print(f"  DIFFERS ({check}): {difference.message}")
+        print_lines(f"  DIFFERS ({check}): {difference.message}")
     for check, gap in item.gaps:
-        print(f"  not checked ({check}): {gap.reason}")
+        print_lines(f"  not checked ({check}): {gap.reason}")
 
 
 def _document(command: VerifyCommand, found: list[Verified]) -> VerifyDocument:
@@ -124,6 +126,7 @@ VERB = Verb(
     "recompute what a record allows, and name every difference",
     "experiments",
     run,
+    VerifyCommand,
     operand="RUN",
     position=11,
     memory_remedy=MORE_MEMORY,

@@ -32,7 +32,7 @@ def run(call: Call) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    from storylab.cli.console import make_table, print_table
+    from storylab.cli.console import make_table, print_lines, print_table
     from storylab.experiments.records import FolderCache
     from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
 
@@ -40,7 +40,8 @@ def run(call: Call) -> int:
     if command.once or not sys.stdout.isatty():
         for table in watch_tables(command.runs):
             print_table(table.title, WATCH_COLUMNS, table.rows)
-            print(*table.faults, sep="\n", end="\n" * bool(table.faults))
+            if table.faults:
+                print_lines(*table.faults)
         return 0
     cache = FolderCache()
     with Live(auto_refresh=False) as live:
@@ -62,6 +63,7 @@ VERB = Verb(
     "follow experiments while they run",
     "experiments",
     run,
+    WatchCommand,
     position=9,
     memory_remedy=MORE_MEMORY,
 )

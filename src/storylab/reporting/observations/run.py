@@ -57,8 +57,8 @@ def run_observations(run: Run, name: str) -> Iterable[str]:
         f"{title}: throughput {middle:,.0f} tok/s (median; 90 % of iterations within {low:,.0f} to "
         f"{high:,.0f}, a spread of {(high - low) / middle:.0%})."
     )
-    losses = spikes([row.loss for row in iterations])
-    # A float16 step that was skipped has no gradient norm.
+    # A step that was skipped may have no loss, and has no gradient norm.
+    losses = spikes([row.loss or 0.0 for row in iterations])
     norms = spikes([row.grad_norm or 0.0 for row in iterations])
     clipped = float(np.mean([row.clipped for row in iterations]))
     yield (

@@ -168,7 +168,7 @@ function secondsOf(curve) {
 function points(curve, iterations, values) {
   const axis = find("axis").value, seconds = secondsOf(curve);
   const x = { iteration: n => n, tokens: n => n * curve.tokens_per_iteration, seconds }[axis];
-  return iterations.map((n, i) => ({ run: curve.name, x: x(n), y: values[i] }));
+  return iterations.map((n, i) => ({ run: curve.name, x: x(n), y: values[i] })).filter(p => p.y !== null);
 }
 
 let library = null;
