@@ -50,6 +50,8 @@ ELSEWHERE = {
     "storylab prepare",
     "storylab prepare --source tinystories-v2 --tokenizer bpe:4096",
     ORIGINAL,
+    # Needs an extra that is too large for every machine; tests/quality/test_harness.py runs it.
+    "storylab eval runs/first --tasks last_word endings",
     # Half an hour; test_experiments.py loads the file and runs smaller ones.
     "storylab experiment run experiments/04-sliding-window.toml --scale laptop",
 }

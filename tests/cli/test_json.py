@@ -179,7 +179,7 @@ def test_numbers_that_are_not_finite_are_null(
 ) -> None:
     """One story has no standard error."""
     one = Evaluation(np.array([np.inf]), np.array([3]), np.zeros(16), 10)
-    monkeypatch.setattr("storylab.training.evaluation.evaluate_run", lambda *args: one)
+    monkeypatch.setattr("storylab.training.evaluation.evaluate_split", lambda *args: one)
     found = document(capsys, "eval", runs / "a-s1")
     assert found.loss_nats_per_token is found.standard_error_nats_per_token is None
     assert found.perplexity == math.exp(700) and found.stories == 1

@@ -12,16 +12,19 @@ import pytest
 import torch
 
 from exported import CASES, CLASSES, CONTEXT, SHAPE, source
-from storylab.config import ModelConfig
+from storylab.config import ModelConfig, preset_config
+from storylab.data.dataset import Dataset
 from storylab.errors import UserError
 from storylab.export.classes import model_class
 from storylab.export.exporter import Source
+from storylab.export.folder import export_run, verify_export
 from storylab.export.hf import EXPORTER
 from storylab.export.reference import compare, make_reference
 from storylab.model.generate import Sampling, generate
 from storylab.record.folder import open_run
 from storylab.record.run import Run
 from storylab.training.sampling import load_story_model
+from storylab.training.train import train
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
@@ -119,6 +122,36 @@ def test_a_pipeline_writes_our_story(run: Run, tmp_path: Path) -> None:
         expected = story_model.sample(prompt, Sampling(temperature=0), max_new_tokens=24)[0]
         story = write(prompt, max_new_tokens=24, do_sample=False)[0]["generated_text"]
         assert story.replace("<|endoftext|>", "") == expected.replace("<|endoftext|>", "")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_portable_method_is_exported_and_verified(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """With the command line's defaults of the method."""
+    default = preset_config("nano", "portable")
+    shape = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 48}
+    train(
+        dataclasses.replace(
+            default,
+            model=dataclasses.replace(default.model, **shape),
+            data_dir=dataset.folder,
+            out_dir=tmp_path / "run",
+            dtype="float32",
+            max_iters=20,
+            batch_size=8,
+            gradient_accumulation_steps=1,
+            block_size=48,
+            eval_interval=20,
+            eval_iters=1,
+            device="cpu",
+        )
+    )
+    folder = tmp_path / "out"
+    record = export_run(tmp_path / "run", "hf", None, "last", folder)
+    assert record.model_class == "Qwen3ForCausalLM"
+    assert any("greedy tokens equal" in line for line in verify_export(folder))
+    assert "--method portable" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

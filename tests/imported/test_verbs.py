@@ -59,7 +59,7 @@ def test_losses_of_an_export_that_came_back_are_the_runs(
 ) -> None:
     """Story by story, but for the very first token: in our data nothing comes before it."""
     ours = evaluate_run(run.folder, device="cpu", aligned=True)
-    theirs, lossy = evaluate_imported(imported, dataset, device="cpu")
+    theirs, lossy = evaluate_imported(*load_imported(imported, "cpu"), dataset)
     assert (lossy, theirs.block_size, theirs.text_bytes) == (0, 48, ours.text_bytes)
     assert theirs.story_tokens[0] == ours.story_tokens[0] + 1
     assert np.array_equal(theirs.story_tokens[1:], ours.story_tokens[1:])
@@ -82,7 +82,7 @@ def by_hand(folder: Path, text: str, window: int) -> tuple[float, int]:
 def test_another_tokenizers_losses_are_those_of_each_story(
     other: Path, dataset: Dataset, window: int | None
 ) -> None:
-    found, lossy = evaluate_imported(other, dataset, device="cpu", block_size=window)
+    found, lossy = evaluate_imported(*load_imported(other, "cpu"), dataset, block_size=window)
     texts = list(story_texts(dataset.splits[VALIDATION], dataset.tokenizer))
     assert lossy == 0 and len(texts) == len(found.story_losses)
     assert found.text_bytes == sum(map(len, texts)) == dataset.splits[VALIDATION].text_bytes
@@ -103,13 +103,24 @@ def test_eval_reads_stories_from_a_data_set(
     assert "no best checkpoint" in fails(capsys, *place, "--checkpoint", "best")
     assert "the model reads 1 to 48 tokens" in fails(capsys, *place, "--block_size", 49)
     found = document(capsys, *place)
-    expected, _ = evaluate_imported(imported, dataset, device="cpu")
+    expected, _ = evaluate_imported(*load_imported(imported, "cpu"), dataset)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte)
     assert (found.checkpoint, found.aligned, found.lossy_stories) == ("imported", True, 0)
     assert main(list(map(str, place))) == 0
     text = capsys.readouterr().out
     assert "windows of 48 tokens" in text and "start again at every story" in text
     assert f"bits per byte  {expected.bits_per_byte:.4f}" in text
+
+
+def test_samples_are_measured_in_the_ids_of_the_data_set(
+    other: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ("eval", other, "--data_dir", dataset.folder, "--device", "cpu")
+    found = document(capsys, *place, "--samples", 3, "--max_new_tokens", 20)
+    texts = load_imported(other, "cpu")[0].sample("", Sampling(), 20, 3)
+    ids = [dataset.tokenizer.encode(text.removeprefix(" ")) for text in texts]
+    assert found.samples.written.tokens == sum(map(len, ids))
+    assert found.samples.written.distinct_1 == len(set().union(*ids)) / sum(map(len, ids))
 
 
 def test_sample_writes_the_runs_story(
@@ -143,7 +154,7 @@ def test_compare_gives_bits_per_byte_of_the_same_stories(
     assert ours.difference_bits_per_byte == ours.low_bits_per_byte == 0
     # By hand, without the first story; the interval is that of a ratio of sums.
     a = evaluate_run(run.folder, device="cpu", aligned=True).story_losses[1:] / math.log(2)
-    b = evaluate_imported(other, dataset, device="cpu")[0].story_losses[1:] / math.log(2)
+    b = evaluate_imported(*load_imported(other, "cpu"), dataset)[0].story_losses[1:] / math.log(2)
     texts = [len(t) for t in story_texts(dataset.splits[VALIDATION], dataset.tokenizer)][1:]
     assert ours.bits_per_byte == pytest.approx(a.sum() / sum(texts))
     difference = (b - a).sum() / sum(texts)

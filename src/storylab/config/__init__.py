@@ -34,6 +34,7 @@ from storylab.config.presets import (
     PRESETS,
     SMALL_VOCAB_SIZE,
     Preset,
+    flags_of,
     preset_config,
 )
 from storylab.config.train import (
@@ -86,6 +87,7 @@ __all__ = [
     "current_name",
     "differences",
     "fields_of",
+    "flags_of",
     "flat",
     "from_dict",
     "parse_attention",

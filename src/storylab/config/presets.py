@@ -1,11 +1,13 @@
-"""Named model shapes and named ways of training: data, found by name."""
+"""Named model shapes and named ways of training: data, found by name; configs as the flags that differ."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from storylab.config.identity import flat
 from storylab.config.model import ModelConfig
 from storylab.config.train import MethodName, PresetName, TrainConfig
 from storylab.errors import UserError
@@ -38,25 +40,31 @@ PRESETS: dict[PresetName, Preset] = {
     "200m": Preset(ModelConfig(14, 16, 4, 1024, 2560), GPT2_VOCAB_SIZE),
     "350m": Preset(ModelConfig(27, 16, 4, 1024, 2752), GPT2_VOCAB_SIZE),
 }
+_FAST_TRAINING: dict[str, Any] = {
+    "optimizer": "normuon",
+    "muon_lr": 0.02,
+    "learning_rate": 4e-2,
+    "min_lr": 8e-3,
+    "warmup_iters": 20,
+    "schedule": "linear",
+    "beta2": 0.95,
+    "ema_fraction": 0.1,
+}
+_PORTABLE_MODEL: dict[str, Any] = {"qk_norm": True}
 # Named ways of training: the changes that each makes to that of the original log. Every part of
-# `fast` has been compared with runs without it (docs/time-to-loss.md).
+# `fast` has been compared with runs without it (docs/time-to-loss.md). `portable` has the parts of it that
+# a model class of other programs has (storylab.export.classes).
 METHODS: dict[MethodName, dict[str, Any]] = {
     "record": {},
     "fast": {
-        "optimizer": "normuon",
-        "muon_lr": 0.02,
-        "learning_rate": 4e-2,
-        "min_lr": 8e-3,
-        "warmup_iters": 20,
-        "schedule": "linear",
-        "beta2": 0.95,
-        "ema_fraction": 0.1,
+        **_FAST_TRAINING,
         "model": {
-            "qk_norm": True,
+            **_PORTABLE_MODEL,
             "value_residual": "first_layer",
             "embedding_residual": True,
         },
     },
+    "portable": {**_FAST_TRAINING, "model": _PORTABLE_MODEL},
 }
 
 
@@ -71,6 +79,26 @@ def preset_config(name: str, method: str = "record") -> TrainConfig:
     changes = dict(METHODS[chosen])
     model = dataclasses.replace(PRESETS[preset].model, **changes.pop("model", {}))
     return TrainConfig(preset=preset, method=chosen, model=model, **changes)
+
+
+def flags_of(config: TrainConfig, without: Collection[str] = ()) -> list[str]:
+    """The words after ``storylab train`` that make ``config``, to be joined for a shell.
+
+    They name preset, method and dtype, and every other field that differs from the default of that preset
+    and method; fields called ``without`` are left out.
+    """
+    default = flat(preset_config(config.preset, config.method))
+    words = ["--preset", config.preset]
+    if config.method != "record":
+        words += ["--method", config.method]
+    for name, value in flat(config, {*without, "preset", "method"}).items():
+        if value == default[name] and name != "dtype":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no_'}{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def _named(table: dict[Name, Any], name: str, kind: str) -> Name:

@@ -40,8 +40,8 @@ Dtype = Literal[
 NATIVE_DTYPES = ("float32", "bfloat16", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao", "native"]
 DivergencePolicy = Literal["stop", "skip", "rewind"]
-MethodName = Literal["record", "fast"]
 Parallel = Literal["ddp", "fsdp"]
+MethodName = Literal["record", "fast", "portable"]
 PresetName = Literal["nano", "3m", "6m", "10m", "50m", "113m", "200m", "350m"]
 # The names are those of the entries, so that a new one is named in one place.
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class TrainConfig:
     """Named model shape; the shape flags below override single values of it."""
     method: Annotated[MethodName, mark("method", before="record", effect="result")] = "record"
     """Named way of training that sets the defaults of the other flags: record (the original log's),
-    or fast, which reaches a loss in a fraction of the tokens."""
+    fast, which reaches a loss in a fraction of the tokens, or portable, which is fast without the parts
+    that `storylab export` cannot write."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data_dir: Annotated[
         Path, mark("data", effect="presentation", set_by="use [data], or --data_dir")

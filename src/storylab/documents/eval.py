@@ -9,6 +9,62 @@ from msgspec import Struct
 from storylab.documents.fields import about
 
 
+class TaskEntry(Struct, frozen=True, kw_only=True):
+    """A metric of a task."""
+
+    task: Annotated[str, about("`last_word` or `endings`")]
+    metric: Annotated[
+        str,
+        about(
+            "`accuracy`: share of right answers by whole log-likelihoods; `accuracy_per_byte`: by "
+            "log-likelihoods divided by the bytes of each answer"
+        ),
+    ]
+    value: Annotated[float, about("mean over the items")]
+    standard_error: Annotated[
+        float | None, about("standard error of `value` over items; null for one item")
+    ]
+    chance: Annotated[
+        float,
+        about(
+            "accuracy of guessing: 0.25 for `endings`, that of the commonest word for `last_word`"
+        ),
+    ]
+    items: Annotated[int, about("questions")]
+
+
+class TextEntry(Struct, frozen=True, kw_only=True):
+    """Measures of some stories."""
+
+    stories: Annotated[int, about("stories that were measured")]
+    tokens: Annotated[int, about("their tokens, without ends of text", "tokens")]
+    distinct_1: Annotated[float | None, about("different tokens over all tokens; null for none")]
+    distinct_2: Annotated[float | None, about("the same of runs of two tokens within a story")]
+    distinct_3: Annotated[float | None, about("the same of runs of three tokens")]
+    copied_tokens: Annotated[
+        float,
+        about("mean over stories of the longest span that training stories have too", "tokens"),
+    ]
+    longest_copied_tokens: Annotated[int, about("the longest of these spans", "tokens")]
+    longest_copied_text: Annotated[str, about("its text")]
+
+
+class SamplesEntry(Struct, frozen=True, kw_only=True):
+    """Stories that the model wrote, and validation stories for comparison."""
+
+    max_new_tokens: Annotated[int, about("limit on the length of a story", "tokens")]
+    temperature: Annotated[float, about("divides the logits before a token is drawn")]
+    seed: Annotated[int, about("seed of the draws")]
+    ended: Annotated[float, about("share of the model's stories that ended before the limit")]
+    written: Annotated[TextEntry, about("the model's stories")]
+    held_out: Annotated[
+        TextEntry,
+        about(
+            "as many validation stories, their first tokens up to the limit, if there are as many"
+        ),
+    ]
+
+
 class EvalDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="storylab.eval/1"):
     """Losses of a run's model on a whole split; null where a value is not finite."""
 
@@ -38,3 +94,10 @@ class EvalDocument(Struct, frozen=True, kw_only=True, tag_field="schema", tag="s
         int,
         about("stories that do not come back from the tokenizer of an imported model; 0 for a run"),
     ] = 0
+    tasks: Annotated[
+        list[TaskEntry],
+        about("results of `--tasks`, on questions made from validation stories; may be empty"),
+    ] = []
+    samples: Annotated[
+        SamplesEntry | None, about("measures of `--samples`; null if none were asked for")
+    ] = None

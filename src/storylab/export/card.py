@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 import storylab
-from storylab.config import FULL, PRESENTATION_FIELDS, flat, preset_config
+from storylab.config import FULL, PRESENTATION_FIELDS, flags_of
 from storylab.data.sources import HUB_DATASETS
 from storylab.export.classes import window_size
 from storylab.export.consumers import ignorers
@@ -219,16 +219,5 @@ def _data_folder(run: Run) -> str:
 
 def train_command(run: Run) -> str:
     """The command that trains the same model: the run's fields that differ from their defaults."""
-    config = run.config
-    default = flat(preset_config(config.preset, config.method))
-    words = ["storylab", "train", "--preset", config.preset]
-    if config.method != "record":
-        words += ["--method", config.method]
-    for name, value in flat(config, PRESENTATION_FIELDS | {"preset", "method"}).items():
-        if value == default[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{name}")
-        else:
-            words += [f"--{name}", str(value)]
+    words = ["storylab", "train", *flags_of(run.config, PRESENTATION_FIELDS)]
     return printable(shlex.join([*words, "--data_dir", _data_folder(run)]))

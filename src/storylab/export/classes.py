@@ -127,12 +127,13 @@ def _without_class(config: ModelConfig) -> Iterator[str]:
     if config.value_residual != "none":
         yield (
             f"none adds the values of the first layer to later ones (value_residual "
-            f"{config.value_residual}). Train with --value_residual none, and export that run"
+            f"{config.value_residual}). Train with --value_residual none, or by --method portable, and "
+            "export that run"
         )
     if config.embedding_residual:
         yield (
             "none adds the embeddings to every block by learned scales (embedding_residual). Train "
-            "with --no-embedding_residual, and export that run"
+            "with --no-embedding_residual, or by --method portable, and export that run"
         )
     others = [p.label for p in config.layer_patterns if p != FULL and not isinstance(p, Window)]
     if others:

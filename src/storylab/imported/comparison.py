@@ -20,6 +20,7 @@ from storylab.experiments.statistics import Interval, story_interval
 from storylab.files import shown
 from storylab.imported import is_imported
 from storylab.imported.evaluation import evaluate_imported, story_texts
+from storylab.imported.folder import load_imported
 from storylab.record.folder import open_run
 from storylab.training.evaluation import Evaluation, evaluate_run
 
@@ -100,7 +101,7 @@ def compare_models(
         lossy = 0
         if own is None:
             evaluation, lossy = evaluate_imported(
-                folder, shared, device=device, tick=_ticker(progress, folder)
+                *load_imported(folder, device), shared, tick=_ticker(progress, folder)
             )
         else:
             _require_same_stories(folder, own, shared)

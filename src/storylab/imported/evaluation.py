@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from storylab.data.dataset import Dataset, Split, token_dtype
 from storylab.data.layout import VALIDATION
 from storylab.data.tokenizer import Tokenizer
 from storylab.errors import UserError
-from storylab.imported.folder import ImportedTokenizer, load_imported
+from storylab.imported.folder import ImportedTokenizer
 from storylab.training.evaluation import Evaluation, Tick, position_means, window_losses
 from storylab.training.sampling import StoryModel
 
@@ -91,20 +90,20 @@ def evaluate_stories(
 
 
 def evaluate_imported(
-    folder: Path,
+    model: StoryModel,
+    tokenizer: ImportedTokenizer,
     dataset: Dataset,
     split: str = VALIDATION,
-    device: str = "auto",
     block_size: int | None = None,
     tick: Tick = lambda *_: None,
 ) -> tuple[Evaluation, int]:
     """Evaluate an imported model on the stories of a split, each read alone.
 
     Args:
-        folder: the model's folder.
+        model: the model.
+        tokenizer: its tokenizer.
         dataset: has the stories, in the ids of our tokenizer.
         split: name of the split.
-        device: where to compute.
         block_size: tokens in a window; by default 512, or as many as the model was made for.
         tick: called before every batch.
 
@@ -113,9 +112,8 @@ def evaluate_imported(
         bits are those of another text.
 
     Raises:
-        UserError: the model cannot be used, or was not made for windows of that length.
+        UserError: the model was not made for windows of that length.
     """
-    model, tokenizer = load_imported(folder, device)
     size = _window(model.block_size, block_size)
     texts = list(story_texts(dataset.splits[split], dataset.tokenizer))
     stories = encode_stories(texts, tokenizer)

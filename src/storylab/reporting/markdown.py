@@ -11,11 +11,11 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Template
 
-from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flat, preset_config
+from storylab.config import PRESENTATION_FIELDS, SEED_FIELDS, flags_of
 from storylab.errors import UserError
 from storylab.experiments.effect_words import verdict_lines
 from storylab.experiments.factors import qualified_name
-from storylab.experiments.outcome import CellResult, Outcome
+from storylab.experiments.outcome import Outcome
 from storylab.files import open_file
 from storylab.record.experiment_schema import ExperimentRecord
 from storylab.record.folder import LOG
@@ -34,6 +34,9 @@ from storylab.reporting.remarks import BEGIN_REMARKS, END_REMARKS, REMARKS_HINT
 from storylab.reporting.setup_facts import setup_facts
 from storylab.reporting.templates import text_template
 from storylab.training.log_format import printable, summary_lines
+
+# Fields that differ between runs of an arm, or between machines.
+HIDDEN_FLAGS = PRESENTATION_FIELDS | SEED_FIELDS | {"device"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _view(section: Section, remarks: Mapping[str, str]) -> _SectionView:
         dates=_dates(o.runs),
         plan=plan_text(o),
         choices=section.choices,
-        flags=_flags(o.baseline_of(o.conditions[0])),
+        flags=shlex.join(flags_of(o.baseline_of(o.conditions[0]).config, HIDDEN_FLAGS)),
         repeat=repeat_command(o),
         problems=o.problems,
         pictures=list(section.pictures.items()),
@@ -172,18 +175,6 @@ def _dates(runs: Sequence[Run]) -> str:
 def _anchor(label: str) -> str:
     """The section's id, as two experiments, or two scales of one, may have the same title."""
     return "experiment-" + re.sub(r"[^\w\-]+", "-", label.lower())
-
-
-def _flags(cell: CellResult) -> str:
-    """Flags that train a cell: its fields that differ from the default of its preset."""
-    default = flat(preset_config(cell.config.preset))
-    hidden = PRESENTATION_FIELDS | SEED_FIELDS | {"preset", "dtype", "device"}
-    flags = [f"--preset {cell.config.preset}", f"--dtype {cell.config.dtype}"]
-    for name, value in flat(cell.config, hidden).items():
-        if value != default[name]:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            flags.append(f"--{name} {shlex.quote(shown)}" if value is not True else f"--{name}")
-    return " ".join(flags)
 
 
 def _samples(o: Outcome) -> Iterator[tuple[str, str]]:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from storylab.data.batches import evaluation_windows
-from storylab.data.dataset import Split
+from storylab.data.dataset import Dataset, Split
 from storylab.data.layout import VALIDATION
 from storylab.errors import UserError
 from storylab.model.language_model import LanguageModel
 from storylab.record.folder import open_run
 from storylab.training.precision import ComputePolicy
 from storylab.training.ranks import ONE_PROCESS, Ranks
-from storylab.training.sampling import load_story_model
+from storylab.training.sampling import StoryModel, load_story_model
 
 Tick = Callable[[int, int], None]
 """Called before every batch with the windows done and all of them; may raise to leave."""
@@ -171,6 +171,45 @@ def position_means(losses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
+def open_evaluation(
+    folder: Path,
+    checkpoint_name: str = "last",
+    data_dir: Path | None = None,
+    device: str = "auto",
+) -> tuple[StoryModel, Dataset]:
+    """The model of a run and its data, to evaluate one on the other.
+
+    Raises:
+        UserError: the run, its checkpoint or its data cannot be used.
+    """
+    run = open_run(folder)
+    dataset = run.load_data(data_dir or run.read_config().data_dir)
+    return load_story_model(run, checkpoint_name, device), dataset
+
+
+def evaluate_model(
+    writer: StoryModel,
+    dataset: Dataset,
+    split: str = VALIDATION,
+    tick: Tick = lambda done, total: None,
+    block_size: int | None = None,
+    aligned: bool = False,
+) -> Evaluation:
+    """Evaluate a model on a whole split, in windows of the length it was trained with or of
+    ``block_size``.
+
+    Raises:
+        UserError: a split is shorter than such a window.
+    """
+    length = writer.block_size if block_size is None else block_size
+    if length < 1:
+        raise UserError(f"block_size is {length}: it must be at least 1")
+    dataset.require_window(length)
+    return evaluate_split(
+        writer.model, dataset.splits[split], length, writer.precision, tick, aligned
+    )
+
+
 def evaluate_run(
     folder: Path,
     checkpoint_name: str = "last",
@@ -181,19 +220,7 @@ def evaluate_run(
     block_size: int | None = None,
     aligned: bool = False,
 ) -> Evaluation:
-    """Evaluate a run's model on a whole split of its data, in windows of the length it was trained with or
-    of ``block_size``.
-
-    Raises:
-        UserError: the run, its checkpoint or its data cannot be used.
-    """
-    run = open_run(folder)
-    dataset = run.load_data(data_dir or run.read_config().data_dir)
-    writer = load_story_model(run, checkpoint_name, device)
-    length = writer.block_size if block_size is None else block_size
-    if length < 1:
-        raise UserError(f"block_size is {length}: it must be at least 1")
-    dataset.require_window(length)
-    return evaluate_split(
-        writer.model, dataset.splits[split], length, writer.precision, tick, aligned
-    )
+    """Evaluate a run's model on a whole split of its data; see :func:`open_evaluation` and
+    :func:`evaluate_model`."""
+    writer, dataset = open_evaluation(folder, checkpoint_name, data_dir, device)
+    return evaluate_model(writer, dataset, split, tick, block_size, aligned)

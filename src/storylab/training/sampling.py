@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from storylab.data.layout import END_OF_TEXT
 from storylab.errors import UserError
@@ -78,13 +79,37 @@ class StoryModel:
         A continuation that has reached its end of text yields ``b""``; the stream ends when all
         have, or after ``max_new_tokens``.
         """
+        return self._pieces(self.ids(prompt, sampling, max_new_tokens, count))
+
+    def _pieces(self, columns: Iterator[Tensor]) -> Iterator[list[bytes]]:
+        end = self.tokenizer.end_of_text
+        for column in columns:
+            if (column == end).all():
+                return
+            yield [
+                b"" if token == end else self.tokenizer.decode_bytes([token])
+                for token in column.tolist()
+            ]
+
+    def ids(
+        self,
+        prompt: str,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = DEFAULT_TOKENS,
+        count: int = 1,
+    ) -> Iterator[Tensor]:
+        """Yield the next id of each continuation, ``[count]`` int64; see :meth:`stream`.
+
+        A continuation that has reached its end of text repeats it; the last ids are all ends of text if all
+        have ended in time.
+        """
         if count < 1 or max_new_tokens < 1:
             raise UserError("the number of samples and of tokens must be at least 1")
-        return self._stream(prompt, sampling or Sampling(), max_new_tokens, count)
+        return self._ids(prompt, sampling or Sampling(), max_new_tokens, count)
 
-    def _stream(
+    def _ids(
         self, prompt: str, sampling: Sampling, max_new_tokens: int, count: int
-    ) -> Iterator[list[bytes]]:
+    ) -> Iterator[Tensor]:
         begin, end = self.tokenizer.begin_of_text, self.tokenizer.end_of_text
         ids = [
             token
@@ -94,18 +119,13 @@ class StoryModel:
         finished = torch.zeros(count, dtype=torch.bool)
         prompts = torch.tensor([ids]).expand(count, -1)
         tokens = generate(self.model, prompts, max_new_tokens, sampling, self.block_size)
-        while True:
+        while not finished.all():
             with self.precision.autocast():  # around the computing, not around the yield
                 column = next(tokens, None)
             if column is None:
                 return
             finished |= column == end
-            if finished.all():
-                return
-            yield [
-                b"" if done else self.tokenizer.decode_bytes([int(token)])
-                for token, done in zip(column, finished, strict=True)
-            ]
+            yield column.masked_fill(finished, end)
 
     def sample(
         self,
