@@ -33,10 +33,6 @@ def run_verb(name: str, args: Sequence[str], prog: str) -> int:
 
 
 def _run_verb(name: str, prog: str, args: Sequence[str], executor: Executor | None) -> int:
-    if executor is None:
-        from storylab.execution.local import LocalExecutor
-
-        executor = LocalExecutor()
     return find_verb(name)(Call(prog, list(args), executor))
 
 

@@ -7,11 +7,12 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from storylab.documents import Document
+if TYPE_CHECKING:
+    from storylab.documents import Document
 
 
 def print_document(make: Callable[[], Document]) -> None:

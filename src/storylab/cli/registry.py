@@ -33,12 +33,21 @@ class Call:
     Attributes:
         prog: the program's name in help and messages, such as ``storylab train``.
         args: flags and operands.
-        executor: carries out jobs.
+        given: carries out jobs; None for processes on this machine.
     """
 
     prog: str
     args: list[str]
-    executor: Executor
+    given: Executor | None = None
+
+    @property
+    def executor(self) -> Executor:
+        """Carries out jobs. Its modules are imported here, as most verbs have none."""
+        if self.given is not None:
+            return self.given
+        from storylab.execution.local import LocalExecutor
+
+        return LocalExecutor()
 
     def parse(self, kind: type[T], default: T | None = None) -> T:
         """The flags as a dataclass; see :func:`storylab.flags.parse`."""

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storylab.errors import UserError
-from storylab.execution.job import Executor
+
+if TYPE_CHECKING:
+    from storylab.execution.job import Executor
 
 # Module and function, not imported before it is needed. An executor that needs a library has its own name
 # as the extra that installs it.

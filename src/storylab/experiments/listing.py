@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from storylab.documents.list import ListedRun
+from typing import TYPE_CHECKING
+
 from storylab.record.index import RunEntry
+
+if TYPE_CHECKING:
+    from storylab.documents.list import ListedRun
 
 LIST_COLUMNS = ("run", "state", "parameters ", "tokens ", "val loss ", "tok/s ", "GB ", "started")
 
@@ -24,6 +28,8 @@ def list_cells(entry: RunEntry) -> tuple[str, ...]:
 
 def listed(entry: RunEntry) -> ListedRun:
     """A run as an object of a document."""
+    from storylab.documents.list import ListedRun
+
     return ListedRun(
         name=entry.name,
         state=entry.state,

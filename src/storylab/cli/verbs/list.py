@@ -9,7 +9,6 @@ from typing import Any, Literal
 from storylab.cli.arguments import DEFAULT_RUNS_DIR, AsJson, require_runs_folder
 from storylab.cli.documents import print_document
 from storylab.cli.registry import MORE_MEMORY, Call, Verb
-from storylab.documents.list import ListDocument
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ def run(call: Call) -> int:
     }
     rows.sort(key=keys[command.sort])
     if command.json:
+        from storylab.documents.list import ListDocument
+
         document = ListDocument(folder=str(command.runs), runs=list(map(listed, rows)))
         print_document(lambda: document)
         return 0
