@@ -81,3 +81,8 @@ def test_the_site_builds_and_a_broken_link_ends_the_build(tmp_path: Path) -> Non
         file.write("\n[a link](nowhere.md)\n")
     again = [sys.executable, "-m", "zensical", "build", "--strict"]
     assert subprocess.run(again, cwd=tmp_path / "docs", capture_output=True).returncode != 0
+
+
+def test_the_tests_of_an_integration_exist() -> None:
+    named = set(re.findall(r"`(tests/[^`]+)`", (ROOT / "docs/integrations.md").read_text()))
+    assert len(named) > 10 and all((ROOT / path).exists() for path in named)
