@@ -22,9 +22,9 @@ import torch
 
 from executors import InProcess
 from storylab.cli import main
-from storylab.cli.console import print_table
 from storylab.cli.exits import guarded
 from storylab.cli.registry import Call, all_verbs, find_verb, listed_verbs, verb_names
+from storylab.cli.tables import print_table
 from storylab.cli.verbs.train import TrainCommand
 from storylab.config import DEFAULT_DATA_DIR, TrainConfig, preset_config
 from storylab.data.dataset import Dataset

@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from fuzz_targets import Example
 from record_folders import forget_checksums
 from storylab.cli import main
-from storylab.cli.console import ConsoleReporter, print_lines, print_table
+from storylab.cli.console import ConsoleReporter
+from storylab.cli.tables import print_lines, print_table
 from storylab.reporting import report as reporting
 from storylab.reporting.remarks import read_remarks
 

@@ -1,15 +1,11 @@
-"""The terminal: log lines on standard output, progress bars on standard error, tables."""
+"""The terminal: log lines on standard output, progress bars on standard error."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,9 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-from rich.text import Text
 
+from storylab.cli.tables import print_lines
 from storylab.training.log_format import printable
 from storylab.training.observers import Observer
 
@@ -103,57 +98,3 @@ class ConsoleReporter(Observer):
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
-
-
-def print_lines(*lines: str) -> None:
-    """Print lines on standard output at once, without control characters: names and texts from files may
-    have some, and a terminal obeys them."""
-    print(*map(printable, lines), sep="\n", flush=True)
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on standard output; 200 columns wide if that is no terminal."""
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 200, highlight=False, no_color=not terminal)
-    cells = [[*map(_printable, row)] for row in rows]
-    lines = _table_lines(columns, cells)
-    if cell_len(lines[1]) > console.width:
-        console.print(make_table(title, columns, cells))  # which folds cells, slowly
-        return
-    console.print(Text(_printable(title)))
-    console.print(Text(f"\n{lines[0]}", style="bold"))
-    sys.stdout.write("\n".join([*lines[1:], "", ""]))
-
-
-def _table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Heading, rule and rows of a table in as much width as its cells take."""
-    heading = [name.strip() for name in columns]
-    widths = [max(map(cell_len, column)) for column in zip(heading, *rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = []
-        for cell, name, width in zip(row, columns, widths, strict=True):
-            space = " " * (width - cell_len(cell))
-            cells.append(space + cell if name.endswith(" ") else cell + space)
-        return f" {'   '.join(cells)}".rstrip()
-
-    rule = "\u2500" * (sum(widths) + 3 * (len(widths) - 1))
-    return [line(heading), f" {rule}", *map(line, rows)]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table. A heading that ends with a space marks a column of numbers, which is aligned right."""
-    table = Table(
-        title=Text(_printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in columns:
-        table.add_column(
-            name.strip(), justify="right" if name.endswith(" ") else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(escape(_printable(cell)) for cell in row))
-    return table

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storylab.cli.console import ConsoleReporter, print_lines
+from storylab.cli.console import ConsoleReporter
 from storylab.cli.documents import print_document
+from storylab.cli.tables import print_lines
 from storylab.errors import Interrupted, UserError
 
 if TYPE_CHECKING:

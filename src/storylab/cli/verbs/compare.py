@@ -113,7 +113,7 @@ def _compared(command: CompareCommand) -> tuple[GivenRuns, list[str]]:
 
 
 def _print(found: GivenRuns) -> None:
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.experiments.effect_words import effect_line
     from storylab.experiments.verdicts import detail_lines, verdict_line
 

@@ -27,7 +27,7 @@ class ExperimentReportCommand:
 def run(call: Call) -> int:
     """Write the report."""
     command = call.parse(ExperimentReportCommand)
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.reporting.report import write_report
 
     folder = write_report(command.runs, command.out or command.runs / "report")

@@ -46,7 +46,7 @@ class ExportCommand:
 def run(call: Call) -> int:
     """Export a model, or verify an export."""
     command = call.parse(ExportCommand)
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
 
     if command.verify is not None:
         if command.run or command.out or command.weights:

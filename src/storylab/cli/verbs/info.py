@@ -69,7 +69,7 @@ def run(call: Call) -> int:
     )
     print(f"{'vocabulary':<12} {document.vocab_size:,}")
     print(f"{document.parameters:,} parameters")
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
 
     if document.on_divergence is not None:
         print(f"{'divergence':<12} {document.on_divergence}")

@@ -32,7 +32,7 @@ class ListCommand:
 def run(call: Call) -> int:
     """Print a table of runs."""
     command = call.parse(ListCommand)
-    from storylab.cli.console import print_lines, print_table
+    from storylab.cli.tables import print_lines, print_table
     from storylab.experiments.listing import LIST_COLUMNS, list_cells, listed
     from storylab.record.index import list_runs
 

@@ -60,7 +60,7 @@ class NoiseCommand:
 def run(call: Call) -> int:
     """Print the seed noise of a run, or of the baseline of a file."""
     command = call.parse(NoiseCommand)
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
 
     if command.json:
         print_document(
@@ -106,7 +106,7 @@ def _measured(condition: str, result: Run) -> tuple[NoiseFloor, list[str]]:
     Raises:
         UserError: no other seed of it has finished.
     """
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.experiments.noise import noise_of, other_seeds, paired_spreads, seen_by_pairs
 
     runs, problems = other_seeds(result)
@@ -153,7 +153,7 @@ def _floor(
 
 
 def _print_floor(floor: NoiseFloor) -> None:
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
 
     for problem in floor.left_out:
         print_lines(f"left out: {problem}")

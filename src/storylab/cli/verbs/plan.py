@@ -129,7 +129,7 @@ def _arm_plans(
 
 
 def _print_experiment(command: PlanCommand, file: Path) -> None:
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.experiments.spec import load_experiment
     from storylab.planning.plan_text import arm_line
 

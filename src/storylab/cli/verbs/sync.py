@@ -31,7 +31,7 @@ def run(call: Call) -> int:
     if not command.runs or not command.to:
         raise UserError("name one run and one tracker at least: storylab sync RUN --to tensorboard")
     require_installed(command.to)
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.experiments.tracked import place_of
     from storylab.tracking.sync import sync
 

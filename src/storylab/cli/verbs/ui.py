@@ -35,7 +35,7 @@ def run(call: Call) -> int:
     require_runs_folder(command.runs)
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UserError("the page needs two more packages: pip install 'storylab[ui]'")
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
     from storylab.ui.server import ADDRESS, open_port, serve
 
     with open_port(command.port) as listener:

@@ -89,7 +89,7 @@ def _verified(command: VerifyCommand) -> Iterator[Verified]:
 
 
 def _print(item: Verified) -> None:
-    from storylab.cli.console import print_lines
+    from storylab.cli.tables import print_lines
 
     count = len(item.differences)
     words = f"{count} differences" if count > 1 else f"{count or 'no'} difference"

@@ -32,7 +32,7 @@ def run(call: Call) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    from storylab.cli.console import make_table, print_lines, print_table
+    from storylab.cli.tables import make_table, print_lines, print_table
     from storylab.experiments.records import FolderCache
     from storylab.experiments.watching import WATCH_COLUMNS, watch_tables
 
