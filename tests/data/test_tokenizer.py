@@ -240,3 +240,26 @@ def test_training_a_vocabulary_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> 
             train_tokenizer(endless(), 300)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b" 0\n", b"\t0\n"),
+        (b" 9\n", b" 09\n"),
+        (b"AA== ", b"AB== "),  # bits that no byte has
+        (b" 7\n", b" 7\r\n"),
+    ],
+)
+def test_bytes_that_mean_the_same_tokens_are_found_too(
+    old: bytes, new: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.tiktoken"
+    tokenizer = Tokenizer("x", tuple(bytes([i]) for i in range(256)))
+    tokenizer.save(path)
+    assert load_tokenizer(path, "x") == tokenizer
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(UserError, match="not as storylab writes it"):
+        load_tokenizer(path, "x")

@@ -161,7 +161,7 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
     """Read a ``.tiktoken`` file.
 
     Raises:
-        UserError: the file is missing or not of that format.
+        UserError: the file is missing, or any byte of it is not as :meth:`Tokenizer.save` writes it.
     """
     with open_file(path) as file, reading(path):
         content = file.read()
@@ -180,7 +180,10 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
         raise UserError(
             f"{path} has a token twice, an empty one, or not all 256 bytes: prepare the data again"
         )
-    return Tokenizer(name, tokens)
+    tokenizer = Tokenizer(name, tokens)
+    if tokenizer.to_bytes() != content:  # another space or padding that decodes to the same tokens
+        raise UserError(f"{path} is not as storylab writes it: prepare the data again")
+    return tokenizer
 
 
 def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
