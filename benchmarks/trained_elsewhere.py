@@ -12,7 +12,6 @@ transformers and tokenizers. Then:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,17 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from storylab.data.dataset import load_dataset
+from storylab.data.layout import TRAIN
+from storylab.imported.evaluation import story_texts
 
 END = "<|endoftext|>"
 BATCH, BLOCK, PEAK = 16, 256, 3e-3
-
-
-def story_texts(data_dir: Path) -> Iterator[str]:
-    """The training stories of a data set as text."""
-    dataset = load_dataset(data_dir)
-    split = dataset.splits["train"]
-    for begin, end in zip(split.stories[:-1, 0], split.stories[1:, 0], strict=True):
-        yield dataset.tokenizer.decode(split.read(int(begin), int(end) - 1).tolist())
 
 
 def make_tokenizer(stories: list[str], size: int) -> Tokenizer:
@@ -69,7 +62,9 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=2048)
     args = parser.parse_args()
     torch.manual_seed(0)
-    stories = list(story_texts(args.data_dir))
+    dataset = load_dataset(args.data_dir)
+    texts = story_texts(dataset.splits[TRAIN], dataset.tokenizer)
+    stories = [text.decode("utf-8", "replace") for text in texts]
     tokenizer = make_tokenizer(stories, args.vocab_size)
     encoded = tokenizer.encode_batch([story + END for story in stories])
     ids = torch.tensor([token for each in encoded for token in each.ids])
