@@ -181,7 +181,8 @@ def load_tokenizer(path: Path, name: str) -> Tokenizer:
             f"{path} has a token twice, an empty one, or not all 256 bytes: prepare the data again"
         )
     tokenizer = Tokenizer(name, tokens)
-    if tokenizer.to_bytes() != content:  # another space or padding that decodes to the same tokens
+    # Another space or padding can decode to the same tokens. The hash is kept: every load compares it.
+    if tokenizer.sha256 != hashlib.sha256(content).hexdigest():
         raise UserError(f"{path} is not as storylab writes it: prepare the data again")
     return tokenizer
 
