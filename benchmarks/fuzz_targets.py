@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_changes import Change, change_checkpoint, change_json, change_manifest, change_toml
+from fuzz_imports import import_targets
 from storylab.checksums import CHECKSUMS, read_checksums
 from storylab.config import TrainConfig
 from storylab.data.dataset import MANIFEST, TOKENIZER_FILE, fingerprint, load_dataset
@@ -147,6 +148,7 @@ def targets(example: Example, scratch: Path) -> dict[str, Target]:
         **dict(_data_targets(example, scratch / "data")),
         **dict(_text_targets(scratch)),
         **dict(_other_targets(example, scratch)),
+        **dict(_import_targets(example, scratch / "import")),
     }
 
 
@@ -260,6 +262,12 @@ def _other_targets(example: Example, scratch: Path) -> Iterator[tuple[str, Targe
     yield "tokenizer", _in_place(tokenizer, lambda: _encode(tokenizer))
     flags = b"--preset nano --attention window:4*3,full --dtype fp8 --recipe *.*.scaling=tiles --no-compile"
     yield "flags", Target([flags], _parse_flags)
+
+
+def _import_targets(example: Example, scratch: Path) -> Iterator[tuple[str, Target]]:
+    """A file of a model that another program trained, with the others whole."""
+    for name, path, read, change in import_targets(example.data, scratch):
+        yield name, _in_place(path, read, change)
 
 
 def _encode(path: Path) -> None:

@@ -127,6 +127,8 @@ def test_an_export_comes_back(case: tuple[str, dict[str, Any]], run: Run, tmp_pa
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures is .*GPT2LMHeadModel"),
     ({"architectures": None}, "architectures is None"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "architectures is .*LlamaForCausalLM"),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": [1]}}, "rope_theta is \\[1\\]"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"attention_bias": True}, "attention_bias is True"),
     ({"mlp_bias": True}, "mlp_bias is True"),
@@ -154,6 +156,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 9}, "has no tensor model.layers"),
     ({"num_hidden_layers": 1}, "is a tensor that the model's class does not have"),
     ({"architectures": ["MistralForCausalLM"]}, "sliding_window: is missing"),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": 10**30}, "no size of a window"),
     ({"architectures": ["Qwen3ForCausalLM"]}, "has no tensor .*norm"),
     ({"architectures": ["CwmForCausalLM"]}, "layer_types: is missing"),
 ]

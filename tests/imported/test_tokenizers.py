@@ -136,6 +136,17 @@ def changed(values: dict[str, Any]) -> bytes:
     return json.dumps(json.loads(sentencepiece_json().to_str()) | values).encode()
 
 
+def template(name: str) -> dict[str, Any]:
+    """A post-processor that puts ``name`` before a text and explains ``<s>`` alone."""
+    text, token = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+    )
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, text]
+    kind = {"type": "TemplateProcessing", "special_tokens": {"<s>": token}}
+    return {**kind, "single": single, "pair": [*single, text]}
+
+
 @pytest.mark.parametrize(
     ("data", "line"),
     [
@@ -149,12 +160,43 @@ def changed(values: dict[str, Any]) -> bytes:
             changed({"model": {"type": "BPE", "vocab": {"a": 10**9}, "merges": []}}),
             "has id 1000000",
         ),
+        (changed({"post_processor": template("</x>")}), "names the token '</x>'"),
+        (
+            changed({"post_processor": {"type": "Sequence", "processors": [template("</x>")]}}),
+            "names the token '</x>'",
+        ),
+        (changed({"model": {"type": "BPE", "continuing_subword_prefix": "##"}}), "prefix is '##'"),
     ],
 )
 def test_another_kind_of_tokenizer_is_one_line(data: bytes, line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
         read_json_tokenizer(data, PLACE, 300, 1, 2)
     assert "\n" not in str(caught.value)
+
+
+class PanicException(BaseException):
+    """As the library's, which nothing exports."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (PanicException("range end index 4"), UserError),
+        (ValueError("x"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_panic_of_the_library_is_one_line(
+    raised: BaseException, expected: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(data: str) -> LibraryTokenizer:
+        raise raised
+
+    monkeypatch.setattr(
+        "storylab.imported.json_tokenizer.LibraryTokenizer.from_str", panic, raising=False
+    )
+    with pytest.raises(expected):
+        read_json_tokenizer(changed({}), PLACE, 300, 1, 2)
 
 
 def test_words_are_cut_where_no_token_joins() -> None:

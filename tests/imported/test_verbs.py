@@ -18,6 +18,7 @@ from scipy import stats
 import storylab
 from llama2c_files import CONTEXT, draw, legacy
 from score_tokenizers import tokenizer_bin
+from storylab.checksums import add_checksums
 from storylab.cli import main
 from storylab.data.dataset import Dataset
 from storylab.data.layout import VALIDATION
@@ -219,6 +220,13 @@ def test_what_was_changed_or_is_there_is_refused(
         data[-3] ^= 1
         (folder / name).write_bytes(data)
         assert name in fails(capsys, "sample", folder)
+    for key in ("begin_of_text", "end_of_text"):
+        folder = tmp_path / key
+        shutil.copytree(imported, folder)
+        values = json.loads((folder / RECORD).read_text())
+        (folder / RECORD).write_text(json.dumps(values | {key: values["shape"]["vocab_size"]}))
+        add_checksums(folder, (RECORD,))  # as one who made it up would
+        assert RECORD in fails(capsys, "sample", folder)
     assert "not an empty folder" in fails(capsys, "import", exported, "--out_dir", imported)
     assert "cannot read" in fails(capsys, "import", tmp_path / "x", "--out_dir", tmp_path / "y")
     assert main(["import", str(exported), "--out_dir", str(tmp_path / "new")]) == 0

@@ -134,7 +134,12 @@ def read_model_record(folder: Path) -> ModelRecord:
         )
     sums = read_checksums(folder)
     record = read_record(path, ModelRecord, lambda data: sums.require(RECORD, data))
-    if record.tokenizer not in TOKENIZERS or record.kind not in READERS:
+    ids = (record.begin_of_text, record.end_of_text)
+    if (
+        record.tokenizer not in TOKENIZERS
+        or record.kind not in READERS
+        or not all(0 <= number < record.shape.vocab_size for number in ids)
+    ):
         raise UserError(f"{shown(path)} is of a later version of storylab, or damaged")
     return record
 

@@ -114,7 +114,7 @@ def read_config(path: Path) -> tuple[Config, ImportedShape]:
     """
     values = read_json(path)
     names = values.get("architectures") if isinstance(values, dict) else None
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in CLASSES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in [*CLASSES]:
         raise UserError(
             f"{shown(path)}: architectures is {shortened(names)}: storylab reads {', '.join(CLASSES)}"
         )
@@ -173,12 +173,13 @@ def _rope_base(config: Config, values: Mapping[str, Any]) -> float:
         raise UserError(
             f"rope_parameters.{extra[0]} is {shortened(value)}: storylab has no such field"
         )
-    bases = {base for base in (parameters.get("rope_theta"), config.rope_theta) if base is not None}
-    if len(bases) > 1:
+    named = (parameters.get("rope_theta"), config.rope_theta)
+    bases = [base for base in named if base is not None]
+    if len(bases) > 1 and bases[0] != bases[1]:
         raise UserError(f"rope_theta is {config.rope_theta}, and another in rope_parameters")
     if not bases and config.architectures[0] == "CwmForCausalLM":
         raise UserError("rope_parameters: is missing")  # its default has a scaling
-    base = bases.pop() if bases else DEFAULT_ROPE_BASE
+    base = bases[0] if bases else DEFAULT_ROPE_BASE
     if isinstance(base, bool) or not isinstance(base, int | float):
         raise UserError(f"rope_parameters.rope_theta is {shortened(base)}: it must be a number")
     return float(base)

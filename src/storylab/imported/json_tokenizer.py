@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from storylab.data.vocabulary import byte_characters
+from storylab.decode import shown as shortened
 from storylab.errors import UserError
 from storylab.files import json_of, shown
 
@@ -71,11 +73,9 @@ def read_json_tokenizer(
     kind = _part(values, "model").get("type")
     if kind != "BPE":
         raise UserError(f"{shown(place)}: model.type is {kind!r}: storylab reads BPE alone")
-    try:
+    _refuse_panics(values, place)
+    with _refusing(place):
         library = LibraryTokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises nothing more special
-        reason = shown(str(error).partition("\n")[0])
-        raise UserError(f"{shown(place)} is no tokenizer ({reason})") from error
     highest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= vocab_size:
         raise UserError(
@@ -95,12 +95,61 @@ def added_ids(tokenizer: JsonTokenizer, place: Path) -> tuple[list[int], list[in
         UserError: it changes the text between them.
     """
     library = tokenizer.library
-    bare = library.encode("Tom", add_special_tokens=False).ids
-    full = library.encode("Tom").ids
+    with _refusing(place):
+        bare = library.encode("Tom", add_special_tokens=False).ids
+        full = library.encode("Tom").ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     raise UserError(f"{shown(place)}: post_processor changes the tokens of a text")
+
+
+@contextmanager
+def _refusing(place: Path) -> Iterator[None]:
+    """Turn what the library raises into a UserError: it has no more special class, and one that is no
+    Exception for its panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shown(str(error).partition("\n")[0])
+        raise UserError(f"{shown(place)} is no tokenizer ({reason})") from error
+
+
+def _refuse_panics(values: Any, place: Path) -> None:
+    """Refuse content on which the library panics, which prints lines that nobody can read.
+
+    Raises:
+        UserError: post_processor names a token that it does not explain, or tokens have a prefix.
+    """
+    if prefix := _part(values, "model").get("continuing_subword_prefix"):
+        raise UserError(
+            f"{shown(place)}: model.continuing_subword_prefix is {shortened(prefix)}: storylab reads "
+            "tokenizers without one"
+        )
+    processor = _part(values, "post_processor")
+    for part in _templates(processor):
+        known = _part(part, "special_tokens")
+        for item in (*_items(part.get("single")), *_items(part.get("pair"))):
+            name = _part(item, "SpecialToken").get("id")
+            if name is not None and name not in [*known]:
+                raise UserError(
+                    f"{shown(place)}: post_processor names the token {shortened(name)}, which is not "
+                    "among its special_tokens"
+                )
+
+
+def _templates(processor: Any) -> Iterator[dict[str, Any]]:
+    """A post-processor, and those in it."""
+    if isinstance(processor, dict):
+        yield processor
+        for part in _items(processor.get("processors")):
+            yield from _templates(part)
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _part(values: Any, name: str) -> dict[str, Any]:

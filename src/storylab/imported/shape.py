@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated
 
 from storylab.config import FULL, AttentionPattern, Window
-from storylab.config.marks import COUNT, at_least, at_most, check_fields, mark
+from storylab.config.marks import COUNT, MOST, at_least, at_most, check_fields, mark
 from storylab.config.model import LAYERS
 from storylab.errors import UserError
 
@@ -68,7 +68,7 @@ class ImportedShape:
         if self.windows and len(self.windows) != self.n_layer:
             raise UserError(f"windows are {len(self.windows)}: there are {self.n_layer} layers")
         for size in self.windows:
-            if size is not None and size < 1:
+            if size is not None and not 1 <= size <= MOST:
                 raise UserError(f"windows: {size} is no size of a window")
 
     @property
