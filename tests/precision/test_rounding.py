@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,22 @@ from storylab.precision.quantize import (
     random_bytes,
 )
 from storylab.precision.rounding import round_nearest, stochastic_round
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_the_facts_of_a_format_are_those_of_another_library(form: Format) -> None:
+    """Bits, and the error of normal data, scaled to the format's range: FP4 in blocks of 16, as NVFP4 is."""
+    try:
+        kind = conformance.reference_type(form)
+    except conformance.OracleMissingError as missing:
+        pytest.skip(f"{missing} is not installed")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert form.bits == ml_dtypes.finfo(kind).bits
+    x = np.random.default_rng(0).standard_normal((10_000, 16) if form.bits == 4 else (1, 160_000))
+    scaled = x * (form.max / np.abs(x).max(axis=1, keepdims=True))
+    error = scaled.astype(np.float32).astype(kind).astype(np.float64) - scaled
+    relative = np.linalg.norm(error * x / scaled) / np.linalg.norm(x)
+    assert 1.4 < form.rel_error_bound / relative < 1.8
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)

@@ -22,7 +22,7 @@ class Format:
         min_exponent: exponent of the smallest normal number; below it the spacing is constant.
         max: greatest finite value.
         rel_error_bound: bound on the relative error (norm of the error over norm of the tensor) of
-            rounding N(0, 1) data: 1.5 times the measured error. The self-test uses it.
+            rounding N(0, 1) data: 1.5 to 1.7 times the measured error. The self-test uses it.
         matrix_unit: the rate of a GPU at which products of this format run.
     """
 
