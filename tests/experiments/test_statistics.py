@@ -185,3 +185,60 @@ def test_a_typical_deviation_is_right_in_the_median_and_ignores_a_broken_pair() 
     assert found is not None and abs(found - 2.0) < 0.1
     assert typical_deviation([*samples, [0.0, 1e6]]) == pytest.approx(found, rel=0.01)
     assert typical_deviation([]) is None and typical_deviation([[1.0]]) is None
+
+
+def test_the_interval_of_a_deviation_is_that_of_tables() -> None:
+    """Quantiles of chi-squared with 9 degrees of freedom: 2.7004 and 19.0228."""
+    low, high = statistics.deviation_interval(2.0, 10)
+    assert low == pytest.approx(2 * math.sqrt(9 / 19.0228), rel=1e-4)
+    assert high == pytest.approx(2 * math.sqrt(9 / 2.7004), rel=1e-4)
+
+
+def test_the_median_of_chi_squared_with_two_degrees_of_freedom_is_twice_the_logarithm_of_two() -> (
+    None
+):
+    assert statistics.median_unbiased(3.0, 3) == pytest.approx(3 / math.sqrt(math.log(2)))
+    # A table's median for three degrees of freedom.
+    assert statistics.median_unbiased(1.0, 4) == pytest.approx(math.sqrt(3 / 2.36597), rel=1e-5)
+
+
+def test_a_scaled_difference_keeps_its_degrees_of_freedom() -> None:
+    interval = Interval(0.5, 0.25, 7, 8)
+    assert interval.scaled(3.0) == Interval(1.5, 0.75, 7, 8)
+    assert interval.scaled(3.0).p == pytest.approx(interval.p)
+
+
+@pytest.mark.parametrize(("estimate", "p"), [(0.0, 1.0), (0.1, 0.0), (-0.1, 0.0)])
+def test_runs_without_spread_differ_for_certain_or_not_at_all(estimate: float, p: float) -> None:
+    assert Interval(estimate, 0.0, 4, 5).p == p
+    same = unpaired_interval([2.0 + estimate] * 2, [2.0] * 3)
+    assert same is not None and (same.p, same.df, same.n) == (p, 3, 2)
+
+
+def test_two_recipes_noises_have_welchs_degrees_of_freedom(rng: np.random.Generator) -> None:
+    a, b = rng.normal(3.0, 0.01, 4), rng.normal(3.01, 0.03, 7)
+    noises = [(float(np.std(values, ddof=1)), len(values)) for values in (a, b)]
+    interval = single_interval(float(a.mean() - b.mean()), noises, (4, 7), shared=False)
+    reference = stats.ttest_ind(a, b, equal_var=False)
+    assert (interval.df, interval.p) == pytest.approx((reference.df, reference.pvalue))
+    # Of the baseline's seeds alone, where both recipes are taken for equally noisy.
+    assert single_interval(0.0, [noises[0]] * 2, (1, 4), shared=True).df == 3
+
+
+def test_the_correlation_is_of_three_pairs_that_vary() -> None:
+    assert statistics.correlation([1.0, 2.0, 3.0], [2.0, 4.0, 5.0]) == pytest.approx(
+        stats.pearsonr([1, 2, 3], [2, 4, 5]).statistic
+    )
+    assert statistics.correlation([1.0, 2.0], [1.0, 2.0]) is None
+    assert statistics.correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert statistics.correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) is None
+
+
+def test_without_spread_a_difference_is_found_at_once() -> None:
+    assert power(0.1, 0.0, 2) == 1.0
+    assert power(0.0, 0.0, 2, alpha=0.01) == 0.01
+    assert power(0.1, 0.1, 1) == 0.0
+    assert detectable_difference(0.0, 2) == 0.0
+    assert detectable_difference(0.1, 1) == math.inf
+    assert typical_deviation([[], [1.0], [2.0, 2.0]]) is None
+    assert typical_deviation([[], [1.0], [2.0, 2.5]]) is not None
