@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from storylab.experiments.family import Judgement, Rules, Trial, judge
+from storylab.experiments.family import Judgement, Rules, Trial, describe, judge
 from storylab.experiments.looks import look_levels
 from storylab.experiments.statistics import Interval
+from storylab.experiments.variance import pooled_intervals
 
 SEEDS = tuple(range(8))
 
@@ -88,6 +89,43 @@ def test_an_interval_beside_less_than_the_margin_is_within_the_margin() -> None:
     assert j.ends is not None and j.ends[0] > 0 and j.ends[1] > 0.0172
     assert j.equivalence_ends is not None and j.equivalence_ends[1] < 0.0172
     assert j.different and not j.equivalent and j.settled
+
+
+@pytest.mark.parametrize(("share", "equivalent"), [(1.0001, True), (0.9999, False)])
+def test_a_difference_is_equivalent_if_the_whole_printed_interval_is_within_the_margin(
+    share: float, equivalent: bool
+) -> None:
+    arms = [trial([0.0082, 0.0129, 0.0120]), trial([0.0182, 0.0139, 0.0120])]
+    ends = judge(arms, Rules())[0].ends
+    assert ends is not None
+    found = judge(arms, Rules(margin=share * ends[1]))[0]
+    assert found.different and found.equivalent is equivalent and found.ends == ends
+    assert found.interval is not None
+    assert found.equivalence_ends == found.interval.ends(2 * found.alpha)
+
+
+def test_the_cells_of_a_design_are_described_and_not_judged() -> None:
+    rules = Rules((3,), SEEDS, "own", margin=0.2)
+    for found in describe([trial([0.1, 0.1001, 0.0999, 0.2]), trial([0.1, 0.3])], rules):
+        assert found.described and not found.different and not found.equivalent
+        assert (found.family, found.alpha, found.look) == (1, 0.05, None)
+        assert found.interval is not None  # of all its seeds
+    assert describe([trial([0.1, 0.3, 0.2, 0.2])], rules)[0].interval == Interval(
+        0.2, pytest.approx(math.sqrt(0.02 / 3 / 4)), 3, 4
+    )
+
+
+def test_a_pooled_variance_is_that_of_the_arms_judged_at_a_look() -> None:
+    """The settled arm has other seeds, and an arm with one seed shows no noise."""
+    rules = Rules((3, 5, 8), SEEDS, "pooled")
+    settled = trial([0.5, 0.5101, 0.4999])
+    others = [[0.01, -0.02, 0.013, 0.002, -0.001], [0.012, 0.0, -0.013, 0.012, -0.01]]
+    lone = Trial("", {0: 0.1}, frozenset(range(8)))
+    found = judge([settled, lone, *map(trial, others)], rules)
+    assert found[0].look == 3 and found[0].settled and found[0].variance == "pooled"
+    assert found[1].interval is None
+    assert [j.interval for j in found[2:]] == pooled_intervals(others)
+    assert {(j.look, j.variance) for j in found[2:]} == {(5, "pooled")}
 
 
 def test_a_seed_that_is_void_later_leaves_the_judgement_of_a_look() -> None:

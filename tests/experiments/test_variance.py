@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from storylab.experiments.variance import intervals, moderated_intervals, pooled_intervals, prior_of
+from storylab.experiments.variance import (
+    intervals,
+    moderated_intervals,
+    pooled_contrasts,
+    pooled_intervals,
+    prior_of,
+)
 
 
 @pytest.mark.parametrize("df", [1.0, 2.0, 3.5])
@@ -73,3 +79,20 @@ def test_arms_of_unlike_noise_are_not_pooled(rng: np.random.Generator) -> None:
     assert intervals(values, "pooled")[1] == "moderated"
     assert pooled_intervals([[0.1, 0.2], [0.1, 0.2, 0.3]]) is None
     assert intervals([], "pooled") == ([], "pooled")
+
+
+def test_pooled_contrasts_have_the_mean_of_their_variances() -> None:
+    """Variances 1, 4 and 7 / 3 about means 1, 4 and 2 / 3: their mean is 22 / 9."""
+    contrasts = [[0.0, 1.0, 2.0], [2.0, 4.0, 6.0], [-1.0, 1.0, 2.0]]
+    found = pooled_contrasts(contrasts)
+    assert found is not None
+    assert [i.estimate for i in found if i] == pytest.approx([1, 4, 2 / 3])
+    assert [i.standard_error for i in found if i] == pytest.approx([np.sqrt(22 / 9 / 3)] * 3)
+    assert {(i.df, i.n) for i in found if i} == {(6, 3)}
+    assert intervals(contrasts, "pooled", shared_baseline=False) == (found, "pooled")
+    assert intervals(contrasts, "pooled") == (pooled_intervals(contrasts), "pooled")
+
+
+def test_one_seed_is_not_pooled() -> None:
+    assert pooled_intervals([[0.1], [0.2], [0.3]]) is None
+    assert pooled_contrasts([[0.1], [0.2], [0.3]]) is None
