@@ -490,6 +490,20 @@ def test_a_run_that_diverged_leaves_no_effect(copied: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_effect_names_the_cells_that_recovered(copied: Path) -> None:
+    record = read_experiment(copied)
+    folder = copied.parent.parent / record.cells[3].runs["2"]
+    forget_checksums(folder)
+    data = json.loads((folder / SUMMARY).read_text())
+    (folder / SUMMARY).write_text(json.dumps(data | {"skipped_steps": 2}))
+    for effect in load_outcome(copied).effects:
+        assert (
+            "1 of 2 runs of norm=on, rate=high would have diverged: they skipped 2 steps"
+            in effect_line(effect)
+        )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storylab.experiments.comparison import BETTER, WORSE, Arm, Ratio
+from storylab.experiments.confounds import recovery_notes
 from storylab.experiments.contest import Contest
 from storylab.experiments.curve_comparison import ratio_of
 from storylab.experiments.effects import EffectResult, SimpleEffect, contrasts, trial_of
@@ -153,6 +154,7 @@ def _result(
         diverged=block.diverged(seeds),
         lost=block.lost,
         left_out=tuple(_left_out(block)),
+        recovered=tuple(recovery_notes(block.arms, used)),
         simple=() if main else _simple(factorial, effect, judgement, used),
         speed=_speed(factorial, effect, used) if main and block.speeds else None,
     )

@@ -84,7 +84,7 @@ def _comparison(contest: Contest, judgement: Judgement) -> Comparison:
         failures=tuple(_failures(arm, baseline)),
         diverged=(arm.diverged, baseline.diverged),
         ended=(arm.ended, baseline.ended),
-        recovered=tuple(recovery_notes(arm, baseline)),
+        recovered=tuple(recovery_notes((arm, baseline))),
         seeds=tuple(run.config.seed for run in met[0]),
         baseline_seeds=tuple(run.config.seed for run in met[1]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
         resumed = sum(bool(run.environment.resumed) for run in side.runs)
         if resumed:
             yield f"{resumed} of {len(side.runs)} runs of {side.name} were resumed"
-    yield from recovery_notes(arm, baseline)
+    yield from recovery_notes((arm, baseline))
     for side in (arm, baseline):
         unsteady = [run for run in side.finished if _unsteady(run)]
         if unsteady:
@@ -111,10 +111,19 @@ def comparison_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
         )
 
 
-def recovery_notes(arm: Arm, baseline: Arm) -> Iterable[str]:
-    """The sides with runs that would have diverged without their ``on_divergence``."""
-    for side in (arm, baseline):
-        found = [run.results for run in side.finished if run.recoveries]
+def recovery_notes(arms: Iterable[Arm], seeds: Collection[int] | None = None) -> Iterable[str]:
+    """The arms with runs that would have diverged without their ``on_divergence``.
+
+    Args:
+        arms: whose runs are compared.
+        seeds: those that count; all, if None.
+    """
+    for side in arms:
+        found = [
+            run.results
+            for run in side.finished
+            if run.recoveries and (seeds is None or run.config.seed in seeds)
+        ]
         if found:
             skipped = sum(summary.skipped_steps for summary in found)
             rewinds = sum(len(summary.rewinds) for summary in found)

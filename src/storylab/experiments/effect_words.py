@@ -128,6 +128,7 @@ def _closing(e: EffectResult) -> Iterator[str]:
         yield from next_look_text(j)
     if j.e is not None:
         yield evidence_text(j)
+    yield from e.recovered
     if e.exploratory:
         yield f"Exploratory: {'; '.join(e.exploratory)}"
 

@@ -76,6 +76,8 @@ class EffectResult:
     """Whether a cell diverged with every seed, so that more seeds are of no use."""
     left_out: tuple[str, ...]
     """Seeds without a loss in every cell, with the cells that lack it."""
+    recovered: tuple[str, ...]
+    """Cells with runs that would have diverged without their ``on_divergence``."""
     simple: tuple[SimpleEffect, ...]
     """Of an interaction: each factor at each level of the other."""
     speed: Ratio | None
