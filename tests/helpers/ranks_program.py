@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bad_batches import poisoned
 from storylab.cli import main
 from storylab.config import TrainConfig, from_dict
+from storylab.data.batches import TrainingBatches
 from storylab.data.dataset import load_dataset
 from storylab.errors import Interrupted, UserError
 from storylab.model.transformer import Transformer
@@ -62,9 +65,17 @@ def interfere(rank: int, step: dict[str, Any], reduced: list[list[Any]]) -> None
     Loop.step = interfering  # type: ignore[method-assign]
 
 
+def poison(batches: Collection[int]) -> None:
+    """Make the loss of these batches NaN in this process."""
+    make, forward = poisoned(batches)
+    TrainingBatches.__call__ = make  # type: ignore[method-assign]
+    Transformer.forward = forward  # type: ignore[method-assign]
+
+
 def carry_out(step: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     reduced: list[list[Any]] = []
     interfere(ranks.rank, step, reduced)
+    poison(step.get("bad", ()) if ranks.rank else ())  # the first process learns of it by the sums
     try:
         if step["do"] == "train":
             train(from_dict(step["config"]), ranks=ranks)

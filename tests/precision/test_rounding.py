@@ -19,7 +19,7 @@ from storylab.precision.rounding import round_nearest, stochastic_round
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_the_facts_of_a_format_are_those_of_another_library(form: Format) -> None:
-    """Bits, and the error of normal data, scaled to the format's range: FP4 in blocks of 16, as NVFP4 is."""
+    """Bits, and the error of normal data, scaled to the format's range: FP4 in NVFP4's blocks of 16."""
     try:
         kind = conformance.reference_type(form)
     except conformance.OracleMissingError as missing:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from bad_batches import poisoned
 from finished_runs import InterruptAt, found, metrics, weights
 from samples import MakeConfig
 from storylab.cli import main
@@ -33,28 +33,12 @@ Poison = Callable[..., None]
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
-    """Makes the loss of chosen batches not finite, whenever they are trained on, as bad data does."""
+    """Makes the loss of chosen batches not finite."""
 
     def set_up(*numbers: int, value: float = math.nan) -> None:
-        make, forward = TrainingBatches.__call__, Transformer.forward
-        bad: list[torch.Tensor] = []
-
-        def noted(batches: TrainingBatches, number: int) -> torch.Tensor:
-            batch = make(batches, number)
-            if number in numbers:
-                bad.append(batch[:, :-1])
-            return batch
-
-        def poisoned(model: Transformer, ids: torch.Tensor, *args: Any) -> Any:
-            loss = forward(model, ids, *args)
-            hit = torch.is_grad_enabled() and any(
-                ids.shape[1:] == b.shape[1:] and (b == ids[0]).all(dim=1).any() for b in bad
-            )
-            return loss * value if hit else loss
-
-        # No batch of finite weights gives NaN by itself.
-        monkeypatch.setattr(TrainingBatches, "__call__", noted)
-        monkeypatch.setattr(Transformer, "forward", poisoned)
+        make, forward = poisoned(numbers, value)
+        monkeypatch.setattr(TrainingBatches, "__call__", make)
+        monkeypatch.setattr(Transformer, "forward", forward)
 
     return set_up
 

@@ -11,12 +11,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from bad_batches import poisoned
 from finished_runs import found, metrics, weights
 from samples import TINY
 from several_ranks import COMMON, answer, command, launch, numbers, step
 from storylab.config import TrainConfig, to_dict
+from storylab.data.batches import TrainingBatches
 from storylab.data.dataset import Dataset
 from storylab.experiments.confounds import loss_confounds, speed_confounds
+from storylab.model.transformer import Transformer
 from storylab.record.folder import RunFolder, open_run
 from storylab.record.run import load_run
 from storylab.record.schema import Environment, IterationRow
@@ -30,6 +33,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "fp8": {"dtype": "fp8", "backend": "emulated", "recipe": "history=3", "max_iters": 4},
     "nvfp4": {"dtype": "nvfp4", "backend": "emulated", "max_iters": 4},
 }
+RECOVERING = {name: {"on_divergence": name} for name in ("skip", "rewind")}
+KINDS = {**RUNS, **RECOVERING}
+BAD = 6  # number of the batch that has no finite loss
 # Rounding differences of 1e-7 grow along a run, and faster where they move a value to another step of FP8.
 NEAR = {"adamw": 1e-5, "normuon": 1e-3, "fp8": 1e-3, "nvfp4": 1e-3}
 
@@ -45,7 +51,7 @@ def config(
     def make(place: str, name: str) -> TrainConfig:
         (root / place).mkdir(exist_ok=True)
         folders = {"data_dir": dataset.folder, "out_dir": root / place / name}
-        return TrainConfig(**(COMMON | RUNS[name.partition("-")[0]] | folders))
+        return TrainConfig(**(COMMON | KINDS[name.partition("-")[0]] | folders))
 
     return make
 
@@ -70,6 +76,8 @@ def two(config: Callable[[str, str], TrainConfig]) -> Path:
     for name in ("for-one", "for-four"):
         steps[name] = {"do": "copy", "from": str(folder), "to": str(folder.parent / name)}
     steps["resume"] = {"do": "resume", "folder": str(folder)}
+    for name in RECOVERING:
+        steps[name] = step(config("two", name), bad=[BAD])
     steps |= {name: {"do": name} for name in ("divide", "evaluate")}
     steps["evaluate"]["config"] = to_dict(config("two", "adamw"))
     code, output = launch(2, folder.parent, {"out": str(folder.parent), "steps": steps})
@@ -111,6 +119,22 @@ def test_several_processes_train_as_one(
     assert (ours.world_size, theirs.world_size) == (1, {"two": 2, "four": 4}[count])
     assert ours.first_batch_sha256 == theirs.first_batch_sha256
     assert ours.initial_weights_sha256 == theirs.initial_weights_sha256
+
+
+@pytest.mark.parametrize("name", RECOVERING)
+def test_several_processes_recover_as_one(
+    name: str, two: Path, config: Callable[[str, str], TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch's loss is NaN in the second process alone."""
+    make, forward = poisoned([BAD])
+    monkeypatch.setattr(TrainingBatches, "__call__", make)
+    monkeypatch.setattr(Transformer, "forward", forward)
+    alone, together = train(config("one", name)), RunFolder(two / name)
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert numbers(together, key) == pytest.approx(numbers(alone, key), rel=NEAR["adamw"]), key
+    ours, theirs = found(together), found(alone)
+    assert (ours.skipped_steps, ours.rewinds) == (theirs.skipped_steps, theirs.rewinds)
+    assert ours.skipped_steps + len(ours.rewinds) == 1
 
 
 def test_gradients_are_summed_once_an_iteration(two: Path) -> None:
