@@ -17,7 +17,7 @@ MAKE, FORWARD = TrainingBatches.__call__, Transformer.forward
 def poisoned(
     numbers: Collection[int], value: float = math.nan
 ) -> tuple[Callable[[TrainingBatches, int], torch.Tensor], Callable[..., Any]]:
-    """``TrainingBatches.__call__`` and ``Transformer.forward`` that multiply the loss of batches by ``value``.
+    """``TrainingBatches.__call__`` and ``Transformer.forward`` that multiply a loss by ``value``.
 
     No batch of finite weights gives NaN by itself.
     """
