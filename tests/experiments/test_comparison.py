@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import calibration
+import intervals_cover
 from damage import change
 from made_arms import RATES, made
 from samples import tiny
@@ -35,6 +36,7 @@ from storylab.experiments.comparison import (
     CONFOUNDED,
     DIVERGED,
     EQUIVALENT,
+    EXIT_CODES,
     UNDECIDED,
     WORSE,
     WORSE_WITHIN,
@@ -43,9 +45,9 @@ from storylab.experiments.comparison import (
     Noise,
     Ratio,
 )
-from storylab.experiments.family import Rules
+from storylab.experiments.family import Judgement, Rules
 from storylab.experiments.noise import noise_floor, noise_of, paired_spreads, seen_by_pairs
-from storylab.experiments.statistics import detectable_difference
+from storylab.experiments.statistics import Interval, detectable_difference
 from storylab.experiments.verdicts import detail_lines, ratio_text, verdict_line
 from storylab.record.index import RunCache
 from storylab.record.run import Run, load_run
@@ -248,6 +250,60 @@ def test_what_diverged_is_no_better_for_its_lucky_seeds(low: Run) -> None:
     assert "are not shown to differ in that (Fisher's exact test, p 1)" in details
     back = compare_arms(base, Arm("arm", (*arm.runs[:2], lost)), RATES)
     assert back.verdict == DIVERGED and "in 0 of 3 seeds (arm in 1 of 3)" in verdict_line(back)
+
+
+def test_the_error_over_seeds_and_stories_is_satterthwaites() -> None:
+    """0.03 of 20 degrees of freedom and 0.04 of 100 are 0.05 of 0.0025^2 / (0.0009^2/20 + 0.0016^2/100)."""
+    stories = Interval(0.2, 0.04, 100, 101)
+    both = intervals_cover.comparison(Judgement(Interval(0.1, 0.03, 20, 21)), stories).over_both
+    assert both is not None
+    assert (both.estimate, both.standard_error) == pytest.approx((0.1, 0.05))
+    assert (both.df, both.n) == (pytest.approx(94.554, rel=1e-4), 21)
+    equal = Interval(0.1, 0.0, 20, 21)  # to the bit
+    both = intervals_cover.comparison(
+        Judgement(equal), dataclasses.replace(equal, df=100)
+    ).over_both
+    assert both == equal
+
+
+@pytest.mark.parametrize(
+    ("diverged", "ended", "settled"),
+    [
+        ((3, 0), (3, 3), True),
+        ((0, 2), (3, 2), True),
+        ((2, 0), (3, 3), False),
+        ((1, 0), (1, 3), False),
+    ],
+)
+def test_divergence_is_settled_if_every_seed_of_a_side_did(
+    diverged: tuple[int, int], ended: tuple[int, int], settled: bool
+) -> None:
+    made_up = intervals_cover.comparison(Judgement(), Interval(0.1, 0.01, 9, 10))
+    c = dataclasses.replace(made_up, diverged=diverged, ended=ended)
+    assert c.verdict == DIVERGED and c.settled is settled and not c.preliminary
+
+
+@pytest.mark.parametrize(("seeds", "preliminary"), [(3, True), (4, True), (5, False), (8, False)])
+def test_fewer_than_five_seeds_are_preliminary(seeds: int, preliminary: bool) -> None:
+    stories = Interval(0.1, 0.01, 9, 10)
+    judgement = Judgement(Interval(0.1, 0.01, seeds - 1, seeds))
+    assert intervals_cover.comparison(judgement, stories).preliminary is preliminary
+
+
+def test_the_guide_has_the_exit_code_of_every_verdict() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "command-line.md"
+    rows = re.findall(r"^\| (`.*`) \| (\d+) \|$", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    told = {word: int(code) for words, code in rows for word in re.findall("`([^`]*)`", words)}
+    assert {word: told[word] for word in EXIT_CODES} == EXIT_CODES
+
+
+def test_runs_that_ended_finished_or_diverged(low: Run) -> None:
+    runs = made(low, [3.5, 3.4, 3.6, 3.7], "base").runs
+    states = ("diverged", "finished", "diverged", "unfinished")
+    arm = Arm(
+        "arm", tuple(dataclasses.replace(r, state=s) for r, s in zip(runs, states, strict=True))
+    )
+    assert (arm.diverged, arm.ended, len(arm.finished)) == (2, 3, 1)
 
 
 def test_a_seed_counts_once(runs: Path, low: Run) -> None:
