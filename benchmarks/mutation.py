@@ -53,7 +53,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "verdicts": {
         "experiments/comparison.py": ["experiments/test_comparison.py"],
-        "experiments/verdicts.py": ["experiments/test_comparison.py"],
+        "experiments/verdicts.py": ["experiments/test_verdicts.py", "experiments/test_comparison.py"],
         "experiments/effects.py": ["experiments/test_factorial.py"],
     },
     "record": {

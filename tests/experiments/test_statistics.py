@@ -206,6 +206,7 @@ def test_a_scaled_difference_keeps_its_degrees_of_freedom() -> None:
     interval = Interval(0.5, 0.25, 7, 8)
     assert interval.scaled(3.0) == Interval(1.5, 0.75, 7, 8)
     assert interval.scaled(3.0).p == pytest.approx(interval.p)
+    assert interval.scaled(-3.0) == Interval(-1.5, 0.75, 7, 8)
 
 
 @pytest.mark.parametrize(("estimate", "p"), [(0.0, 1.0), (0.1, 0.0), (-0.1, 0.0)])

@@ -37,7 +37,7 @@ class Interval:
 
     def scaled(self, factor: float) -> Interval:
         """The interval of ``factor`` times the difference."""
-        return Interval(self.estimate * factor, self.standard_error * factor, self.df, self.n)
+        return Interval(self.estimate * factor, self.standard_error * abs(factor), self.df, self.n)
 
     @property
     def low(self) -> float:
