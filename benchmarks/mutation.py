@@ -53,8 +53,11 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "verdicts": {
         "experiments/comparison.py": ["experiments/test_comparison.py"],
-        "experiments/verdicts.py": ["experiments/test_verdicts.py", "experiments/test_comparison.py"],
-        "experiments/effects.py": ["experiments/test_factorial.py"],
+        "experiments/verdicts.py": [
+            "experiments/test_verdicts.py",
+            "experiments/test_comparison.py",
+        ],
+        "experiments/effects.py": ["experiments/test_effects.py"],
     },
     "record": {
         "checksums.py": ["verify/test_verify.py"],

@@ -27,8 +27,8 @@ class ChunkSizes:
     vocab_multiple: int
 
 
-# 103 MB of logits in bfloat16 with 50,257 words. Chunks of half as many positions take 1.16 times as long on
-# a processor with AMX, which waits for the weight's gradient in memory, and as long on one without.
+# 103 MB of logits in bfloat16 with 50,257 words. Half as many positions take 1.16 times as long on a
+# processor with AMX, which waits for the weight's gradient in memory, and as long on one without.
 CPU_CHUNKS = ChunkSizes(positions=1024, gradient_rows=8192, vocab_multiple=1)
 # A GPU's caches hold neither a chunk nor a gradient, and its memory has room for 412 MB. Its matrix units
 # want rows of logits to begin at multiples of 128 bytes (NVIDIA, Matrix Multiplication Background User's
