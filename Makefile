@@ -1,5 +1,5 @@
 # make demo: train a small model on the built-in corpus and read its stories (about 3 minutes).
-# make test: lint, types and all tests (about 10 minutes on two CPU cores).
+# make test: lint, types and all tests (about 25 minutes on two CPU cores).
 # make test-fast: the tests that need no compiler, no browser and few processes (under 2 minutes).
 # make lint: format, lint and types alone.
 # make docs: the documentation's site, in build/docs/site.
