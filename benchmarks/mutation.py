@@ -251,7 +251,8 @@ def test_here(finder: Finder, tests: Sequence[str], folder: Path, limit: float) 
     """Run tests in this process, silently; returns pytest's exit code."""
     os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_CPU, (min(int(limit), 10**6), 2 * 10**6))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    # What is written to: the engine that draws pictures reserves far more addresses.
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
