@@ -60,9 +60,9 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "experiments/effects.py": ["experiments/test_effects.py"],
     },
     "record": {
-        "checksums.py": ["verify/test_verify.py"],
-        "decode.py": ["record/test_schema.py", "record/test_damaged_values.py"],
-        "record/arrays.py": ["record/test_damaged_values.py"],
+        "checksums.py": ["record/test_values.py", "verify/test_verify.py"],
+        "decode.py": ["record/test_values.py"],
+        "record/arrays.py": ["record/test_values.py"],
         "record/checkpoint.py": ["training/test_checkpointing.py"],
         "record/folder.py": ["record/test_run.py", "record/test_damaged_files.py"],
         "record/run.py": ["record/test_run.py", "record/test_damaged_values.py"],
