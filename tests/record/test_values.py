@@ -129,7 +129,9 @@ def test_what_is_right_is_read_and_unknown_keys_are_left() -> None:
         convert(Outer, {"cells": [], "place": 3}, "file.json")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b'{"cells": [}', b"\xff", b'{"more": ' + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"cells": [}', b"\xff", b'{"more": ' + b"[" * 100_000]
+)
 def test_what_is_no_json_is_told(data: bytes) -> None:
     with pytest.raises(UserError, match=r"^file\.json is not valid JSON \(.+\): it has been alte"):
         decode(Outer, data, "file.json")
