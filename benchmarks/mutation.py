@@ -138,7 +138,10 @@ def try_module(module: str, tests: Sequence[str], args: argparse.Namespace) -> N
     for mutant in chosen:
         tried = known.get(mutant)
         if tried is None or (args.again and not tried.killed):
-            changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+            try:
+                changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+            except AttributeError:
+                continue  # Cosmic Ray cannot replace an exception whose name has a dot
             code, _ = run_tests(module, changed, tests, 5 * seconds + 10)
             diff = difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0, lineterm="")
             tried = Tried(mutant, code != 0, str(code), "\n".join([*diff][3:]))
