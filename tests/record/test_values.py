@@ -22,7 +22,7 @@ from storylab.checksums import (
     sha256_file,
     write_checksums,
 )
-from storylab.decode import convert, decode, fault, is_unicode, shown
+from storylab.decode import LARGEST_INT, convert, decode, fault, is_unicode, shown
 from storylab.errors import UserError
 from storylab.record.arrays import read_array, write_array
 
@@ -151,6 +151,7 @@ def test_values_in_messages_are_short_and_on_one_line() -> None:
     assert len(shown("x" * 1000)) <= 42 and len(shown(10**500)) <= 42
     assert shown([1, [2]]) == "[1, [2]]"
     assert fault(RecursionError()) == "nested too deep"
+    assert np.iinfo(np.int64).max == LARGEST_INT  # torch and numpy count with these
 
 
 @pytest.mark.parametrize("array", [np.array([1.0, -2.5]), np.zeros((0, 2)), np.ones((2, 3))])
