@@ -21,10 +21,9 @@ from storylab.export.bpe import tokenizer_json
 from storylab.imported import RECORD, hf, llama2c
 from storylab.imported.evaluation import encode_stories, evaluate_stories
 from storylab.imported.folder import import_model, load_imported
+from storylab.imported.tensors import INDEX, WEIGHTS
 
 STORIES = (b"Tom saw a dog.", "The café é\u2028 was red.\n".encode())
-MODEL = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 300,
@@ -48,7 +47,6 @@ CONFIG = {
 }
 LLAMA2C_SIZES = (8, 12, 1, 2, 1, 260, 16)  # dim, hidden, layers, heads, kv_heads, words, context
 
-Put = Callable[[bytes], object]
 ImportTarget = tuple[str, Path, Callable[[], object], Change | None]
 
 
@@ -63,15 +61,15 @@ def import_targets(data: Path, scratch: Path) -> Iterator[ImportTarget]:
     folder = scratch / "hf"
     write_hf(folder, data)
     read = _reader(folder, model)
-    changes: dict[str, Change] = {MODEL: change_checkpoint}
-    for name in (hf.CONFIG, MODEL, hf.TOKENIZER, hf.TOKENIZER_CONFIG):
+    changes: dict[str, Change] = {WEIGHTS: change_checkpoint}
+    for name in (hf.CONFIG, WEIGHTS, hf.TOKENIZER, hf.TOKENIZER_CONFIG):
         yield f"import's {name}", folder / name, read, changes.get(name, change_json)
     sharded = scratch / "sharded"
     shutil.copytree(folder, sharded)
     weight_map = dict.fromkeys(
         hf.read_config(folder / hf.CONFIG)[1].tensors(), "model-1.safetensors"
     )
-    (sharded / MODEL).rename(sharded / "model-1.safetensors")
+    (sharded / WEIGHTS).rename(sharded / "model-1.safetensors")
     (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     yield f"import's {INDEX}", sharded / INDEX, _reader(sharded, model), change_json
     checkpoint = scratch / "llama2c" / "model.bin"
@@ -84,9 +82,8 @@ def import_targets(data: Path, scratch: Path) -> Iterator[ImportTarget]:
 
     def reopen() -> None:
         (imported / CHECKSUMS).unlink(missing_ok=True)
-        add_checksums(
-            imported, (MODEL, hf.TOKENIZER, RECORD)
-        )  # so that the damage meets what is behind
+        # So that the damage meets the checks behind it.
+        add_checksums(imported, (WEIGHTS, hf.TOKENIZER, RECORD))
         use_model(imported)
 
     yield f"import's {RECORD}", imported / RECORD, reopen, change_json
@@ -117,7 +114,7 @@ def write_hf(folder: Path, data: Path) -> None:
     draw = torch.Generator().manual_seed(1)
     sizes = hf.read_config(folder / hf.CONFIG)[1].tensors()
     save_file(
-        {name: torch.randn(size, generator=draw) for name, size in sizes.items()}, folder / MODEL
+        {name: torch.randn(size, generator=draw) for name, size in sizes.items()}, folder / WEIGHTS
     )
 
 

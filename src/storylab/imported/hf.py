@@ -114,6 +114,7 @@ def read_config(path: Path) -> tuple[Config, ImportedShape]:
     """
     values = read_json(path)
     names = values.get("architectures") if isinstance(values, dict) else None
+    # In a list of the classes: what a file has may have no hash.
     if not isinstance(names, list) or len(names) != 1 or names[0] not in [*CLASSES]:
         raise UserError(
             f"{shown(path)}: architectures is {shortened(names)}: storylab reads {', '.join(CLASSES)}"

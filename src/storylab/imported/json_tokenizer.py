@@ -128,24 +128,23 @@ def _refuse_panics(values: Any, place: Path) -> None:
             f"{shown(place)}: model.continuing_subword_prefix is {shortened(prefix)}: storylab reads "
             "tokenizers without one"
         )
-    processor = _part(values, "post_processor")
-    for part in _templates(processor):
+    for part in _nested(_part(values, "post_processor"), "processors"):
         known = _part(part, "special_tokens")
         for item in (*_items(part.get("single")), *_items(part.get("pair"))):
             name = _part(item, "SpecialToken").get("id")
-            if name is not None and name not in [*known]:
+            if name is not None and name not in [*known]:  # it may have no hash
                 raise UserError(
                     f"{shown(place)}: post_processor names the token {shortened(name)}, which is not "
                     "among its special_tokens"
                 )
 
 
-def _templates(processor: Any) -> Iterator[dict[str, Any]]:
-    """A post-processor, and those in it."""
-    if isinstance(processor, dict):
-        yield processor
-        for part in _items(processor.get("processors")):
-            yield from _templates(part)
+def _nested(part: Any, key: str) -> Iterator[dict[str, Any]]:
+    """A part of a tokenizer, and those that it has as its ``key``."""
+    if isinstance(part, dict):
+        yield part
+        for inner in _items(part.get(key)):
+            yield from _nested(inner, key)
 
 
 def _items(value: Any) -> list[Any]:
@@ -166,7 +165,7 @@ def _token_bytes(
         UserError: the decoder is another than those of Llama, Mistral and Qwen.
     """
     vocabulary = library.get_vocab(with_added_tokens=True)
-    kinds = set(_decoders(values.get("decoder")))
+    kinds = {str(part.get("type")) for part in _nested(values.get("decoder"), "decoders")}
     if "ByteLevel" in kinds:
         spelled = {character: byte for byte, character in byte_characters().items()}
     elif kinds & {"ByteFallback", "Metaspace"}:
@@ -188,11 +187,3 @@ def _token_bytes(
         else:
             tokens[number] = token.replace(SPACE, " ").encode()
     return tuple(tokens)
-
-
-def _decoders(decoder: Any) -> Iterator[str]:
-    """The names of a decoder, and of those in it."""
-    if isinstance(decoder, dict):
-        yield str(decoder.get("type"))
-        for part in decoder.get("decoders") or ():
-            yield from _decoders(part)
