@@ -803,29 +803,35 @@ def attention_backends(here):
 
 
 def sampling(here):
-    """Stories a second, at first and again, with torch's choice of attention and without cuDNN's."""
+    """Tokens a second, at first and again, with a recorded step and with every step started by the host."""
+    from unittest.mock import patch
+
     import torch
 
+    from storylab.model import decoding
     from storylab.model.transformer import Transformer
     from storylab.training.precision import choose_precision
     from storylab.training.sampling import StoryModel
 
-    device = torch.device(here.args.device)
-    precision = choose_precision(device, "bfloat16")
-    model = Transformer(here.config().model, here.vocab()).to(device)
+    precision = choose_precision(torch.device(here.args.device), "bfloat16")
+    model = Transformer(here.config().model, here.vocab()).to(here.args.device)
     writer = StoryModel(model, here.dataset().tokenizer, here.block, precision)
-    count = 40 if here.cuda else 8
-    for name in ("default", "without cudnn"):
-        with here.part(name):
-            if name != "default" and here.cuda:
-                torch.backends.cuda.enable_cudnn_sdp(False)
+    count = 100 if here.cuda else 8
+    stories = {}
+    for name, reader in (
+        ("recorded step", decoding.reader_of),
+        ("growing cache", decoding.GrowingReader),
+    ):
+        with here.part(name), patch("storylab.model.generate.reader_of", reader):
             rates = []
             for _ in range(2):
-                begin, tokens = time.perf_counter(), 0
-                for _ in writer.stream("Once upon a time there was", None, count):
-                    tokens += 1
-                rates.append(tokens / (time.perf_counter() - begin))
-            here.record(name, tokens_per_second_new_lengths=rates[0], again=rates[1], tokens=tokens)
+                begin = time.perf_counter()
+                ids = [int(c) for c in writer.ids("Once upon a time there was", None, count)]
+                rates.append(len(ids) / (time.perf_counter() - begin))
+            stories[name] = ids
+            here.record(name, tokens_per_second=rates[0], again=rates[1], tokens=len(ids))
+    first, second = stories.values()
+    here.record("ids in common", of=len(first), same=sum(map(int.__eq__, first, second)))
 
 
 KERNELS = (
@@ -1631,7 +1637,6 @@ SHORT = {
     "ms_of_4_micro_batches_and_update": "ms of 4+update",
     "first_s": "first s",
     "first_call_s": "first s",
-    "tokens_per_second_new_lengths": "tok/s new lengths",
     "again": "again",
     "seconds_of_each_new_length": "s",
     "errors": "errors",

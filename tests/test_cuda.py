@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock, call
 
 import pytest
@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from storylab.config import ModelConfig, TrainConfig
 from storylab.errors import UserError
+from storylab.model import decoding
 from storylab.model.attention import causal_attention
+from storylab.model.cache import StaticLayerCache
 from storylab.model.transformer import Transformer
 from storylab.record import checkpoint
 from storylab.training.checkpointing import Saver
@@ -193,6 +195,37 @@ def test_a_lone_query_takes_no_mask(fake: FakeTensorMode, monkeypatch: pytest.Mo
     history = torch.empty(1, 2, 20, 64, device=CUDA)
     causal_attention(query, history, history)
     assert attention.call_args.kwargs == {"is_causal": False, "enable_gqa": True}
+
+
+@pytest.mark.parametrize("model_config", [MODEL, FAST], ids=["record", "fast"])
+def test_a_step_of_sampling_can_be_recorded(
+    fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, model_config: ModelConfig
+) -> None:
+    """It reads no value of a tensor, and what a replay reads stays where it is."""
+    # A build of torch for CPUs cannot copy on a card, even where there are no values.
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, other: tensor)
+    # Recording needs a card.
+    monkeypatch.setattr(decoding, "record", lambda step: (lambda: None, step()))
+    windows = dataclasses.replace(model_config, attention="window:16,full")
+    model = on_the_card(Transformer(windows, VOCAB))
+    reader = decoding.reader_of(model, 3, 64)
+    assert isinstance(reader, decoding.GraphReader)
+    one = torch.zeros(3, 1, dtype=torch.int64, device=CUDA)
+
+    def stored() -> list[int]:
+        caches = [cast(StaticLayerCache, layer) for layer in reader.cache.layers]
+        held = [t for c in caches for t in (c.keys, c.values, c.length) if t is not None]
+        return [id(tensor) for tensor in (*held, reader.cache.length, reader.token)]
+
+    with torch.no_grad(), BFLOAT16.autocast():
+        reader.read(torch.zeros(3, 20, dtype=torch.int64, device=CUDA))
+        before = stored()
+        for _ in range(3):
+            logits = reader.read(one)
+        reader.restart()
+        reader.read(torch.zeros(3, 40, dtype=torch.int64, device=CUDA))
+    assert stored() == before and len(before) == 8
+    assert logits.shape == (3, VOCAB) and logits.device.type == "cuda"
 
 
 def test_cudnn_attention_is_off_where_a_card_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

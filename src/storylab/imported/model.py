@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from storylab.imported.shape import HEAD, ImportedShape
 from storylab.model.attention import causal_attention
-from storylab.model.cache import AnyLayerCache, KVCache
+from storylab.model.cache import AnyKVCache, AnyLayerCache, positions_of
 from storylab.model.language_model import LanguageModel
 from storylab.model.layers import apply_rotary_emb, rope_cos_sin
 
@@ -45,9 +45,8 @@ class Attention(nn.Module):
         )
         query = apply_rotary_emb(self.q_norm(query), *rotary)
         key = apply_rotary_emb(self.k_norm(key), *rotary)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        mixed = causal_attention(query, key, value, self.pattern)
+        attend = causal_attention if cache is None else cache.attend
+        mixed = attend(query, key, value, self.pattern)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -109,15 +108,13 @@ class ImportedModel(LanguageModel):
         """The head may be tied to the embedding."""
         return self.embedding.weight if self.config.tied_head else self.head.weight
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        rotary = rope_cos_sin(self.config, positions)
+    def hidden_states(self, tokens: Tensor, cache: AnyKVCache | None = None) -> Tensor:
+        rotary = rope_cos_sin(self.config, positions_of(tokens, cache))
         x = self.embedding(tokens)
         for number, layer in enumerate(self.layers):
             x = layer(x, rotary, cache.layers[number] if cache is not None else None)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length += tokens.shape[1]  # in place, where it is a tensor
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,17 +1,38 @@
 """Key/value caches for generation, one token at a time.
 
-Shapes: B batch, K key/value heads, T new positions, D head size.
+A cache grows, or is static: of one size, with its length in a tensor, so that a step can be recorded once
+and replayed at every position. Shapes: B batch, H query heads, K key/value heads, T new positions, S stored
+positions, D head size.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from storylab.config import AttentionPattern
+from storylab.model.attention import causal_attention
 from storylab.model.language_model import Shape
 
 
-class LayerKVCache:
+class GrowingLayerCache(ABC):
+    """Keys and values of one layer, as many as have been read."""
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, K, T, D]``; return all that the new positions may read, theirs last."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern
+    ) -> Tensor:
+        """Attention ``[B, H, T, D]`` of new positions over all; their keys and values are stored."""
+        return causal_attention(query, *self.append(key, value), pattern)
+
+
+class LayerKVCache(GrowingLayerCache):
     """Keys and values of all positions that one layer has read, in ``[B, K, max_length, D]``."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
@@ -29,7 +50,7 @@ class LayerKVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-class SlidingWindowKVCache:
+class SlidingWindowKVCache(GrowingLayerCache):
     """Keys and values of the last ``max_past`` positions, which are all that later queries read."""
 
     def __init__(self, max_past: int) -> None:
@@ -48,7 +69,32 @@ class SlidingWindowKVCache:
         return key, value
 
 
-AnyLayerCache = LayerKVCache | SlidingWindowKVCache
+class StaticLayerCache:
+    """Keys and values of one layer in tensors that stay where they are, ``[B, K, max_length, D]``."""
+
+    def __init__(self, max_length: int, length: Tensor) -> None:
+        self.max_length, self.length = max_length, length
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern
+    ) -> Tensor:
+        """Attention ``[B, H, T, D]`` of new positions over all; their keys and values are stored."""
+        if self.keys is None or self.values is None:  # autocast decides their dtype
+            shape = (*key.shape[:2], self.max_length, key.shape[3])
+            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+        positions = self.length + torch.arange(key.shape[2], device=key.device)
+        self.keys.index_copy_(2, positions, key)
+        self.values.index_copy_(2, positions, value)
+        stored = torch.arange(self.max_length, device=key.device)
+        mask = pattern.allows(positions.unsqueeze(1), stored.unsqueeze(0))
+        return F.scaled_dot_product_attention(
+            query, self.keys, self.values, attn_mask=mask, enable_gqa=True
+        )
+
+
+AnyLayerCache = GrowingLayerCache | StaticLayerCache
 
 
 class KVCache:
@@ -63,3 +109,30 @@ class KVCache:
             else SlidingWindowKVCache(pattern.reach - 1)
             for pattern in config.layer_patterns
         ]
+
+
+class StaticKVCache:
+    """Static caches of all layers; ``length`` is the number of positions read so far, int64 ``[1]``.
+
+    Nothing in a step depends on a value that the host knows, so a CUDA graph of a step serves for every
+    position. The caller reads no more than ``max_length`` positions.
+    """
+
+    def __init__(self, config: Shape, max_length: int, device: torch.device) -> None:
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self.layers: list[AnyLayerCache] = [
+            StaticLayerCache(max_length, self.length) for _ in config.layer_patterns
+        ]
+
+    def restart(self) -> None:
+        """Forget all positions."""
+        self.length.zero_()
+
+
+AnyKVCache = KVCache | StaticKVCache
+
+
+def positions_of(tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
+    """Positions, int64 ``[T]``, of ``tokens [B, T]`` that continue those in the cache."""
+    start = 0 if cache is None else cache.length
+    return start + torch.arange(tokens.shape[1], device=tokens.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storylab.config import check_seed
 from storylab.errors import UserError
-from storylab.model.cache import KVCache
+from storylab.model.decoding import reader_of
 from storylab.model.language_model import LanguageModel
 
 
@@ -92,18 +92,20 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     # The longest history that leaves room for one more token.
     unread = seen = prompt[:, -max(1, context - 1) :].to(device)
-    cache = KVCache(model.config, len(prompt), context, device)
+    reader = reader_of(model, len(prompt), context)
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
-            hidden = model.hidden_states(unread, cache) if use_cache else model.hidden_states(seen)
-            logits = model.logits(hidden[:, -1])
+            if use_cache:
+                logits = reader.read(unread)
+            else:
+                logits = model.logits(model.hidden_states(seen)[:, -1])
         token = _draw(logits.cpu(), sampling, generator)
         yield token[:, 0]
         unread = token.to(device)
         seen = torch.cat((seen, unread), dim=1)
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
-            cache = KVCache(model.config, len(prompt), context, device)
+            reader.restart()
             unread = seen
 
 

@@ -16,7 +16,7 @@ from storylab.config import AttentionPattern
 from storylab.model.head import token_losses
 
 if TYPE_CHECKING:
-    from storylab.model.cache import KVCache
+    from storylab.model.cache import AnyKVCache
 
 
 class Shape(Protocol):
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module, ABC):
         """The matrix from final states to logits, ``[V, C]``."""
 
     @abstractmethod
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: AnyKVCache | None = None) -> Tensor:
         """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).
 
         With a cache the tokens continue the positions already in it, and the cache grows.

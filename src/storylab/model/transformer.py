@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
 from storylab.model.attention import block_masks, causal_attention
-from storylab.model.cache import AnyLayerCache, KVCache
+from storylab.model.cache import AnyKVCache, AnyLayerCache, positions_of
 from storylab.model.head import linear_cross_entropy
 from storylab.model.initialization import initialize_weights
 from storylab.model.language_model import LanguageModel
@@ -89,8 +89,9 @@ class Attention(nn.Module):
             query, key = normed
         query, key = apply_rotary_emb(query, *rotary), apply_rotary_emb(key, *rotary)
         if cache is not None:
-            key, value = cache.append(key, value)
-        mixed = causal_attention(query, key, value, self.pattern, block_mask)
+            mixed = cache.attend(query, key, value, self.pattern)
+        else:
+            mixed = causal_attention(query, key, value, self.pattern, block_mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -203,14 +204,12 @@ class Transformer(LanguageModel):
             for matrix in self.config.matrices():
                 yield block.get_parameter(f"{matrix.name}.weight"), matrix.parts
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: AnyKVCache | None = None) -> Tensor:
         """Final normed states ``[B, T, C]`` of ``tokens [B, T]`` (int64).
 
         With a cache the tokens continue the positions already in it, and the cache grows.
         """
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        rotary = rope_cos_sin(self.config, positions)
+        rotary = rope_cos_sin(self.config, positions_of(tokens, cache))
         x = x0 = self.embedding(tokens)
         value_residual: Tensor | None = None
         masks: list[BlockMask | None] = [None] * len(self.blocks)
@@ -222,7 +221,7 @@ class Transformer(LanguageModel):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, value_residual = block(x, rotary, layer_cache, x0, value_residual, masks[layer])
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length += tokens.shape[1]  # in place, where it is a tensor
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -1,0 +1,112 @@
+"""Reading a history token by token for the logits of the next one.
+
+On CUDA a step of one token is recorded as a CUDA graph and replayed: the host would otherwise start some 450
+kernels for each token, which takes several times as long as the GPU does.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from storylab.model.cache import AnyKVCache, KVCache, StaticKVCache
+from storylab.model.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+class Reader(ABC):
+    """A model that reads tokens one after another. Called without gradient and under one autocast."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    @abstractmethod
+    def read(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, V]`` of the token after the next ``tokens [B, T]`` (int64). They may be overwritten by
+        the next call."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget all tokens."""
+
+    def _logits(self, tokens: Tensor, cache: AnyKVCache) -> Tensor:
+        return self.model.logits(self.model.hidden_states(tokens, cache).select(1, -1))
+
+
+class GrowingReader(Reader):
+    """Attention over as many positions as have been read."""
+
+    def __init__(self, model: LanguageModel, batch: int, context: int) -> None:
+        super().__init__(model)
+        self.batch, self.context = batch, context
+        self.restart()
+
+    def read(self, tokens: Tensor) -> Tensor:
+        return self._logits(tokens, self.cache)
+
+    def restart(self) -> None:
+        device = self.model.embedding.weight.device
+        self.cache = KVCache(self.model.config, self.batch, self.context, device)
+
+
+class GraphReader(Reader):
+    """A step of one token is recorded when it comes for the second time, and then replayed.
+
+    The first one is computed as usual, since libraries set themselves up in it. If a step cannot be
+    recorded, all are computed as usual.
+    """
+
+    def __init__(self, model: LanguageModel, batch: int, context: int) -> None:
+        super().__init__(model)
+        device = model.embedding.weight.device
+        self.cache = StaticKVCache(model.config, context, device)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.steps = 0
+        self.recorded: tuple[Callable[[], None], Tensor] | None = None
+
+    def read(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > 1:
+            return self._logits(tokens, self.cache)
+        self.token.copy_(tokens)
+        self.steps += 1
+        if self.steps == 2:
+            self._record()
+        if self.recorded is None:
+            return self._logits(self.token, self.cache)
+        replay, logits = self.recorded
+        replay()
+        return logits
+
+    def restart(self) -> None:
+        self.cache.restart()
+
+    def _record(self) -> None:
+        try:
+            self.recorded = record(lambda: self._logits(self.token, self.cache))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logger.warning("sampling without a CUDA graph, which is slower: %s", reason)
+
+
+def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record the kernels of ``step`` without running them.
+
+    Returns:
+        A function that runs them, and the result of ``step``, which each run overwrites.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may allocate meanwhile, as that which saves a checkpoint does.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+    return graph.replay, result
+
+
+def reader_of(model: LanguageModel, batch: int, context: int) -> Reader:
+    """A reader of at most ``context`` tokens for each of ``batch`` rows."""
+    on_cuda = model.embedding.weight.device.type == "cuda"
+    return (GraphReader if on_cuda else GrowingReader)(model, batch, context)

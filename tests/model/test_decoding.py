@@ -1,0 +1,105 @@
+"""A recorded step against steps that are computed one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from example_patterns import EXAMPLES
+from samples import TINY
+from small_models import tokens
+from storylab.model import decoding
+from storylab.model.cache import StaticKVCache
+from storylab.model.decoding import GraphReader, GrowingReader
+from storylab.model.generate import Sampling, generate
+from storylab.model.transformer import Transformer
+
+
+class Recorder:
+    """Stands in for a CUDA graph: recording leaves the length as it was, a replay computes into one tensor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recorded, self.replayed = 0, 0
+        monkeypatch.setattr(decoding, "record", self.record)
+        monkeypatch.setattr("storylab.model.generate.reader_of", self.reader)
+
+    def reader(self, *args: Any) -> GraphReader:
+        self.last = GraphReader(*args)
+        return self.last
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        before = self.last.cache.length.clone()
+        result = step()
+        self.last.cache.length.copy_(before)
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(step())
+
+        return replay, result
+
+
+def written(model: Transformer, prompt: Tensor, count: int, context: int) -> Tensor:
+    sampling = Sampling(temperature=1.0, seed=7)
+    with torch.no_grad():
+        return torch.stack(list(generate(model, prompt, count, sampling, context)), dim=1)
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_recorded_steps_write_the_same_story(
+    any_model: Transformer, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = tokens(4, length)
+    expected = written(any_model, prompt, 30, 12)  # the context fills and is cut several times
+    recorder = Recorder(monkeypatch)
+    assert torch.equal(written(any_model, prompt, 30, 12), expected)
+    assert recorder.recorded == 1 and recorder.replayed > 20
+
+
+@pytest.mark.parametrize("pattern", [*EXAMPLES, "window:1", "window:6,full", "window:40"])
+def test_recorded_steps_keep_to_the_pattern(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(dataclasses.replace(TINY, attention=pattern), 50, seed=2)
+    prompt = tokens(2, 9) % 50
+    expected = written(model, prompt, 60, 48)
+    Recorder(monkeypatch)
+    assert torch.equal(written(model, prompt, 60, 48), expected)
+
+
+def test_a_static_cache_gives_the_logits_of_the_whole_sequence(any_model: Transformer) -> None:
+    x = tokens(3, 15)
+    cache = StaticKVCache(any_model.config, 20, torch.device("cpu"))
+    for _ in range(2):  # what an earlier history left behind is not read
+        parts = [
+            any_model.logits(any_model.hidden_states(x[:, a:b], cache))
+            for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), any_model(x), rtol=1e-5, atol=1e-5)
+        x = x.flip(1)
+        cache.restart()
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Transformer(TINY, 50, seed=2)
+    expected = written(model, tokens(2, 3) % 50, 20, 12)
+
+    def refuse(step: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    Recorder(monkeypatch)
+    monkeypatch.setattr(decoding, "record", refuse)
+    assert torch.equal(written(model, tokens(2, 3) % 50, 20, 12), expected)
+    (line,) = caplog.messages
+    assert line.endswith("operation not permitted when stream is capturing")
+
+
+def test_each_device_has_its_reader() -> None:
+    model = Transformer(TINY, 50)
+    assert isinstance(decoding.reader_of(model, 1, 8), GrowingReader)
