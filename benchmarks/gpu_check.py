@@ -925,11 +925,11 @@ def brute_force(query, key, value, window):
 
 
 def windows(here):
-    """FlexAttention as the project calls it: right, the same again, and how fast."""
+    """Windows as the project computes them: right, the same again, and how fast; FlexAttention beside."""
     import torch
 
     from storylab.config import FULL, Window
-    from storylab.model import attention
+    from storylab.model import attention, attention_cuda
 
     device = torch.device(here.args.device, 0) if here.cuda else torch.device("cpu")
     cases = ((128, 64), (512, 64), (512, 128), (1024, 128), (1024, 256), (64, 32))
@@ -945,7 +945,8 @@ def windows(here):
             *inputs, direction = base
             inputs = [x.detach().requires_grad_(here.cuda) for x in inputs]
             pattern = Window(window)
-            mask = attention.block_masks([pattern], time_, device, 64)[0]
+            with torch.autocast(device.type, torch.bfloat16):
+                (mask,) = attention_cuda.cuda_masks([pattern], base[0].transpose(1, 2), 64)
 
             def work(inputs=inputs, pattern=pattern, mask=mask, direction=direction):
                 out = attention.causal_attention(*inputs, pattern, mask)
@@ -975,29 +976,19 @@ def windows(here):
                 return torch.autograd.grad((out,), inputs, (direction,)) if here.cuda else out
 
             if here.cuda:
-                with here.part(f"{time_}, window {window}: torch's varlen_attn"):
-                    from torch.nn.attention.varlen import varlen_attn
+                with here.part(f"{time_}, window {window}: FlexAttention"):
+                    blocks = attention_cuda._block_mask(time_, pattern, device)
 
-                    flat = [
-                        x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in inputs
-                    ]
-                    cuts = torch.arange(batch + 1, device=device, dtype=torch.int32) * time_
-                    toward = direction.transpose(1, 2).flatten(0, 1)
+                    def flex(inputs=inputs, blocks=blocks, direction=direction):
+                        out = attention.causal_attention(*inputs, FULL, blocks)
+                        return torch.autograd.grad((out,), inputs, (direction,))
 
-                    def varlen(flat=flat, cuts=cuts, toward=toward, time_=time_, window=window):
-                        out = varlen_attn(
-                            *flat, cuts, cuts, time_, time_, window_size=(window - 1, 0)
-                        )
-                        return out, torch.autograd.grad((out,), flat, (toward,))
-
-                    seen = varlen()[0].unflatten(0, (batch, time_)).transpose(1, 2)
                     here.record(
-                        f"{time_}, window {window}: torch's varlen_attn",
-                        ms=1e3 * here.queued(varlen),
-                        errors={"output": relative(seen[:2], right)},
+                        f"{time_}, window {window}: FlexAttention", ms=1e3 * here.queued(flex)
                     )
             here.record(
                 f"{time_}, window {window}",
+                kernel=type(mask).__name__,
                 errors=errors,
                 first_call_s=compiling,
                 same_bits=all(torch.equal(a, b) for a, b in zip(grads, again, strict=False)),

@@ -21,7 +21,7 @@ from storylab.model.transformer import Transformer
 
 
 class Recorder:
-    """Stands in for a CUDA graph: recording leaves the length as it was, a replay computes into one tensor."""
+    """In place of a CUDA graph: recording leaves the length as it was, a replay fills one tensor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recorded, self.replayed = 0, 0

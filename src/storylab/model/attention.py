@@ -1,29 +1,22 @@
 """Causal attention in the pattern of a layer, on the fast path of each device.
 
 :mod:`storylab.config.patterns` has the patterns. A pattern with a reach is computed in bands, at a cost of
-T times the reach; on CUDA FlexAttention skips the blocks that any pattern leaves out; elsewhere a pattern's
+T times the reach; CUDA has kernels of its own (:mod:`storylab.model.attention_cuda`); elsewhere a pattern's
 mask is a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from storylab.compiler import missing_for_compiling
 from storylab.config import FULL, AttentionPattern
+from storylab.model.attention_cuda import CudaMask, attention_on_cuda
 
 # Up to this length the CPU is faster with plain batched products than with the flash kernel, whose
 # backward pass is slow on short sequences (docs/performance.md has the measurement).
 MAX_MATMUL_ATTENTION_LENGTH = 512
-# FlexAttention refuses smaller heads.
-MIN_FLEX_HEAD = 16
 # Blocks below this are too small for a matrix product to be worth its call.
 MIN_BLOCK = 32
 
@@ -33,7 +26,7 @@ def causal_attention(
     key: Tensor,
     value: Tensor,
     pattern: AttentionPattern = FULL,
-    block_mask: BlockMask | None = None,
+    cuda_mask: CudaMask | None = None,
 ) -> Tensor:
     """softmax(QK'/sqrt(D) + mask) V with grouped key/value heads.
 
@@ -42,13 +35,13 @@ def causal_attention(
         key: ``[B, K, S, D]``; query head h reads key/value head h * K // H.
         value: ``[B, K, S, D]``.
         pattern: the positions that a query reads.
-        block_mask: the pattern's, as :func:`block_masks` has it, for FlexAttention on CUDA.
+        cuda_mask: the pattern's for a kernel on CUDA, see :mod:`storylab.model.attention_cuda`.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of ``query``.
     """
-    if block_mask is not None:
-        return _flex_attention(query, key, value, block_mask)
+    if cuda_mask is not None:
+        return attention_on_cuda(query, key, value, cuda_mask)
     time, source = query.shape[2], key.shape[2]
     whole, reads_all = time == source, pattern.covers(source)
     if whole and not reads_all and pattern.reach is not None and source > 2 * pattern.reach:
@@ -126,52 +119,3 @@ def _banded_attention(
     )
     mixed = mixed.view(batch, blocks, heads, block, size).transpose(1, 2)
     return mixed.reshape(batch, heads, blocks * block, size)[:, :, :time]
-
-
-def block_masks(
-    patterns: Sequence[AttentionPattern], time: int, device: torch.device, head_size: int
-) -> list[BlockMask | None]:
-    """One FlexAttention block mask per layer, for sequences of ``time`` positions; None where another path
-    is taken: on other devices than CUDA, where FlexAttention cannot be compiled, for heads that it does
-    not take, and where a pattern leaves nothing out.
-
-    Called outside of compiled blocks, which would build the masks again in every pass.
-    """
-    used = (
-        device.type == "cuda"
-        and head_size >= MIN_FLEX_HEAD
-        and missing_for_compiling("cuda") is None
-    )
-    return [
-        _block_mask(time, pattern, device) if used and not pattern.covers(time) else None
-        for pattern in patterns
-    ]
-
-
-@cache
-def _block_mask(time: int, pattern: AttentionPattern, device: torch.device) -> BlockMask:
-    def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        mask: Tensor = pattern.allows(row, column)
-        return mask
-
-    return create_block_mask(allowed, None, None, time, time, device=str(device))
-
-
-def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
-    """Attention by FlexAttention, which skips the blocks that the mask leaves empty.
-
-    https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
-    """
-    if query.device.type != "cuda" or torch.compiler.is_compiling():
-        mixed: Tensor = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
-        return mixed
-    # Evaluation runs uncompiled, except for this: uncompiled it would store and round all scores.
-    with torch.compiler.set_stance("default"):
-        mixed = _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=True)
-    return mixed
-
-
-@cache
-def _compiled_flex() -> Any:
-    # A separate kernel for each length: one for all lengths is slower.
-    return torch.compile(flex_attention, dynamic=False)

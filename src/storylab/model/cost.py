@@ -11,7 +11,7 @@ from enum import StrEnum
 from storylab.config import ModelConfig
 
 # Positions in a block that attention on a GPU skips as a whole, and so the longest sequence in which a
-# window saves nothing there (FlexAttention's default block).
+# window saves nothing there (the blocks of FlexAttention and, for heads of 64, of flash attention).
 SKIPPED_BLOCK = 128
 
 

@@ -1,7 +1,7 @@
 """Reading a history token by token for the logits of the next one.
 
-On CUDA a step of one token is recorded as a CUDA graph and replayed: the host would otherwise start some 450
-kernels for each token, which takes several times as long as the GPU does.
+On CUDA a step of one token is recorded as a CUDA graph and replayed. Otherwise the host would start some
+450 kernels for each token, which takes several times as long as computing them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, V]`` of the token after the next ``tokens [B, T]`` (int64). They may be overwritten by
-        the next call."""
+        """Logits ``[B, V]`` of the token after the next ``tokens [B, T]`` (int64).
+
+        The next call may overwrite them.
+        """
 
     @abstractmethod
     def restart(self) -> None:
         """Forget all tokens."""
 
-    def _logits(self, tokens: Tensor, cache: AnyKVCache) -> Tensor:
+    def _logits(self, tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
         return self.model.logits(self.model.hidden_states(tokens, cache).select(1, -1))
 
 
@@ -52,6 +54,21 @@ class GrowingReader(Reader):
     def restart(self) -> None:
         device = self.model.embedding.weight.device
         self.cache = KVCache(self.model.config, self.batch, self.context, device)
+
+
+class RereadingReader(Reader):
+    """Every position is computed again for each token: slow, for reference."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        self.seen: list[Tensor] = []
+
+    def read(self, tokens: Tensor) -> Tensor:
+        self.seen.append(tokens)
+        return self._logits(torch.cat(self.seen, dim=1), None)
+
+    def restart(self) -> None:
+        self.seen.clear()
 
 
 class GraphReader(Reader):
@@ -107,6 +124,6 @@ def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def reader_of(model: LanguageModel, batch: int, context: int) -> Reader:
-    """A reader of at most ``context`` tokens for each of ``batch`` rows."""
+    """The fast reader of at most ``context`` tokens for each of ``batch`` rows."""
     on_cuda = model.embedding.weight.device.type == "cuda"
     return (GraphReader if on_cuda else GrowingReader)(model, batch, context)

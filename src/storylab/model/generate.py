@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storylab.config import check_seed
 from storylab.errors import UserError
-from storylab.model.decoding import reader_of
+from storylab.model.decoding import RereadingReader, reader_of
 from storylab.model.language_model import LanguageModel
 
 
@@ -92,13 +92,10 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     # The longest history that leaves room for one more token.
     unread = seen = prompt[:, -max(1, context - 1) :].to(device)
-    reader = reader_of(model, len(prompt), context)
+    reader = reader_of(model, len(prompt), context) if use_cache else RereadingReader(model)
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where the caller's code runs
-            if use_cache:
-                logits = reader.read(unread)
-            else:
-                logits = model.logits(model.hidden_states(seen)[:, -1])
+            logits = reader.read(unread)
         token = _draw(logits.cpu(), sampling, generator)
         yield token[:, 0]
         unread = token.to(device)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
-from storylab.model.attention import block_masks, causal_attention
+from storylab.model.attention import causal_attention
+from storylab.model.attention_cuda import CudaMask, cuda_masks
 from storylab.model.cache import AnyKVCache, AnyLayerCache, positions_of
 from storylab.model.head import linear_cross_entropy
 from storylab.model.initialization import initialize_weights
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: AnyLayerCache | None = None,
         value_residual: Tensor | None = None,
-        block_mask: BlockMask | None = None,
+        cuda_mask: CudaMask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mix ``norm(x)`` over time.
 
@@ -55,15 +55,13 @@ class Attention(nn.Module):
             rotary: cosine and sine, each ``[T, D]``.
             cache: earlier positions of this layer; grows.
             value_residual: added to the values by a learned scale, ``[B, T, K * D]``.
-            block_mask: the layer's, see :func:`block_masks`.
+            cuda_mask: the layer's, see :mod:`storylab.model.attention_cuda`.
 
         Returns:
             The output ``[B, T, C]`` and this layer's own values ``[B, T, K * D]``.
         """
         qkv = recompute(lambda x: self.qkv(norm(x)), x)
-        mixed = recompute(
-            lambda qkv: self._mix(qkv, rotary, cache, value_residual, block_mask), qkv
-        )
+        mixed = recompute(lambda qkv: self._mix(qkv, rotary, cache, value_residual, cuda_mask), qkv)
         size = self.out.in_features // self.heads
         sizes = ((self.heads + self.kv_heads) * size, self.kv_heads * size)
         return mixed, qkv.split(sizes, dim=-1)[1]
@@ -74,7 +72,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: AnyLayerCache | None,
         value_residual: Tensor | None,
-        block_mask: BlockMask | None,
+        cuda_mask: CudaMask | None,
     ) -> Tensor:
         """Output ``[B, T, C]`` of queries, keys and values ``qkv [B, T, (H + 2K) * D]``."""
         batch, time, _ = qkv.shape
@@ -91,7 +89,7 @@ class Attention(nn.Module):
         if cache is not None:
             mixed = cache.attend(query, key, value, self.pattern)
         else:
-            mixed = causal_attention(query, key, value, self.pattern, block_mask)
+            mixed = causal_attention(query, key, value, self.pattern, cuda_mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -136,13 +134,13 @@ class Block(nn.Module):
         cache: AnyLayerCache | None = None,
         x0: Tensor | None = None,
         value_residual: Tensor | None = None,
-        block_mask: BlockMask | None = None,
+        cuda_mask: CudaMask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block.
 
         Args:
             x: the residual stream, ``[B, T, C]``.
-            rotary, cache, block_mask: as in :class:`Attention`.
+            rotary, cache, cuda_mask: as in :class:`Attention`.
             x0: the embeddings, ``[B, T, C]``; read if the config has an embedding residual.
             value_residual: values of the first layer, ``[B, T, K * D]``; None in that layer.
 
@@ -153,7 +151,7 @@ class Block(nn.Module):
             of_stream, of_embedding = self.residual_scales.unbind()
             x = of_stream * x + of_embedding * x0
         mixed, values = self.attention(
-            x, self.attention_norm, rotary, cache, value_residual, block_mask
+            x, self.attention_norm, rotary, cache, value_residual, cuda_mask
         )
         x = x + mixed
         # Do not rebind value_residual: attention reads it again when it is recomputed.
@@ -212,11 +210,9 @@ class Transformer(LanguageModel):
         rotary = rope_cos_sin(self.config, positions_of(tokens, cache))
         x = x0 = self.embedding(tokens)
         value_residual: Tensor | None = None
-        masks: list[BlockMask | None] = [None] * len(self.blocks)
-        if cache is None:
-            # Sampling meets a new length at every token, and FlexAttention compiles for each length.
-            size = self.config.head_size
-            masks = block_masks(self.config.layer_patterns, tokens.shape[1], tokens.device, size)
+        masks: list[CudaMask | None] = [None] * len(self.blocks)
+        if cache is None:  # which has an attention of its own
+            masks = cuda_masks(self.config.layer_patterns, tokens, self.config.head_size)
         for layer, block in enumerate(self.blocks):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, value_residual = block(x, rotary, layer_cache, x0, value_residual, masks[layer])

@@ -41,6 +41,7 @@ OP_RULES: dict[StepPart, tuple[str, ...]] = {
         "aten::_flash_attention",
         "triton_tem_fused_flex",
         "flex_attention",
+        "torch_attn::",
     ),
     StepPart.UPDATE: ("aten::_foreach", "aten::linalg_vector_norm"),  # clipping
 }

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from storylab.model.attention import block_masks
+from storylab.model.attention_cuda import cuda_masks
 from storylab.model.layers import rope_cos_sin
 from storylab.model.transformer import Block
 from storylab.training.check import Check, Finding, Subject
@@ -93,8 +93,8 @@ def _mixed(subject: Subject, layer: int, stream: Tensor, residual: Tensor | None
     block = cast(Block, model.blocks[layer])
     size, device = setup.config.block_size, setup.precision.device
     rotary = rope_cos_sin(config, torch.arange(size, device=device))
-    (mask,) = block_masks(config.layer_patterns[layer : layer + 1], size, device, config.head_size)
     with subject.uncompiled(), subject.autocast():
+        (mask,) = cuda_masks([config.layer_patterns[layer]], stream, config.head_size)
         output, _ = block.attention(stream, block.attention_norm, rotary, None, residual, mask)
     return output[0].float()
 
