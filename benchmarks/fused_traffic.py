@@ -6,7 +6,7 @@ compiled for a CPU: the compiler fuses by the same rules. `plan_check.py --count
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -15,6 +15,7 @@ from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 
 from storylab.config import ModelConfig
+from storylab.config.model import ResidualDtype
 from storylab.model.transformer import Transformer
 from storylab.planning.software import FUSED
 
@@ -57,12 +58,15 @@ def counted_bytes(model: ModelConfig) -> float:
 def planned_bytes(model: ModelConfig) -> float:
     """The same as a plan counts them."""
     rotated = (model.n_head + model.n_kv_head) * model.head_size
-    stream = 2 * model.n_embd * (FUSED.norm + FUSED.residual)
+    narrow = (model.residual_dtype == "bfloat16") * FUSED.narrow
+    stream = 2 * model.n_embd * (FUSED.norm + FUSED.residual - narrow)
     return stream + rotated * FUSED.rotary + model.n_hidden * FUSED.gate
 
 
 def print_traffic() -> None:
-    """Both counts, for the shape of the original log."""
-    model = ModelConfig(n_layer=1)
-    print(f"bytes a token of a block: {counted_bytes(model):,.0f} in the compiler's code")
-    print(f"                          {planned_bytes(model):,.0f} in a plan")
+    """Both counts, for the shape of the original log and for both residual streams."""
+    for stream in get_args(ResidualDtype):
+        model = ModelConfig(n_layer=1, residual_dtype=stream)
+        counted, planned = counted_bytes(model), planned_bytes(model)
+        print(f"bytes a token of a block, {stream} stream: {counted:,.0f} in the compiler's code")
+        print(f"{'':36}{planned:,.0f} in a plan")

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 
 from storylab.config import (
+    Dtype,
+    ModelConfig,
     TrainConfig,
     from_dict,
     to_dict,
@@ -34,6 +36,14 @@ def test_values_without_sense_are_refused_by_name(changes: dict[str, float]) -> 
     (name,) = changes
     with pytest.raises(UserError, match=name):
         TrainConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_narrow_stream_needs_products_that_keep_it_narrow(dtype: Dtype) -> None:
+    narrow = ModelConfig(residual_dtype="bfloat16")
+    with pytest.raises(UserError, match=f"residual_dtype bfloat16 does not go with dtype {dtype}"):
+        TrainConfig(model=narrow, dtype=dtype)
+    assert TrainConfig(model=narrow, dtype="nvfp4").model.residual_dtype == "bfloat16"
 
 
 def test_a_rate_that_would_rise_after_its_warm_up_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 import fused_traffic
 import plan_check
 from storylab.config import ModelConfig, TrainConfig
+from storylab.config.model import ResidualDtype
 from storylab.planning.gpus import GPUS, Gpu
 from storylab.planning.roofline import (
     gains,
@@ -45,8 +46,9 @@ def test_a_plan_says_how_far_off_runs_are_that_it_was_not_fitted_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
-def test_fused_work_is_that_of_the_compilers_code() -> None:
-    shape = ModelConfig(n_layer=1, n_head=6, n_kv_head=6, n_embd=192, n_hidden=256)
+@pytest.mark.parametrize("stream", ["float32", "bfloat16"])
+def test_fused_work_is_that_of_the_compilers_code(stream: ResidualDtype) -> None:
+    shape = ModelConfig(1, 6, 6, 192, 256, residual_dtype=stream)
     counted = fused_traffic.counted_bytes(shape)
     assert fused_traffic.planned_bytes(shape) == pytest.approx(counted, rel=0.1)
 

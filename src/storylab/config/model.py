@@ -11,6 +11,7 @@ from storylab.config.patterns import AttentionPattern, parse_attention
 from storylab.errors import UserError
 
 ValueResidual = Literal["none", "first_layer"]
+ResidualDtype = Literal["float32", "bfloat16"]
 
 # Layers are built one by one.
 LAYERS = (partial(at_least, 1), partial(at_most, 10_000))
@@ -65,6 +66,10 @@ class ModelConfig:
     value_residual: Annotated[ValueResidual, mark("method", before="none", weights=True)] = "none"
     """Add the values of the first layer to the attention values of every later layer, by a learned
     scale (Zhou et al. 2024, arXiv 2410.17897); or nothing."""
+
+    residual_dtype: Annotated[ResidualDtype, mark("precision", before="float32")] = "float32"
+    """Precision of the residual stream, the sum that every block adds to. bfloat16 moves a fifth fewer
+    bytes between the products; norms still compute in float32, and products are in bfloat16 or lower."""
 
     def __post_init__(self) -> None:
         parse_attention(self.attention)

@@ -169,6 +169,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_most(MOST, "tokens in an iteration", self.tokens_per_iteration)
+        if self.model.residual_dtype == "bfloat16" and self.dtype in ("float32", "float16"):
+            raise UserError(
+                f"residual_dtype bfloat16 does not go with dtype {self.dtype}, whose products would widen "
+                "the residual stream: leave one of the two out"
+            )
         # The optimizer keeps the ratio of its rate to that of the run.
         own_rate = OPTIMIZERS[self.optimizer].rate_field
         if own_rate and not (

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
+        return rms_norm(x.to(self.weight.dtype), self.weight)
 
 
 def rope_cos_sin(config: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,8 @@ class Block(nn.Module):
         """
         if x0 is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
-            x = of_stream * x + of_embedding * x0
+            mixed = of_stream * x.float() + of_embedding * x0.float()
+            x = mixed.to(x.dtype)
         mixed, values = self.attention(
             x, self.attention_norm, rotary, cache, value_residual, cuda_mask
         )
@@ -208,7 +209,7 @@ class Transformer(LanguageModel):
         With a cache the tokens continue the positions already in it, and the cache grows.
         """
         rotary = rope_cos_sin(self.config, positions_of(tokens, cache))
-        x = x0 = self.embedding(tokens)
+        x = x0 = self.embedding(tokens).to(self._residual_dtype(tokens.device))
         value_residual: Tensor | None = None
         masks: list[CudaMask | None] = [None] * len(self.blocks)
         if cache is None:  # which has an attention of its own
@@ -219,6 +220,13 @@ class Transformer(LanguageModel):
         if cache is not None:
             cache.length += tokens.shape[1]  # in place, where it is a tensor
         return self.norm(x)
+
+    def _residual_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the residual stream; without autocast products would widen a narrower one."""
+        kind, wide = device.type, self.embedding.weight.dtype
+        if self.config.residual_dtype == "float32" or not torch.amp.is_autocast_available(kind):
+            return wide
+        return torch.bfloat16 if torch.is_autocast_enabled(kind) else wide
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the training loss where ``targets`` are given.

@@ -103,11 +103,12 @@ def micro_batch_work(
 def _elementwise_work(model: ModelConfig, tokens: int, traffic: Traffic) -> Work:
     """Norms, rotary positions, gates and residuals."""
     width, layers = model.n_embd, model.n_layer
+    residual = traffic.residual - (model.residual_dtype == "bfloat16") * traffic.narrow
     elementwise = (
         (2 * layers + 1) * width * traffic.norm
         + layers * _rotated(model) * traffic.rotary
         + layers * model.n_hidden * traffic.gate
-        + 2 * layers * width * traffic.residual
+        + 2 * layers * width * residual
     )
     more_elementwise, more_kernels = _options(model, traffic)
     return Work(

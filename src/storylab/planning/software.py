@@ -27,6 +27,7 @@ class Traffic:
         mix: per element of a sum with learned scales: embedding residual, value residual.
         norm_kernels: kernels of a norm that not every model has.
         mix_kernels: kernels of a sum with learned scales.
+        narrow: per element of a residual sum, what a residual stream of bfloat16 saves of it and its norm.
         least_update: whether an update moves the least memory that it can, rather than as much as PyTorch.
     """
 
@@ -41,6 +42,7 @@ class Traffic:
     mix: float = 88
     norm_kernels: int = 16
     mix_kernels: int = 10
+    narrow: float = 1
     least_update: bool = False
 
 
@@ -72,9 +74,9 @@ class Software:
 # Unfused, fused by a compiler, and the theoretical minimum. Fused work is counted in the code that the
 # compiler writes for this package's blocks (benchmarks/plan_check.py --count) and for the head's loss.
 UNFUSED = Traffic(84, 48, 27, 22, 34, 24, 120, 40)
-FUSED = Traffic(16, 34, 16, 16, 8, 24, 25, 15, mix=40, norm_kernels=2, mix_kernels=3)
+FUSED = Traffic(16, 34, 16, 16, 8, 24, 25, 15, mix=40, norm_kernels=2, mix_kernels=3, narrow=17)
 LEAST = Traffic(
-    10, 4, 12, 8, 6, 16, 15, 10, mix=24, norm_kernels=2, mix_kernels=1, least_update=True
+    10, 4, 12, 8, 6, 16, 15, 10, mix=24, norm_kernels=2, mix_kernels=1, narrow=8, least_update=True
 )
 LIMIT = Software("the card's limit", 1.0, 1.0, 1.0, 0.0, 0.0, LEAST, limit=True)
 # Fitted to six published speeds by benchmarks/plan_check.py, and rounded.
