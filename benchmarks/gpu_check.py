@@ -402,6 +402,7 @@ def correct(here):
         "record": here.config().model,
         "fast": here.config("fast").model,
         "window": here.config(model={"attention": f"window:{window}*2,full"}).model,
+        "narrow stream": here.config(model={"residual_dtype": "bfloat16"}).model,
     }
     for kind, model_config in kinds.items():
         with here.part(kind):
@@ -1044,8 +1045,13 @@ def micro_batches(here):
 
 
 def kinds_of_steps(here):
-    """The fast method, float16, float32: finite, how fast, and what an update takes."""
+    """Methods, precisions and residual streams: finite, how fast, and what an update takes."""
     cases = {
+        "record compiled": ("record", {"compile": True}),
+        "narrow stream compiled": (
+            "record",
+            {"compile": True, "model": {"residual_dtype": "bfloat16"}},
+        ),
         "fast": ("fast", {}),
         "fast compiled": ("fast", {"compile": True}),
         "float16": ("record", {"dtype": "float16"}),
