@@ -1,7 +1,7 @@
 """How the best learning rates and the gain of the fast method change with size, and what follows for 113M.
 
-    storylab experiment run experiments/time-to-loss/scaling.toml --scale 3m        (and 1m, 6m, 10m)
-    storylab experiment run experiments/time-to-loss/scaling-gain.toml --scale 3m   (and 1m, 6m, 10m)
+    storylab experiment run experiments/time-to-loss/scaling.toml --scale 3m        (and 1m, 6m, 10m, 25m)
+    storylab experiment run experiments/time-to-loss/scaling-gain.toml --scale 3m   (and 1m, 6m, 10m, 25m)
     python benchmarks/scaling.py runs
 
 A best rate is the lowest point of the parabola through the losses of three rates by their logarithm. Rates
@@ -23,7 +23,7 @@ from scipy import stats
 from storylab.experiments.outcome import Outcome, load_outcome
 from storylab.experiments.statistics import Interval, mean_interval
 
-SCALES = ("1m", "3m", "6m", "10m")
+SCALES = ("1m", "3m", "6m", "10m", "25m")
 LARGE = 113e6
 
 
