@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from example_patterns import EXAMPLES
 from samples import TINY
 from small_models import tokens
 from storylab.model import decoding
-from storylab.model.cache import StaticKVCache
+from storylab.model.cache import KVCache, StaticKVCache
 from storylab.model.decoding import GraphReader, GrowingReader
 from storylab.model.generate import Sampling, generate
 from storylab.model.transformer import Transformer
@@ -43,6 +44,21 @@ class Recorder:
             result.copy_(step())
 
         return replay, result
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of the tensors that are cast to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.add(args[0].shape)
+        return function(*args, **(kwargs or {}))
 
 
 def written(model: Transformer, prompt: Tensor, count: int, context: int) -> Tensor:
@@ -98,6 +114,23 @@ def test_a_step_that_cannot_be_recorded_is_computed(
     assert torch.equal(written(model, tokens(2, 3) % 50, 20, 12), expected)
     (line,) = caplog.messages
     assert line.endswith("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_weights_that_are_cast_once_give_the_same_bits(any_model: Transformer, low: bool) -> None:
+    x = tokens(2, 9)
+    before = {name: p.clone() for name, p in any_model.named_parameters()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        reader = GrowingReader(any_model, 2, 20)
+        cache = KVCache(any_model.config, 2, 20, torch.device("cpu"))
+        for part in (x[:, :7], x[:, 7:8], x[:, 8:]):
+            expected = any_model.logits(any_model.hidden_states(part, cache)[:, -1])
+            with Casts() as casts:
+                assert torch.equal(reader.read(part), expected)
+            # The embedding is a matrix too, but a row of it is all that is read.
+            assert not casts.shapes & {m.shape for m in before.values() if m.dim() > 1}
+    for name, p in any_model.named_parameters():
+        assert torch.equal(p, before[name])
 
 
 def test_each_device_has_its_reader() -> None:

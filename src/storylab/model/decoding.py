@@ -1,5 +1,6 @@
 """Reading a history token by token for the logits of the next one.
 
+A token needs every weight, but hardly any arithmetic, so the weights are cast once and not for each token.
 On CUDA a step of one token is recorded as a CUDA graph and replayed. Otherwise the host would start some
 450 kernels for each token, which takes several times as long as computing them.
 """
@@ -11,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from storylab.model.cache import AnyKVCache, KVCache, StaticKVCache
 from storylab.model.language_model import LanguageModel
@@ -19,11 +22,32 @@ from storylab.model.language_model import LanguageModel
 logger = logging.getLogger(__name__)
 
 
-class Reader(ABC):
-    """A model that reads tokens one after another. Called without gradient and under one autocast."""
+class _HiddenStates(nn.Module):
+    """A model as a module whose forward pass ends before the head, as ``functional_call`` needs it."""
 
     def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
         self.model = model
+
+    def forward(self, tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
+        return self.model.hidden_states(tokens, cache)
+
+
+class Reader(ABC):
+    """A model that reads tokens one after another. Made and called without gradient and under one
+    autocast; the weights are those of the time when it was made."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.states = model, _HiddenStates(model)
+        kind = model.embedding.weight.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if enabled else model.head_weight.dtype
+        self.head = model.head_weight.detach().to(dtype)
+        self.weights = {
+            f"{name}.weight": module.weight.detach().to(dtype)
+            for name, module in self.states.named_modules()
+            if type(module) is nn.Linear
+        }
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Tensor:
@@ -37,7 +61,8 @@ class Reader(ABC):
         """Forget all tokens."""
 
     def _logits(self, tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
-        return self.model.logits(self.model.hidden_states(tokens, cache).select(1, -1))
+        hidden = functional_call(self.states, self.weights, (tokens, cache))
+        return F.linear(hidden.select(1, -1), self.head)
 
 
 class GrowingReader(Reader):
