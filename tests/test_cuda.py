@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -205,7 +206,7 @@ def test_a_step_of_sampling_can_be_recorded(
     # A build of torch for CPUs cannot copy on a card, even where there are no values.
     monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, other: tensor)
     # Recording needs a card.
-    monkeypatch.setattr(decoding, "record", lambda step: (lambda: None, step()))
+    monkeypatch.setattr(decoding, "record", lambda step, device: (lambda: None, step()))
     windows = dataclasses.replace(model_config, attention="window:16,full")
     model = on_the_card(Transformer(windows, VOCAB))
     reader = decoding.reader_of(model, 3, 64)
@@ -218,14 +219,44 @@ def test_a_step_of_sampling_can_be_recorded(
         return [id(tensor) for tensor in (*held, reader.cache.length, reader.token)]
 
     with torch.no_grad(), BFLOAT16.autocast():
-        reader.read(torch.zeros(3, 20, dtype=torch.int64, device=CUDA))
+        reader.read(one)
         before = stored()
-        for _ in range(3):
+        for _ in range(decoding.STEPS_BEFORE + 2):
             logits = reader.read(one)
+        assert reader.recorded is not None
         reader.restart()
-        reader.read(torch.zeros(3, 40, dtype=torch.int64, device=CUDA))
+        reader.read(one)
     assert stored() == before and len(before) == 8
     assert logits.shape == (3, VOCAB) and logits.device.type == "cuda"
+
+
+def test_a_step_is_recorded_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself torch records on a stream of the first card, and stays on it after a failure."""
+    order: list[Any] = []
+
+    @contextmanager
+    def noted(*what: Any, **options: Any) -> Iterator[None]:
+        order.append(options.get("stream", what[0]))
+        yield
+        order.append("end")
+
+    second = torch.device("cuda", 1)
+    # Nothing here has streams or graphs.
+    monkeypatch.setattr(torch.cuda, "device", noted)
+    monkeypatch.setattr(torch.cuda, "graph", noted)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    before = SimpleNamespace(device=second)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: before)
+    monkeypatch.setattr(torch.cuda, "set_stream", order.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
+    decoding._stream.cache_clear()
+    assert decoding.record(lambda: torch.ones(1), second) == ("replay", torch.ones(1))
+    assert order == [second, ("stream of", second), "end", before, "end"]
+    order.clear()
+    with pytest.raises(RuntimeError, match="capturing"):
+        decoding.record(Mock(side_effect=RuntimeError("capturing")), second)
+    assert order[-1] is before
+    decoding._stream.cache_clear()
 
 
 def test_cudnn_attention_is_off_where_a_card_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,17 +270,20 @@ def test_cudnn_attention_is_off_where_a_card_is_chosen(monkeypatch: pytest.Monke
     assert switched.call_args_list == [call(False)] * 3
 
 
-@pytest.mark.parametrize(("block_size", "expected"), [(128, False), (129, True), (1024, True)])
+@pytest.mark.parametrize(
+    ("block_size", "head_size", "expected"),
+    [(128, 64, False), (129, 64, True), (1024, 64, True), (64, 128, False), (128, 128, True)],
+)
 def test_bits_are_kept_where_flash_attention_has_several_blocks(
-    monkeypatch: pytest.MonkeyPatch, block_size: int, expected: bool
+    monkeypatch: pytest.MonkeyPatch, block_size: int, head_size: int, expected: bool
 ) -> None:
     mode = Mock()
     monkeypatch.setattr(torch, "use_deterministic_algorithms", mode)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    require_same_bits(CUDA, block_size)
+    require_same_bits(CUDA, block_size, head_size)
     mode.assert_called_once_with(expected)
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
-    require_same_bits(torch.device("cpu"), block_size)
+    require_same_bits(torch.device("cpu"), block_size, head_size)
     mode.assert_called_once()
 
 

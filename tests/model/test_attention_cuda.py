@@ -152,6 +152,7 @@ def test_each_window_takes_the_kernel_that_its_card_has(monkeypatch: pytest.Monk
     monkeypatch.setattr(attention_cuda, "_block_mask", lambda *args: args)
     monkeypatch.setattr(attention_cuda, "missing_for_compiling", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
     def masks(dtype: torch.dtype, head_size: int = 64) -> list[str]:
         on = dtype != torch.float32
@@ -164,10 +165,12 @@ def test_each_window_takes_the_kernel_that_its_card_has(monkeypatch: pytest.Monk
     none, flash, blocks = "NoneType", "FlashWindow", "tuple"
     assert masks(torch.bfloat16) == masks(torch.float16) == [none, flash, none]
     assert masks(torch.float32) == [none, blocks, none]
-    assert masks(torch.bfloat16, 20) == masks(torch.bfloat16, 264) == [none, blocks, none]
+    assert masks(torch.bfloat16, 20) == masks(torch.bfloat16, 200) == [none, blocks, none]
     assert masks(torch.bfloat16, 8) == [none, flash, none]
     assert masks(torch.float32, 8) == [none] * 3
     with patch.object(attention_cuda, "VARLEN_ATTENTION", None):  # an older torch
+        assert masks(torch.bfloat16) == [none, blocks, none]
+    with patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: False):
         assert masks(torch.bfloat16) == [none, blocks, none]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert masks(torch.bfloat16) == [none, blocks, none]

@@ -16,9 +16,10 @@ import torch
 
 from executors import InProcess
 from storylab.cli import main
-from storylab.config import TrainConfig
+from storylab.config import Dtype, ModelConfig, TrainConfig
 from storylab.execution.job import Outcome
 from storylab.model.cost import StepPart
+from storylab.planning.bench import variants
 from storylab.planning.measurements import time_steps
 
 # _device_seconds times products on a GPU: its clock is replaced below, and no command reaches it on a CPU.
@@ -79,6 +80,13 @@ def test_a_recipe_is_for_the_dtypes_of_a_bench_that_have_one(
     out = bench_rows(capsys, "--recipe high_first=1 --attentions full")
     for dtype in ("bfloat16", "float32", "fp8", "mxfp8", "nvfp4"):
         assert re.search(rf"^{dtype}, full +1,024 ", out, re.MULTILINE)
+
+
+def test_a_narrow_stream_is_for_the_dtypes_of_a_bench_that_keep_it_narrow() -> None:
+    config = TrainConfig(model=ModelConfig(residual_dtype="bfloat16"))
+    dtypes: list[Dtype] = ["float32", "float16", "bfloat16", "fp8"]
+    streams = [c.model.residual_dtype for c in variants(config, dtypes, ["full", "window:64"])]
+    assert streams == ["float32", "float32", "bfloat16", "bfloat16", "bfloat16"]
 
 
 def test_a_bench_does_not_take_apart_what_a_library_computes(

@@ -177,6 +177,15 @@ def test_memory_is_that_of_what_an_update_keeps(optimizer: str, ema_fraction: fl
     assert memory_bytes(config, 300) - rest == pytest.approx(kept(config), rel=1e-5)
 
 
+def test_a_narrow_stream_keeps_less_memory_where_it_is_compiled() -> None:
+    """Two norms a block read 2 bytes less an element; uncompiled ones keep it in float32."""
+    narrow = dataclasses.replace(SHAPE, residual_dtype="bfloat16")
+    for compiled, saved in ((True, 2 * 2 * 64 * 128 * SHAPE.n_layer * SHAPE.n_embd), (False, 0)):
+        wide = dataclasses.replace(RECORD, model=SHAPE, compile=compiled)
+        less = dataclasses.replace(wide, model=narrow)
+        assert memory_bytes(wide, 300) - memory_bytes(less, 300) == saved
+
+
 def test_no_software_is_faster_than_the_limit() -> None:
     for gpu in GPUS.values():
         for dtype in ("bfloat16", "fp8", "nvfp4"):

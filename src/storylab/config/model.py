@@ -69,7 +69,8 @@ class ModelConfig:
 
     residual_dtype: Annotated[ResidualDtype, mark("precision", before="float32")] = "float32"
     """Precision of the residual stream, the sum that every block adds to. bfloat16 moves a fifth fewer
-    bytes between the products; norms still compute in float32, and products are in bfloat16 or lower."""
+    bytes between the products of a compiled block, and saves nothing in others; norms still compute in
+    float32, and products are in bfloat16 or lower."""
 
     def __post_init__(self) -> None:
         parse_attention(self.attention)

@@ -21,8 +21,9 @@ from storylab.config import AttentionPattern, Window
 
 # FlexAttention refuses smaller heads.
 MIN_FLEX_HEAD = 16
-# Flash attention's head sizes are multiples of 8 up to this; its kernels need Ampere or newer.
-MAX_FLASH_HEAD = 256
+# Flash attention's head sizes are multiples of 8 up to this, larger ones on some cards only; its kernels
+# need Ampere or newer.
+MAX_FLASH_HEAD = 192
 FLASH_CAPABILITY = (8, 0)
 
 
@@ -58,7 +59,6 @@ def cuda_masks(
     if device.type != "cuda" or all(pattern.covers(time) for pattern in patterns):
         return [None] * len(patterns)
     flash = _takes_flash_windows(device, head_size)
-    flex = head_size >= MIN_FLEX_HEAD and missing_for_compiling("cuda") is None
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * time
 
     def mask(pattern: AttentionPattern) -> CudaMask | None:
@@ -66,6 +66,7 @@ def cuda_masks(
             return None
         if flash and isinstance(pattern, Window):
             return FlashWindow(starts, time, pattern.size)
+        flex = head_size >= MIN_FLEX_HEAD and missing_for_compiling("cuda") is None
         return _block_mask(time, pattern, device) if flex else None
 
     return [mask(pattern) for pattern in patterns]
@@ -97,6 +98,7 @@ VARLEN_ATTENTION = _find_varlen()
 def _takes_flash_windows(device: torch.device, head_size: int) -> bool:
     return (
         VARLEN_ATTENTION is not None
+        and torch.backends.cuda.is_flash_attention_available()
         and torch.is_autocast_enabled("cuda")
         and torch.get_autocast_dtype("cuda") in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0

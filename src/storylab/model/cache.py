@@ -74,6 +74,7 @@ class StaticLayerCache:
 
     def __init__(self, max_length: int, length: Tensor) -> None:
         self.max_length, self.length = max_length, length
+        self.empty = True
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -87,11 +88,18 @@ class StaticLayerCache:
         positions = self.length + torch.arange(key.shape[2], device=key.device)
         self.keys.index_copy_(2, positions, key)
         self.values.index_copy_(2, positions, value)
+        was_empty, self.empty = self.empty, False
+        if was_empty:  # so there is nothing else to read
+            return causal_attention(query, key, value, pattern)
         stored = torch.arange(self.max_length, device=key.device)
         mask = pattern.allows(positions.unsqueeze(1), stored.unsqueeze(0))
-        return F.scaled_dot_product_attention(
-            query, self.keys, self.values, attn_mask=mask, enable_gqa=True
+        # The heads of a group are further rows: no kernel takes grouped heads together with a mask.
+        group = query.shape[1] // key.shape[1]
+        rows = query.unflatten(1, (-1, group)).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(
+            rows, self.keys, self.values, attn_mask=mask.repeat(group, 1)
         )
+        return mixed.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 AnyLayerCache = GrowingLayerCache | StaticLayerCache
@@ -120,13 +128,13 @@ class StaticKVCache:
 
     def __init__(self, config: Shape, max_length: int, device: torch.device) -> None:
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
-        self.layers: list[AnyLayerCache] = [
-            StaticLayerCache(max_length, self.length) for _ in config.layer_patterns
-        ]
+        self.layers = [StaticLayerCache(max_length, self.length) for _ in config.layer_patterns]
 
     def restart(self) -> None:
         """Forget all positions."""
         self.length.zero_()
+        for layer in self.layers:
+            layer.empty = True
 
 
 AnyKVCache = KVCache | StaticKVCache

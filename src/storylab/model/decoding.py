@@ -7,30 +7,24 @@ On CUDA a step of one token is recorded as a CUDA graph and replayed. Otherwise 
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from storylab.model.cache import AnyKVCache, KVCache, StaticKVCache
 from storylab.model.language_model import LanguageModel
 
+# Steps that are computed before one is recorded.
+STEPS_BEFORE = 8
+Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger(__name__)
-
-
-class _HiddenStates(nn.Module):
-    """A model as a module whose forward pass ends before the head, as ``functional_call`` needs it."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
-        return self.model.hidden_states(tokens, cache)
 
 
 class Reader(ABC):
@@ -38,16 +32,11 @@ class Reader(ABC):
     autocast; the weights are those of the time when it was made."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.model, self.states = model, _HiddenStates(model)
-        kind = model.embedding.weight.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if enabled else model.head_weight.dtype
+        device = model.embedding.weight.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else model.head_weight.dtype
+        self.model = model if _has_hooks(model) else _with_cast_weights(model, dtype)
         self.head = model.head_weight.detach().to(dtype)
-        self.weights = {
-            f"{name}.weight": module.weight.detach().to(dtype)
-            for name, module in self.states.named_modules()
-            if type(module) is nn.Linear
-        }
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Tensor:
@@ -61,8 +50,28 @@ class Reader(ABC):
         """Forget all tokens."""
 
     def _logits(self, tokens: Tensor, cache: AnyKVCache | None) -> Tensor:
-        hidden = functional_call(self.states, self.weights, (tokens, cache))
-        return F.linear(hidden.select(1, -1), self.head)
+        return F.linear(self.model.hidden_states(tokens, cache).select(1, -1), self.head)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether a module calls something before its forward pass, as those do whose weights are shared among
+    processes. A copy would call it for the original, and a recorded step would not call it at all."""
+    return any(module._forward_pre_hooks for module in model.modules())
+
+
+def _with_cast_weights(module: Module, dtype: torch.dtype) -> Module:
+    """A module that shares everything with ``module`` but the weights of its linear layers, which are in
+    ``dtype``. Others may use ``module`` meanwhile."""
+    other = copy.copy(module)
+    other.__dict__["_modules"] = {
+        name: child and _with_cast_weights(child, dtype) for name, child in module._modules.items()
+    }
+    if type(module) is nn.Linear:
+        other.__dict__["_parameters"] = {
+            name: nn.Parameter(p.to(dtype), requires_grad=False) if p is not None else None
+            for name, p in module._parameters.items()
+        }
+    return other
 
 
 class GrowingReader(Reader):
@@ -97,10 +106,10 @@ class RereadingReader(Reader):
 
 
 class GraphReader(Reader):
-    """A step of one token is recorded when it comes for the second time, and then replayed.
+    """A step of one token is recorded after :data:`STEPS_BEFORE` of them, and then replayed.
 
-    The first one is computed as usual, since libraries set themselves up in it. If a step cannot be
-    recorded, all are computed as usual.
+    Libraries set themselves up in the first steps, and a short text is not worth a recording. If a step
+    cannot be recorded, all are computed as usual.
     """
 
     def __init__(self, model: LanguageModel, batch: int, context: int) -> None:
@@ -116,7 +125,7 @@ class GraphReader(Reader):
             return self._logits(tokens, self.cache)
         self.token.copy_(tokens)
         self.steps += 1
-        if self.steps == 2:
+        if self.steps == STEPS_BEFORE + 1:
             self._record()
         if self.recorded is None:
             return self._logits(self.token, self.cache)
@@ -129,26 +138,40 @@ class GraphReader(Reader):
 
     def _record(self) -> None:
         try:
-            self.recorded = record(lambda: self._logits(self.token, self.cache))
+            self.recorded = record(lambda: self._logits(self.token, self.cache), self.token.device)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning("sampling without a CUDA graph, which is slower: %s", reason)
 
 
-def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record the kernels of ``step`` without running them.
+def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record the kernels of ``step`` on a CUDA device without running them.
 
     Returns:
         A function that runs them, and the result of ``step``, which each run overwrites.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may allocate meanwhile, as that which saves a checkpoint does.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
+    with torch.cuda.device(device):
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # torch's own choice is a stream of the first device. Other threads may allocate meanwhile, as
+            # that which saves a checkpoint does.
+            with torch.cuda.graph(
+                graph, stream=_stream(before.device), capture_error_mode="thread_local"
+            ):
+                result = step()
+        finally:
+            # torch would leave a recording that failed on its own stream.
+            torch.cuda.set_stream(before)
     return graph.replay, result
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for recording on a device: one for all, as each has memory of its own for products."""
+    return torch.cuda.Stream(device)
 
 
 def reader_of(model: LanguageModel, batch: int, context: int) -> Reader:
     """The fast reader of at most ``context`` tokens for each of ``batch`` rows."""
-    on_cuda = model.embedding.weight.device.type == "cuda"
-    return (GraphReader if on_cuda else GrowingReader)(model, batch, context)
+    recorded = model.embedding.weight.device.type == "cuda" and not _has_hooks(model)
+    return (GraphReader if recorded else GrowingReader)(model, batch, context)

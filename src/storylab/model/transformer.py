@@ -149,8 +149,8 @@ class Block(nn.Module):
         """
         if x0 is not None and self.embedding_residual:
             of_stream, of_embedding = self.residual_scales.unbind()
-            mixed = of_stream * x.float() + of_embedding * x0.float()
-            x = mixed.to(x.dtype)
+            wide = self.residual_scales.dtype
+            x = (of_stream * x.to(wide) + of_embedding * x0.to(wide)).to(x.dtype)
         mixed, values = self.attention(
             x, self.attention_norm, rotary, cache, value_residual, cuda_mask
         )

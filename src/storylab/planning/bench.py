@@ -32,6 +32,8 @@ def variants(
     def timed(dtype: Dtype, model: ModelConfig) -> TrainConfig:
         # A wide dtype has no recipe to change, and nothing but torch to compute it.
         plain: dict[str, Any] = {"recipe": "", "backend": "auto"} if dtype in NATIVE_DTYPES else {}
+        if dtype in ("float32", "float16"):  # their products would widen a narrow stream
+            model = dataclasses.replace(model, residual_dtype="float32")
         return dataclasses.replace(config, dtype=dtype, model=model, **plain)
 
     for dtype in dtypes:

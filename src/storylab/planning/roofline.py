@@ -272,13 +272,15 @@ def memory_bytes(config: TrainConfig, vocab_size: int) -> float:
     """Peak memory of training on a GPU.
 
     The sum of: weights, gradients, optimizer state and average in float32; the activations that a
-    micro-batch keeps for its backward pass, in bfloat16, but the residual stream in float32; and a
-    chunk of logits.
+    micro-batch keeps for its backward pass, in bfloat16, but the residual stream in float32, unless it
+    is narrow and compiled; and a chunk of logits.
     """
     model = config.model
     tokens = config.batch_size * config.block_size
     qkv = model.qkv_size
     kept = 4 * 4 * model.n_embd + 2 * (4 * model.n_embd + 2 * qkv + 4 * model.n_hidden)
+    if model.residual_dtype == "bfloat16" and config.compile:
+        kept -= 2 * 2 * model.n_embd  # before each of two norms
     activations = tokens * model.n_layer * kept
     return 4.0 * _numbers_kept(config, vocab_size) + activations + 4.0 * vocab_size * 2048
 

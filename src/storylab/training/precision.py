@@ -22,7 +22,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Keys in a block of flash attention's backward pass.
+# Keys in a block of flash attention's backward pass. Heads above 64 have half as many on some cards.
 FLASH_BLOCK = 128
 # NVIDIA's tensor cores have bfloat16 from this compute capability on (Ampere).
 BFLOAT16_CAPABILITY = (8, 0)
@@ -92,16 +92,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def require_same_bits(device: torch.device, block_size: int) -> None:
+def require_same_bits(device: torch.device, block_size: int, head_size: int) -> None:
     """Let a step on a CUDA device give the same bits whenever it is repeated.
 
-    Flash attention's backward pass adds up blocks of 128 keys in the order in which they become
+    Flash attention's backward pass adds up blocks of 128 or 64 keys in the order in which they become
     ready, unless torch uses its deterministic kernels. A single block has no order
     (docs/performance.md).
     """
     if device.type != "cuda":
         return
-    several = block_size > FLASH_BLOCK
+    several = block_size > (FLASH_BLOCK if head_size <= 64 else FLASH_BLOCK // 2)
     torch.use_deterministic_algorithms(
         several
     )  # with warnings alone, flash attention would not change

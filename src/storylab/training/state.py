@@ -34,7 +34,7 @@ class TrainState:
         self.config, self.precision = config, precision
         if precision.device.type == "cpu":
             keep_freed_memory()
-        require_same_bits(precision.device, config.block_size)
+        require_same_bits(precision.device, config.block_size, config.model.head_size)
         self.model = Transformer(config.model, vocab_size, config.seed).to(precision.device)
         self.quantization = None
         if precision.recipe is not None:
