@@ -73,14 +73,15 @@ def written(model: Transformer, prompt: Tensor, count: int, context: int) -> Ten
         return torch.stack(list(generate(model, prompt, count, sampling, context)), dim=1)
 
 
+@pytest.mark.parametrize("context", [2, 3, 12])
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_recorded_steps_write_the_same_story(
-    any_model: Transformer, length: int, monkeypatch: pytest.MonkeyPatch
+    any_model: Transformer, length: int, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = tokens(4, length)
-    expected = written(any_model, prompt, 30, 12)  # the context fills and is cut several times
+    expected = written(any_model, prompt, 30, context)  # which fills and is cut several times
     recorder = Recorder(monkeypatch)
-    assert torch.equal(written(any_model, prompt, 30, 12), expected)
+    assert torch.equal(written(any_model, prompt, 30, context), expected)
     assert recorder.recorded == 1 and recorder.replayed > 10
 
 

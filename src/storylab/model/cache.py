@@ -89,7 +89,7 @@ class StaticLayerCache:
         self.keys.index_copy_(2, positions, key)
         self.values.index_copy_(2, positions, value)
         was_empty, self.empty = self.empty, False
-        if was_empty:  # so there is nothing else to read
+        if was_empty and key.shape[2] > 1:  # so there is nothing else to read
             return causal_attention(query, key, value, pattern)
         stored = torch.arange(self.max_length, device=key.device)
         mask = pattern.allows(positions.unsqueeze(1), stored.unsqueeze(0))
