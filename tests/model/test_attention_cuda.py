@@ -115,15 +115,20 @@ def test_flash_attention_reads_the_window(time: int, size: int) -> None:
     torch.testing.assert_close(ours_back, expected_back, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("flash_kernels")
-def test_a_compiled_block_with_flash_attention_is_one_graph() -> None:
+def windowed_block() -> tuple[Block, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """A block with a window of 20, its input and rotary angles, and its output by a mask."""
     config = dataclasses.replace(TINY, attention="window:20")
     block, x = Block(config, 0), torch.randn(2, 150, config.n_embd)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     rotary = rope_cos_sin(config, torch.arange(150))
-    expected, _ = block(x, rotary)
+    return block, x, rotary, block(x, rotary)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("flash_kernels")
+def test_a_compiled_block_with_flash_attention_is_one_graph() -> None:
+    block, x, rotary, expected = windowed_block()
     torch.compiler.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     mask = FlashWindow(starts_of(2, 150), 150, 20)
@@ -187,12 +192,7 @@ def flex_mask(time: int, window: int) -> BlockMask:
 @pytest.mark.slow
 def test_a_compiled_block_takes_the_mask_as_it_is() -> None:
     """One graph with FlexAttention in it, no warning, and no mask made inside."""
-    config = dataclasses.replace(TINY, attention="window:20")
-    block, x = Block(config, 0), torch.randn(2, 150, config.n_embd)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    rotary = rope_cos_sin(config, torch.arange(150))
-    expected, _ = block(x, rotary)
+    block, x, rotary, expected = windowed_block()
     mask, graphs = flex_mask(150, 20), []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
