@@ -13,10 +13,11 @@ import pytest
 from scipy import interpolate, optimize
 
 from storylab.experiments import measures
-from storylab.experiments.comparison import Arm
+from storylab.experiments.comparison import EQUIVALENT, Arm
 from storylab.experiments.curves import HORIZON, extrapolate, fit_power_law
 from storylab.experiments.optimum import FittedOptimum, bracket, fit_optimum
 from storylab.experiments.order import front_of, order_of
+from storylab.reporting.observations import precision
 from storylab.reporting.observations.length import length_observations
 from storylab.reporting.observations.precision import unresolved_neighbors
 from storylab.reporting.observations.size import size_observations
@@ -279,3 +280,35 @@ def test_sizes_and_harm_name_what_the_seeds_do_not_resolve() -> None:
     assert "Over 2 common seeds." in best and "1.0" not in best.split("parameters")[0]
     text = unresolved_neighbors([cell.arm for cell in outcome.cells])
     assert text == " Order not resolved between 10m and 6m."
+
+
+def test_an_arm_without_low_precision_has_not_the_most_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Arms of a factor of precision may differ in something else, as in the residual stream."""
+    shares = {"fp8": 0.6, "narrow": 0.0, "other": None}
+    cells = [cell_of(name, [curve_of(law_of(3), 1)]) for name in shares]
+    for cell in cells:
+        cell.condition = ""
+    # Made runs have no model to count.
+    monkeypatch.setattr(precision, "low_precision_share", lambda cell: shares[cell.arm.name])
+
+    def texts(*arms: str) -> list[str]:
+        comparisons = [
+            SimpleNamespace(
+                arm=arm,
+                condition="",
+                recipes=SimpleNamespace(estimate=0.001),
+                confounds=(),
+                verdict=EQUIVALENT,
+                judgement=SimpleNamespace(margin=0.01),
+            )
+            for arm in arms
+        ]
+        outcome: Any = SimpleNamespace(cells=cells, comparisons=comparisons, baseline="wide")
+        return list(precision._harm(outcome, ""))
+
+    harm, most = texts("narrow", "fp8")
+    assert "narrow +0.0010 (equivalent); fp8 +0.0010 (equivalent)" in harm
+    assert "fp8 has the most matrix multiplication in low precision: 60%" in most
+    assert len(texts("narrow", "other")) == 1

@@ -50,19 +50,16 @@ def _harm(outcome: Outcome, condition: str) -> Iterable[str]:
     margin = known[0][0].judgement.margin
     if margin is None:
         return
-    shares = [
-        (low_precision_share(cells[condition, c.arm]) or 0.0, c.arm)
-        for c, _ in known
-        if c.verdict == EQUIVALENT
-    ]
-    if shares:
-        share, arm = max(shares)
+    equal = [c.arm for c, _ in known if c.verdict == EQUIVALENT]
+    if not equal:
+        yield f"No arm is shown to be equivalent within {margin:g} nats{where}."
+        return
+    share, arm = max((low_precision_share(cells[condition, arm]) or 0.0, arm) for arm in equal)
+    if share:  # arms may differ in another precision, as that of the residual stream
         yield (
             f"Of the arms that are equivalent within {margin:g} nats{where}, {arm} has "
             f"the most matrix multiplication in low precision: {share:.0%}."
         )
-    else:
-        yield f"No arm is shown to be equivalent within {margin:g} nats{where}."
 
 
 def unresolved_neighbors(arms: Sequence[Arm]) -> str:
