@@ -38,6 +38,8 @@ Dtype = Literal[
     "nvf4",
 ]
 NATIVE_DTYPES = ("float32", "bfloat16", "float16")
+# Products in these would widen a residual stream of bfloat16.
+WIDENING_DTYPES = ("float32", "float16")
 Backend = Literal["auto", "emulated", "te", "torchao", "native"]
 DivergencePolicy = Literal["stop", "skip", "rewind"]
 Parallel = Literal["ddp", "fsdp"]
@@ -169,7 +171,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_most(MOST, "tokens in an iteration", self.tokens_per_iteration)
-        if self.model.residual_dtype == "bfloat16" and self.dtype in ("float32", "float16"):
+        if self.model.residual_dtype == "bfloat16" and self.dtype in WIDENING_DTYPES:
             raise UserError(
                 f"residual_dtype bfloat16 does not go with dtype {self.dtype}, whose products would widen "
                 "the residual stream: leave one of the two out"

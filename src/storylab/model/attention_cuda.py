@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from storylab.compiler import missing_for_compiling
 from storylab.config import AttentionPattern, Window
+from storylab.model.autocast import compute_dtype
 
 # FlexAttention refuses smaller heads.
 MIN_FLEX_HEAD = 16
@@ -58,7 +59,7 @@ def cuda_masks(
     device, (batch, time) = x.device, x.shape[:2]
     if device.type != "cuda" or all(pattern.covers(time) for pattern in patterns):
         return [None] * len(patterns)
-    flash = _takes_flash_windows(device, head_size)
+    flash = _takes_flash_windows(x, head_size)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * time
 
     def mask(pattern: AttentionPattern) -> CudaMask | None:
@@ -95,15 +96,14 @@ def _find_varlen() -> Callable[..., Any] | None:
 VARLEN_ATTENTION = _find_varlen()
 
 
-def _takes_flash_windows(device: torch.device, head_size: int) -> bool:
+def _takes_flash_windows(x: Tensor, head_size: int) -> bool:
     return (
         VARLEN_ATTENTION is not None
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.is_autocast_enabled("cuda")
-        and torch.get_autocast_dtype("cuda") in (torch.bfloat16, torch.float16)
+        and compute_dtype(x) in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0
         and head_size <= MAX_FLASH_HEAD
-        and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+        and torch.cuda.get_device_capability(x.device) >= FLASH_CAPABILITY
     )
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from storylab.model.autocast import compute_dtype
 from storylab.model.cache import AnyKVCache, KVCache, StaticKVCache
 from storylab.model.language_model import LanguageModel
 
@@ -32,9 +33,7 @@ class Reader(ABC):
     autocast; the weights are those of the time when it was made."""
 
     def __init__(self, model: LanguageModel) -> None:
-        device = model.embedding.weight.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast else model.head_weight.dtype
+        dtype = compute_dtype(model.head_weight)
         self.model = model if _has_hooks(model) else _with_cast_weights(model, dtype)
         self.head = model.head_weight.detach().to(dtype)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from storylab.model.autocast import compute_dtype
+
 
 @dataclass(frozen=True)
 class ChunkSizes:
@@ -61,16 +63,14 @@ def linear_cross_entropy(
         The sum in nats, a float32 scalar.
     """
     losses = _losses_in_one_kernel if compiled and hidden.device.type == "cuda" else _losses
-    total: Tensor = LinearCrossEntropy.apply(
-        hidden, weight, targets, _compute_dtype(hidden), losses
-    )
+    total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden), losses)
     return total
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every position in nats, ``[N]`` float32; arguments as above, no gradient."""
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     hidden, low_weight = hidden.to(dtype), _low_weight(weight, dtype)
     positions = chunk_sizes(hidden.device).positions
     losses = [
@@ -78,11 +78,6 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         for chunk, wanted in zip(hidden.split(positions), targets.split(positions), strict=True)
     ]
     return torch.cat(losses)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def chunk_sizes(device: torch.device) -> ChunkSizes:

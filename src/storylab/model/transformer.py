@@ -17,6 +17,7 @@ from storylab.compiler import set_tuning
 from storylab.config import ModelConfig
 from storylab.model.attention import causal_attention
 from storylab.model.attention_cuda import CudaMask, cuda_masks
+from storylab.model.autocast import compute_dtype
 from storylab.model.cache import AnyKVCache, AnyLayerCache, positions_of
 from storylab.model.head import linear_cross_entropy
 from storylab.model.initialization import initialize_weights
@@ -209,7 +210,7 @@ class Transformer(LanguageModel):
         With a cache the tokens continue the positions already in it, and the cache grows.
         """
         rotary = rope_cos_sin(self.config, positions_of(tokens, cache))
-        x = x0 = self.embedding(tokens).to(self._residual_dtype(tokens.device))
+        x = x0 = self.embedding(tokens).to(self._residual_dtype())
         value_residual: Tensor | None = None
         masks: list[CudaMask | None] = [None] * len(self.blocks)
         if cache is None:  # which has an attention of its own
@@ -221,12 +222,13 @@ class Transformer(LanguageModel):
             cache.length += tokens.shape[1]  # in place, where it is a tensor
         return self.norm(x)
 
-    def _residual_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the residual stream; without autocast products would widen a narrower one."""
-        kind, wide = device.type, self.embedding.weight.dtype
-        if self.config.residual_dtype == "float32" or not torch.amp.is_autocast_available(kind):
-            return wide
-        return torch.bfloat16 if torch.is_autocast_enabled(kind) else wide
+    def _residual_dtype(self) -> torch.dtype:
+        """Of the residual stream; wider products would widen a narrow one."""
+        weight = self.embedding.weight
+        narrow = self.config.residual_dtype == "bfloat16"
+        return (
+            torch.bfloat16 if narrow and compute_dtype(weight) == torch.bfloat16 else weight.dtype
+        )
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the training loss where ``targets`` are given.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from storylab.config import NATIVE_DTYPES, Dtype, ModelConfig, TrainConfig
+from storylab.config import NATIVE_DTYPES, WIDENING_DTYPES, Dtype, ModelConfig, TrainConfig
 from storylab.errors import UserError
 from storylab.execution.job import Executor, Job, run_interruptibly
 from storylab.model.cost import StepPart, training_flops
@@ -32,7 +32,7 @@ def variants(
     def timed(dtype: Dtype, model: ModelConfig) -> TrainConfig:
         # A wide dtype has no recipe to change, and nothing but torch to compute it.
         plain: dict[str, Any] = {"recipe": "", "backend": "auto"} if dtype in NATIVE_DTYPES else {}
-        if dtype in ("float32", "float16"):  # their products would widen a narrow stream
+        if dtype in WIDENING_DTYPES:
             model = dataclasses.replace(model, residual_dtype="float32")
         return dataclasses.replace(config, dtype=dtype, model=model, **plain)
 
